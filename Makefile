@@ -1,0 +1,58 @@
+# Set-up and the two main jobs. Everything happens in a virtual environment in this folder, .venv.
+#
+#   make demo    segments images that the package makes itself; pictures and scores end up in demo/
+#   make test    the tests
+#   make lint    ruff and mypy
+#   make build   sdist and wheel in dist/
+#
+# PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
+# on a machine without an NVIDIA GPU, where the package index in use offers one, else the ordinary build.
+
+PYTHON ?= python3
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo cpu)
+TORCH_CPU_VERSION := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: demo test lint build clean
+
+demo: $(VENV)/installed
+	$(BIN)/msformer demo --out demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typing && ln -sfn ../../kernels build/typing/msformer_kernels
+	MYPYPATH=build/typing $(BIN)/mypy -p msformer_kernels -p msformer
+
+build: $(VENV)/installed-dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/_native*
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),cpu)
+	$(PIP) install "torch==$(TORCH_CPU_VERSION)+cpu" || $(PIP) install "torch>=2.8"
+else
+	$(PIP) install "$(TORCH)"
+endif
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install --editable ".[test]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(PIP) install --editable ".[test,dev]"
+	touch $@

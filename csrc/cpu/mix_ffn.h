@@ -1,0 +1,163 @@
+// MixFFN, what forward and backward share: how an image is cut into pieces, the hidden rows, the depthwise convolution and
+// the activation.
+//
+// An image is cut into strips of columns and bands of rows; a piece (image, strip, band) walks its rows from top to bottom
+// and keeps three rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole N x hidden
+// tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
+#pragma once
+
+#include "tokens.h"
+
+namespace msformer::MSFORMER_ISA {
+
+template <class T> struct Activated {
+  Vector<T> value, slope;
+};
+
+// activation and its derivative at x
+template <class T> inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
+  const Vector<T> zero{}, one = splat(T(1));
+  switch (function) {
+    case ActivationFunction::relu:  // NaN stays NaN
+      return {x < zero ? zero : x, x <= zero ? zero : one};
+    case ActivationFunction::gelu_tanh: {
+      // x sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3), the same as x (1 + tanh y) / 2
+      const T k = T(0.7978845608028653558), c = T(0.044715);
+      const Vector<T> square = x * x, y = x * (square * (k * c) + k);
+      const Vector<T> sigmoid = one / (vexp(y * T(-2)) + one);
+      const Vector<T> dy = square * (T(3) * k * c) + k;
+      return {x * sigmoid, sigmoid + x * sigmoid * (one - sigmoid) * dy * T(2)};
+    }
+    default: {
+      Vector<T> cdf, pdf;
+      normal_distribution(x, cdf, pdf);
+      return {x * cdf, cdf + x * pdf};
+    }
+  }
+}
+
+template <class T> struct MixFFN {
+  const MixFFNArguments& a;
+  const std::int64_t channels = a.channels, hidden = a.hidden;
+  const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
+
+  static constexpr std::int64_t kStripColumns = 36, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
+  const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
+  const std::int64_t bands = count_bands();
+  const std::int64_t pieces = a.batch * strips * bands;
+  const std::int64_t strip_columns = (a.width + strips - 1) / strips;  // the widest strip
+
+  explicit MixFFN(const MixFFNArguments& arguments) : a(arguments) {}
+
+  // bands of at most kBandRows; more of them where a few small images would leave cores idle
+  std::int64_t count_bands() const {
+    const std::int64_t others = max_of<std::int64_t>(1, a.batch * strips);
+    const std::int64_t wanted = min_of((kWantedPieces + others - 1) / others, a.height / kLeastBandRows);
+    return max_of<std::int64_t>(1, max_of((a.height + kBandRows - 1) / kBandRows, wanted));
+  }
+
+  struct Piece {
+    std::int64_t batch, row_begin, row_end, column_begin, column_end;
+  };
+  Piece piece(std::int64_t i) const {
+    const std::int64_t band = i % bands, strip = i / bands % strips;
+    return {i / (bands * strips), a.height * band / bands, a.height * (band + 1) / bands, a.width * strip / strips,
+            a.width * (strip + 1) / strips};
+  }
+
+  struct Weights {
+    T *fc1, *fc1_bias;           // packed [C, hidden_width]
+    T *taps, *dw_bias;           // [9, hidden_width]; the skip connection is part of the centre tap
+    T *hidden_weight, *hidden_bias, *norm_weight, *norm_bias;
+    Norm<T> norm, hidden_norm;
+
+    Weights(Arena& arena, const MixFFN& m)
+        : fc1(arena.take<T>(m.channels * m.hidden_width)),
+          fc1_bias(arena.take<T>(m.hidden_width)),
+          taps(arena.take<T>(9 * m.hidden_width)),
+          dw_bias(arena.take<T>(m.hidden_width)),
+          hidden_weight(arena.take<T>(m.hidden_width)),
+          hidden_bias(arena.take<T>(m.hidden_width)),
+          norm_weight(arena.take<T>(m.width)),
+          norm_bias(arena.take<T>(m.width)) {}
+
+    void fill_in(const MixFFN& m) {
+      const MixFFNArguments& a = m.a;
+      pack(fc1, static_cast<const T*>(a.fc1_weight), 1, m.channels, m.channels, m.hidden);
+      copy_padded(fc1_bias, a.fc1_bias, m.hidden);
+      copy_padded(dw_bias, a.dw_bias, m.hidden);
+      fill(taps, 9 * m.hidden_width, T(0));
+      for (std::int64_t tap = 0; tap < 9; ++tap)
+        for (std::int64_t c = 0; c < m.hidden; ++c)
+          taps[tap * m.hidden_width + c] =
+              static_cast<const T*>(a.dw_weight)[c * 9 + tap] + (a.skip && tap == 4 ? T(1) : T(0));
+      const T eps = static_cast<T>(a.norm_eps);
+      if (a.norm_weight)
+        norm = {copy_padded(norm_weight, a.norm_weight, m.channels), copy_padded(norm_bias, a.norm_bias, m.channels), eps};
+      if (a.hidden_norm_weight)
+        hidden_norm = {copy_padded(hidden_weight, a.hidden_norm_weight, m.hidden),
+                       copy_padded(hidden_bias, a.hidden_norm_bias, m.hidden), eps};
+    }
+  };
+
+  // x of one image row, columns [begin, end), after the norm
+  void load_row(const Norm<T>& norm, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
+                T* normalized, T* rstd) const {
+    load_tokens(a.x, batch, 0, row * a.width + begin, end - begin, channels, x, width);
+    if (norm.weight) layer_norm(norm, end - begin, channels, x, normalized ? normalized : x, x, width, rstd);
+  }
+
+  // U of image row `row` for the columns [begin, end), zeros where they are outside the image; x is scratch
+  void hidden_row(const Weights& w, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
+                  T* out) const {
+    const std::int64_t first = max_of<std::int64_t>(begin, 0), last = min_of(end, a.width);
+    if (row < 0 || row >= a.height) return fill(out, (end - begin) * hidden_width, T(0));
+    fill(out, (first - begin) * hidden_width, T(0));
+    fill(out + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
+    load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
+    multiply<T>(last - first, channels, hidden_width, x, width, {w.fc1, 0}, out + (first - begin) * hidden_width,
+                hidden_width, w.fc1_bias);
+  }
+};
+
+// out [tokens, leading] = depthwise 3x3 of three rows plus bias; rows[i] points at the token left of the first output.
+// Four tokens at a time share the weights in registers; FLIP applies the transposed convolution.
+template <class T, bool FLIP, int TOKENS>
+inline void depthwise_tokens(const T* const rows[3], const T* taps, const T* bias, std::int64_t leading, T* out) {
+  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
+    Vector<T> sum[TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) sum[t] = bias ? load(bias + c) : Vector<T>{};
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      const T* row = rows[r] + c;
+      Vector<T> weight[3];
+#pragma GCC unroll 3
+      for (int k = 0; k < 3; ++k) weight[k] = load(taps + (FLIP ? 8 - 3 * r - k : 3 * r + k) * leading + c);
+#pragma GCC unroll 10
+      for (int j = 0; j < TOKENS + 2; ++j) {
+        const Vector<T> u = load(row + j * leading);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k)
+          if (j - k >= 0 && j - k < TOKENS) sum[j - k] += weight[k] * u;
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) store(out + t * leading + c, sum[t]);
+  }
+}
+
+template <class T, bool FLIP>
+void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading, T* out) {
+  std::int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) {
+    const T* shifted[3] = {rows[0] + t * leading, rows[1] + t * leading, rows[2] + t * leading};
+    depthwise_tokens<T, FLIP, 4>(shifted, taps, bias, leading, out + t * leading);
+  }
+  for (; t < tokens; ++t) {
+    const T* shifted[3] = {rows[0] + t * leading, rows[1] + t * leading, rows[2] + t * leading};
+    depthwise_tokens<T, FLIP, 1>(shifted, taps, bias, leading, out + t * leading);
+  }
+}
+
+}  // namespace msformer::MSFORMER_ISA

@@ -1,0 +1,239 @@
+// MixFFN backward by recomputation: nothing of the forward is saved but its inputs.
+//
+// A piece walks its rows with two rows of lag. For a new image row r: U(r), with two halo columns on each side; then for
+// row r-1, with one halo column: dT = dY W_2^T, the convolution, the hidden norm, the activation and their gradients,
+// which give dZ; then for row r-2: dU = dw3x3^T(dZ), dX = dU W_1^T and the gradient of the norm before. Weight gradients
+// are summed over the piece's own tokens only, in a fixed number of groups of pieces.
+#include "mix_ffn.h"
+
+namespace msformer::MSFORMER_ISA {
+namespace {
+
+template <class T> struct Backward : MixFFN<T> {
+  using Base = MixFFN<T>;
+  using Weights = typename Base::Weights;
+  using Piece = typename Base::Piece;
+  using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::strip_columns;
+
+  explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
+
+  struct Products {     // weights as the backward products want them
+    T *fc1_rows, *fc2;  // W_1 [hidden, width]; W_2 packed [C, hidden_width]
+    Products(Arena& arena, const Backward& b)
+        : fc1_rows(arena.take<T>(b.hidden * b.width)), fc2(arena.take<T>(b.channels * b.hidden_width)) {}
+  };
+
+  struct Rows {
+    T *x, *normalized, *grad_output, *grad_x, *rstd;
+    T *u[3], *grad_z[3], *z, *activated, *grad_u;
+    Rows(Arena& arena, const Backward& b) {
+      const std::int64_t most = b.strip_columns + 4;
+      x = arena.take<T>(most * b.width);
+      normalized = arena.take<T>(most * b.width);
+      grad_output = arena.take<T>(most * b.width);
+      grad_x = arena.take<T>(most * b.width);
+      rstd = arena.take<T>(most);
+      for (T*& row : u) row = arena.take<T>(most * b.hidden_width);
+      for (T*& row : grad_z) row = arena.take<T>(most * b.hidden_width);
+      z = arena.take<T>(most * b.hidden_width);
+      activated = arena.take<T>(most * b.hidden_width);
+      grad_u = arena.take<T>(most * b.hidden_width);
+    }
+  };
+
+  struct TokenSums {
+    T *fc1, *fc2;  // [C, hidden_width] both
+    T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
+    TokenSums(Arena& arena, const Backward& b)
+        : fc1(arena.take<T>(b.channels * b.hidden_width)),
+          fc2(arena.take<T>(b.channels * b.hidden_width)),
+          taps(arena.take<T>(9 * b.hidden_width)),
+          fc1_bias(arena.take<T>(b.hidden_width)),
+          dw_bias(arena.take<T>(b.hidden_width)),
+          hidden_weight(arena.take<T>(b.hidden_width)),
+          hidden_bias(arena.take<T>(b.hidden_width)),
+          fc2_bias(arena.take<T>(b.width)),
+          norm_weight(arena.take<T>(b.width)),
+          norm_bias(arena.take<T>(b.width)) {}
+  };
+
+  template <class Pieces> std::size_t bytes_of() const {
+    Arena counter(nullptr);
+    Pieces(counter, *this);
+    return counter.used();
+  }
+
+  // One token: from z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z.
+  // own: this piece sums the token's parameter gradients.
+  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, bool own, const TokenSums& sums) const {
+    constexpr int W = kWidth<T>;
+    if (!norm.weight) {
+      for (std::int64_t c = 0; c < hidden_width; c += W) {
+        const Activated<T> f = activate<T>(a.activation, load(z + c));
+        store(activated + c, f.value);
+        store(grad + c, load(grad + c) * f.slope);
+      }
+      return;
+    }
+    T mean, rstd;
+    row_statistics(z, hidden, norm.eps, mean, rstd);
+    Vector<T> sum{}, dot{};
+    for (std::int64_t c = 0; c < hidden_width; c += W) {
+      const Vector<T> x = (load(z + c) - mean) * rstd, weight = load(norm.weight + c);
+      const Activated<T> f = activate<T>(a.activation, x * weight + load(norm.bias + c));
+      const Vector<T> g = load(grad + c) * f.slope, scaled = g * weight;
+      if (own) {
+        store(sums.hidden_weight + c, load(sums.hidden_weight + c) + g * x);
+        store(sums.hidden_bias + c, load(sums.hidden_bias + c) + g);
+      }
+      store(z + c, x);
+      store(activated + c, f.value);
+      store(grad + c, scaled);
+      sum += scaled;
+      dot += scaled * x;
+    }
+    const T inverse = T(1) / static_cast<T>(hidden);
+    const T mean_grad = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
+    for (std::int64_t c = 0; c < hidden_width; c += W) {
+      Vector<T> g = (load(grad + c) - mean_grad - load(z + c) * mean_dot) * rstd;
+      if (c + W > hidden) g = keep_lanes<T>(g, hidden - c);
+      store(grad + c, g);
+    }
+  }
+
+  // gradient of the convolution's weight and bias from `tokens` own tokens: dZ and the U around them
+  void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, const TokenSums& sums) const {
+    constexpr std::int64_t kTokens = 8;
+    for (std::int64_t begin = 0; begin < tokens; begin += kTokens) {
+      const std::int64_t end = min_of(tokens, begin + kTokens);
+      for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
+        Vector<T> tap[9], bias = load(sums.dw_bias + c);
+#pragma GCC unroll 9
+        for (int k = 0; k < 9; ++k) tap[k] = load(sums.taps + k * hidden_width + c);
+        for (std::int64_t t = begin; t < end; ++t) {
+          const Vector<T> g = load(grad_z + t * hidden_width + c);
+          bias += g;
+#pragma GCC unroll 9
+          for (int k = 0; k < 9; ++k) tap[k] += g * load(rows[k / 3] + (t + k % 3) * hidden_width + c);
+        }
+        store(sums.dw_bias + c, bias);
+#pragma GCC unroll 9
+        for (int k = 0; k < 9; ++k) store(sums.taps + k * hidden_width + c, tap[k]);
+      }
+    }
+  }
+
+  // dZ of image row `row` for the piece's columns and one halo column on each side
+  void grad_hidden_row(const Weights& w, const Products& products, const Piece& p, std::int64_t row, Rows& s,
+                       const TokenSums& sums) const {
+    T* grad_z = s.grad_z[(row + 3) % 3];
+    const std::int64_t begin = p.column_begin - 1, end = p.column_end + 1, columns = p.column_end - p.column_begin;
+    if (row < 0 || row >= a.height) return fill(grad_z, (end - begin) * hidden_width, T(0));
+    const std::int64_t first = max_of<std::int64_t>(begin, 0), last = min_of(end, a.width);
+    fill(grad_z, (first - begin) * hidden_width, T(0));
+    fill(grad_z + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
+    T* grad = grad_z + (first - begin) * hidden_width;
+
+    load_tokens(a.grad_output, p.batch, 0, row * a.width + first, last - first, channels, s.grad_output, width);
+    multiply<T>(last - first, channels, hidden_width, s.grad_output, width, {products.fc2, 0}, grad, hidden_width);
+    // u starts two columns left of the piece, its row at the token left of `first` is one before
+    const std::int64_t offset = (first - 1 - (p.column_begin - 2)) * hidden_width;
+    const T* const rows[3] = {s.u[(row + 2) % 3] + offset, s.u[row % 3] + offset, s.u[(row + 1) % 3] + offset};
+    depthwise<T, false>(rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
+    const bool own_row = row >= p.row_begin && row < p.row_end;
+    for (std::int64_t i = 0; i < last - first; ++i) {
+      const bool own = own_row && first + i >= p.column_begin && first + i < p.column_end;
+      activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width, own,
+                          sums);
+    }
+    if (!own_row) return;
+    const std::int64_t skip = p.column_begin - first;
+    const T* own_grad_output = s.grad_output + skip * width;
+    multiply_transposed_add<T>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,
+                               hidden_width,
+                               sums.fc2, hidden_width);
+    add_column_sums(columns, width, own_grad_output, sums.fc2_bias);
+    const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width, rows[2] + skip * hidden_width};
+    depthwise_weight_backward(own_rows, grad_z + hidden_width, columns, sums);
+  }
+
+  // dX of the piece's part of image row `row`
+  void grad_x_row(const Weights& w, const Products& products, const Piece& p, std::int64_t row, Rows& s,
+                  const TokenSums& sums) const {
+    const std::int64_t columns = p.column_end - p.column_begin, token = row * a.width + p.column_begin;
+    const T* const rows[3] = {s.grad_z[(row + 2) % 3], s.grad_z[row % 3], s.grad_z[(row + 1) % 3]};
+    depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
+    add_column_sums(columns, hidden_width, s.grad_u, sums.fc1_bias);
+    this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
+    multiply_transposed_add<T>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1, hidden_width);
+    multiply<T>(columns, hidden, width, s.grad_u, hidden_width, {products.fc1_rows, width}, s.grad_x, width);
+    if (w.norm.weight)
+      layer_norm_backward(w.norm, columns, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight, sums.norm_bias);
+    if (a.residual) {
+      load_tokens(a.grad_output, p.batch, 0, token, columns, channels, s.x, width);
+      add_rows(columns, width, s.x, s.grad_x);
+    }
+    store_tokens(a.grad_x, p.batch, 0, token, columns, channels, s.grad_x, width);
+  }
+
+  void walk(const Weights& w, const Products& products, const Piece& p, Rows& s, const TokenSums& sums) const {
+    for (std::int64_t row = p.row_begin - 2; row <= p.row_end + 1; ++row) {
+      this->hidden_row(w, p.batch, row, p.column_begin - 2, p.column_end + 2, s.x, s.u[(row + 3) % 3]);
+      if (row - 1 >= p.row_begin - 1) grad_hidden_row(w, products, p, row - 1, s, sums);
+      if (row - 2 >= p.row_begin) grad_x_row(w, products, p, row - 2, s, sums);
+    }
+  }
+
+  void write_gradients(const TokenSums& s) const {
+    for (std::int64_t j = 0; j < hidden; ++j) {
+      for (std::int64_t c = 0; c < channels; ++c) {
+        static_cast<T*>(a.grad_fc1_weight)[j * channels + c] = s.fc1[c * hidden_width + j];
+        static_cast<T*>(a.grad_fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
+      }
+      for (std::int64_t tap = 0; tap < 9; ++tap)
+        static_cast<T*>(a.grad_dw_weight)[j * 9 + tap] = s.taps[tap * hidden_width + j];
+    }
+    copy_out(s.fc1_bias, hidden, a.grad_fc1_bias);
+    copy_out(s.dw_bias, hidden, a.grad_dw_bias);
+    copy_out(s.fc2_bias, channels, a.grad_fc2_bias);
+    copy_out(s.hidden_weight, hidden, a.grad_hidden_norm_weight);
+    copy_out(s.hidden_bias, hidden, a.grad_hidden_norm_bias);
+    copy_out(s.norm_weight, channels, a.grad_norm_weight);
+    copy_out(s.norm_bias, channels, a.grad_norm_bias);
+  }
+
+  void run() const {
+    const std::int64_t size = static_cast<std::int64_t>(bytes_of<TokenSums>() / sizeof(T));
+    const std::int64_t groups = group_count(this->pieces, size * static_cast<std::int64_t>(sizeof(T)));
+    Workspace memory(bytes_of<Weights>() + bytes_of<Products>() + sizeof(T) * static_cast<std::size_t>((groups + 1) * size));
+    Arena arena(memory.data());
+    Weights w(arena, *this);
+    w.fill_in(*this);
+    Products products(arena, *this);
+    for (std::int64_t j = 0; j < hidden; ++j)
+      copy_padded(products.fc1_rows + j * width, static_cast<const T*>(a.fc1_weight) + j * channels, channels);
+    pack(products.fc2, static_cast<const T*>(a.fc2_weight), hidden, 1, channels, hidden);
+    T* partials = arena.take<T>((groups + 1) * size);
+
+    parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {
+      Arena rows_arena(scratch), sums_arena(partials + group * size);
+      Rows rows(rows_arena, *this);
+      TokenSums sums(sums_arena, *this);
+      fill(partials + group * size, size, T(0));
+      for (std::int64_t i = this->pieces * group / groups; i < this->pieces * (group + 1) / groups; ++i)
+        walk(w, products, this->piece(i), rows, sums);
+    });
+    T* total = partials + groups * size;
+    combine_groups(partials, groups, size, a.num_threads, total);
+    Arena total_arena(total);
+    write_gradients(TokenSums(total_arena, *this));
+  }
+};
+
+}  // namespace
+
+void mix_ffn_backward(const MixFFNArguments& a) {
+  a.x.dtype == DType::float64 ? Backward<double>(a).run() : Backward<float>(a).run();
+}
+
+}  // namespace msformer::MSFORMER_ISA

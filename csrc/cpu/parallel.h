@@ -1,0 +1,82 @@
+// A parallel loop over independent tasks, and scratch memory for them.
+//
+// Which thread runs a task never matters for the result: each task writes its own output or its own partial sum, and
+// partial sums are combined in an order that depends on the shape alone. Results are bit for bit the same on any number
+// of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace msformer {
+
+// At least `bytes` of 64-byte aligned memory of the calling thread, kept until the thread ends; null when there is none.
+void* thread_scratch(std::size_t bytes);
+
+[[noreturn]] void throw_out_of_memory();
+
+// Zeroed or raw aligned memory that lives as long as one kernel call.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+}  // namespace msformer
+
+#include "simd.h"
+
+namespace msformer::MSFORMER_ISA {
+
+// Hands out pieces of one block, each aligned to 64 bytes. With a null base it only counts, so that the same code sizes
+// a block and then divides it.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T> T* take(std::int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+template <class Task> void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
+  bool out_of_memory = false;
+#ifdef _OPENMP
+  const bool parallel = num_threads > 1 && count > 1 && !omp_in_parallel();
+  const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
+#pragma omp parallel num_threads(team) if (parallel)
+#endif
+  {
+    void* scratch = thread_scratch(scratch_bytes);
+    if (!scratch) {
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+      out_of_memory = true;
+    }
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1)
+#endif
+    for (std::int64_t i = 0; i < count; ++i)
+      if (scratch) task(i, scratch);
+  }
+  if (out_of_memory) throw_out_of_memory();
+}
+
+}  // namespace msformer::MSFORMER_ISA

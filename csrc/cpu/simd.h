@@ -1,0 +1,133 @@
+// Vectors of the instruction set that this file is compiled for, through the compiler's vector types: no intrinsics, so
+// the same sources give AVX-512, AVX2 and plain (SSE2, NEON) code. Arithmetic is done in float or double; bfloat16 and
+// float16 exist in memory only (tokens.h).
+//
+// Everything here lives in a namespace named after the instruction set, and uses nothing from the standard library that
+// could be emitted as a shared inline function: otherwise the linker might hand AVX-512 code to a machine without it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define MSFORMER_VECTOR_BYTES 64
+#define MSFORMER_ISA avx512
+#elif defined(__AVX2__)
+#define MSFORMER_VECTOR_BYTES 32
+#define MSFORMER_ISA avx2
+#else
+#define MSFORMER_VECTOR_BYTES 16
+#define MSFORMER_ISA plain
+#endif
+
+namespace msformer::MSFORMER_ISA {
+
+template <class T> struct Simd;
+
+template <> struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
+  typedef std::int32_t Integer __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(MSFORMER_VECTOR_BYTES), aligned(4), may_alias));
+};
+
+template <> struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
+  typedef std::int64_t Integer __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(MSFORMER_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T> using Vector = typename Simd<T>::Vector;
+template <class T> constexpr int kWidth = MSFORMER_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
+template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<Vector<T>*>(p) = v; }
+template <class T> inline Vector<T> splat(T x) { return Vector<T>{} + x; }
+
+template <class T> inline T max_of(T a, T b) { return a > b ? a : b; }
+template <class T> inline T min_of(T a, T b) { return a < b ? a : b; }
+
+// a NaN in b never replaces a: maxima skip NaN, which then comes out through exp(NaN - max)
+template <class T> inline Vector<T> vmax(Vector<T> a, Vector<T> b) { return b > a ? b : a; }
+
+template <class T> inline T horizontal_sum(Vector<T> v) {
+  T lanes[kWidth<T>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kWidth<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class T> inline T horizontal_max(Vector<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kWidth<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// lanes below `count` keep their value, the rest become zero
+template <class T> inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) {
+  for (std::int64_t i = count; i < kWidth<T>; ++i) v[i] = T(0);
+  return v;
+}
+
+// exp for arguments up to 88 (larger ones saturate); range reduction by ln 2 in two parts, degree-6 polynomial
+// (S. L. Moshier, Cephes), within 2 ulp. Below -87.3 the result is 0; NaN stays NaN.
+inline Vector<float> vexp(Vector<float> x) {
+  typedef Simd<float>::Integer Integer;
+  const float lowest = -87.33654f;
+  Vector<float> clamped = x < lowest ? splat(lowest) : x;
+  clamped = clamped > 88.0f ? splat(88.0f) : clamped;
+  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+  const Vector<float> magic = splat(12582912.0f);
+  const Vector<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Integer exponent = (reinterpret_cast<Integer>(shifted) - reinterpret_cast<Integer>(magic) + 127) << 23;
+  const Vector<float> n = shifted - magic;
+  Vector<float> r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  p = p * reinterpret_cast<Vector<float>>(exponent);
+  return x < lowest ? Vector<float>{} : p;
+}
+
+inline Vector<double> vexp(Vector<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+inline Vector<float> vabs(Vector<float> x) {
+  typedef Simd<float>::Integer Integer;
+  return reinterpret_cast<Vector<float>>(reinterpret_cast<Integer>(x) & 0x7fffffff);
+}
+
+// The normal distribution at x: cdf = (1 + erf(x / sqrt 2)) / 2 and pdf = exp(-x^2 / 2) / sqrt(2 pi).
+// float: the lower tail is exp(-x^2 / 2) * t P(t) with t = 1 / (1 + 0.21 |x|); P is a degree-8 minimax fit of the scaled
+// complementary error function for |x| <= 13.5, relative error 1.4e-8, so that small tails keep their digits.
+inline void normal_distribution(Vector<float> x, Vector<float>& cdf, Vector<float>& pdf) {
+  const Vector<float> t = 1.0f / (vabs(x) * 0.21f + 1.0f);
+  const Vector<float> e = vexp(x * x * -0.5f);
+  Vector<float> p = t * -0.0720338448882103f + 0.2854527533054352f;
+  p = p * t - 0.3341883718967438f;
+  p = p * t + 0.3540322184562683f;
+  p = p * t - 0.0972447395324707f;
+  p = p * t + 0.12635473906993866f;
+  p = p * t + 0.06879014521837234f;
+  p = p * t + 0.08512939512729645f;
+  p = p * t + 0.08370770514011383f;
+  const Vector<float> tail = p * t * e;
+  cdf = x < 0.0f ? tail : 1.0f - tail;
+  pdf = e * 0.3989422804014327f;
+}
+
+inline void normal_distribution(Vector<double> x, Vector<double>& cdf, Vector<double>& pdf) {
+  for (int i = 0; i < kWidth<double>; ++i) {
+    cdf[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+    pdf[i] = 0.3989422804014326779 * __builtin_exp(x[i] * x[i] * -0.5);
+  }
+}
+
+}  // namespace msformer::MSFORMER_ISA

@@ -1,0 +1,123 @@
+"""Builds `msformer_kernels._native` with ninja; everything else about the package is in pyproject.toml.
+
+The extension is a pybind11 module that does not link torch, so one build works with every torch. The CPU kernels are
+compiled once per instruction set (on x86-64: AVX-512, AVX2 with FMA, and the baseline) and picked at run time.
+
+Without a working compiler the install goes on: the reason is kept in `msformer_kernels/_native_error.txt`, which
+`msformer_kernels.explain()` shows, and the package works on plain PyTorch. MSFORMER_REQUIRE_NATIVE=1 makes it an error.
+CXX names another compiler.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPU = Path("csrc/cpu")
+KERNELS = sorted(str(p) for p in CPU.glob("*.cpp") if p.name != "memory.cpp")
+COMMON = ["csrc/cpu/memory.cpp", "csrc/bindings.cpp"]
+HEADERS = sorted(str(p) for p in CPU.glob("*.h"))
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -g0 -DNDEBUG".split()
+# the plain variant comes first: where the linker merges equal inline functions it keeps the first, which runs anywhere
+VARIANTS = {"plain": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    VARIANTS["avx512"] = [*VARIANTS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+
+
+class BuildFailed(Exception):
+    """The native extension cannot be built here; the message says why."""
+
+
+def find_compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        if found := shutil.which(name.split()[0]):
+            return found
+    raise BuildFailed(f"no C++ compiler: {wanted or 'c++, g++, clang++'} not found on PATH (on Debian: apt install g++)")
+
+
+def ninja_file(compiler: str, includes: list[str], output: Path, objects: Path) -> str:
+    flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes])]
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    if len(VARIANTS) > 1:
+        flags.append("-DMSFORMER_X86_VARIANTS")
+    lines = [
+        f"rule compile\n  command = {compiler} {' '.join([*flags, *openmp])} $extra -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+        f"rule link\n  command = {compiler} {' '.join([*link, *openmp])} $in -o $out\n  description = link $out",
+    ]
+    built = []
+    for source in COMMON:
+        built.append(objects / (Path(source).stem + ".o"))
+        lines.append(f"build {built[-1]}: compile {ROOT / source}")
+    for variant, extra in VARIANTS.items():
+        for source in KERNELS:
+            built.append(objects / variant / (Path(source).stem + ".o"))
+            lines.append(f"build {built[-1]}: compile {ROOT / source}\n  extra = {' '.join(extra)}")
+    lines.append(f"build {output}: link {' '.join(map(str, built))}")
+    return "\n".join(lines) + "\n"
+
+
+def compile_native(output: Path, temporary: Path) -> None:
+    """Builds the extension at `output` (its name carries the Python ABI), object files under `temporary`."""
+    compiler = find_compiler()
+    try:
+        import ninja
+        import pybind11
+    except ImportError as error:
+        raise BuildFailed(f"a build requirement is missing: {error}") from error
+    temporary.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    script = temporary / "build.ninja"
+    script.write_text(ninja_file(compiler, [pybind11.get_include(), sysconfig.get_path("include")], output, temporary))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(result.stdout)
+    if result.returncode != 0:
+        raise BuildFailed(f"{compiler} failed:\n{result.stdout[-4000:]}")
+
+
+class BuildNative(build_ext):
+    """build_ext whose only extension is compiled by ninja, and may fail."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        reason = output.parent / "_native_error.txt"
+        reason.unlink(missing_ok=True)
+        try:
+            compile_native(output, Path(self.build_temp).resolve())
+        except BuildFailed as error:
+            if os.environ.get("MSFORMER_REQUIRE_NATIVE") == "1":
+                raise
+            output.unlink(missing_ok=True)
+            reason.parent.mkdir(parents=True, exist_ok=True)
+            reason.write_text(f"{error}\n")
+            self.warn(f"msformer goes on without its compiled CPU kernels: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: ninja already wrote to the source folder, or the reason why there is no extension."""
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def subpackages(name: str, folder: str) -> list[str]:
+    return [name, *(f"{name}.{found}" for found in find_packages(folder))]
+
+
+setup(
+    packages=[*subpackages("msformer_kernels", "kernels"), *subpackages("msformer", "msformer")],
+    package_dir={"msformer_kernels": "kernels"},
+    package_data={"msformer_kernels": ["py.typed", "_native_error.txt"], "msformer": ["py.typed"]},
+    ext_modules=[Extension("msformer_kernels._native", sources=[*COMMON, *KERNELS], depends=HEADERS)],
+    cmdclass={"build_ext": BuildNative},
+)
