@@ -1,8 +1,8 @@
 """How tensors are handed to the compiled extension: addresses, sizes and strides (see csrc/cpu/arguments.h).
 
-Activations go as they are, with any strides and in their own dtype. Parameters and statistics go as contiguous arrays of
-the arithmetic dtype, float32 (float64 for float64 activations); gradients of parameters come back in that dtype and are
-rounded once to the parameter's own.
+Activations go as they are, with any strides and in their own dtype. Parameters and statistics go as contiguous arrays
+of the arithmetic dtype, float32 (float64 for float64 activations); gradients of parameters come back in that dtype and
+are rounded once to the parameter's own.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def backward(
     residual: bool,
     mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """-> gradients of x and of query_weight, query_bias, key_weight, value_weight, value_bias, output_weight, output_bias,
-    norm_weight and norm_bias; zero-size for an absent one, but always that of an output bias `[C]`."""
+    """-> gradients of x and of query_weight, query_bias, key_weight, value_weight, value_bias, output_weight,
+    output_bias, norm_weight and norm_bias; zero-size for an absent one, but always that of an output bias `[C]`."""
     any_output_bias = output_weight.new_empty(output_weight.shape[0])
     given = (
         query_weight,

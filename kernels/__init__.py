@@ -1,0 +1,25 @@
+"""Fused operators and layers for linear efficient attention and MixFFN.
+
+Operators: `efficient_attention`, `efficient_self_attention`, `mix_ffn`. Layers: `EfficientAttention`, `MixFFN`,
+`MixFFNSkip`, `EfficientTransformerBlock`. Backends: `use_backend`, `available_backends`, `explain`.
+"""
+
+from msformer_kernels.backends import BackendError, available_backends, explain, use_backend
+from msformer_kernels.block import EfficientTransformerBlock
+from msformer_kernels.efficient_attention import efficient_attention
+from msformer_kernels.efficient_self_attention import EfficientAttention, efficient_self_attention
+from msformer_kernels.mix_ffn import MixFFN, MixFFNSkip, mix_ffn
+
+__all__ = [
+    "BackendError",
+    "EfficientAttention",
+    "EfficientTransformerBlock",
+    "MixFFN",
+    "MixFFNSkip",
+    "available_backends",
+    "efficient_attention",
+    "efficient_self_attention",
+    "explain",
+    "mix_ffn",
+    "use_backend",
+]
