@@ -56,7 +56,7 @@ class EfficientTransformerBlock(nn.Module):
         self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """``[B, height * width, C]`` -> the same shape, and the context of the attention ``[B, heads, C/heads, C/heads]``."""
+        """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``."""
         check_image(x, height, width)
         x, context = self.attn(x, norm=self.norm1, residual=True)
         return self.mlp(x, height, width, norm=self.norm2, residual=True), context

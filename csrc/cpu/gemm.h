@@ -3,7 +3,8 @@
 // A is read one value at a time (broadcast), at any strides, so it may be transposed. B is read in whole vectors along n:
 // either packed (panels of a few vectors, each panel k rows) or a plain row-major block. C is row-major. n counts in
 // whole vectors: leading dimensions are padded to the vector width and the padding holds zeros.
-// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k.
+// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k. init is added at the
+// end, so that a sum over many blocks of tokens is a sum of block sums, with the smaller rounding error of that.
 #pragma once
 
 #include "parallel.h"
@@ -42,7 +43,7 @@ inline void gemm_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = init ? load(init + i * init_row + j * W) : Vector<T>{};
+    for (int j = 0; j < VECTORS; ++j) acc[i][j] = Vector<T>{};
   for (std::int64_t p = 0; p < k; ++p, a += a_k, b += b_k) {
     Vector<T> bv[VECTORS];
 #pragma GCC unroll 8
@@ -57,7 +58,8 @@ inline void gemm_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) store(c + i * c_row + j * W, acc[i][j]);
+    for (int j = 0; j < VECTORS; ++j)
+      store(c + i * c_row + j * W, init ? acc[i][j] + load(init + i * init_row + j * W) : acc[i][j]);
 }
 
 template <class T, int ROWS, int VECTORS>

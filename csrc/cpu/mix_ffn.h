@@ -24,9 +24,9 @@ template <class T> inline Activated<T> activate(ActivationFunction function, Vec
       // x sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3), the same as x (1 + tanh y) / 2
       const T k = T(0.7978845608028653558), c = T(0.044715);
       const Vector<T> square = x * x, y = x * (square * (k * c) + k);
-      const Vector<T> sigmoid = one / (vexp(y * T(-2)) + one);
+      const Vector<T> e = vexp(y * T(-2)), sigmoid = one / (e + one);
       const Vector<T> dy = square * (T(3) * k * c) + k;
-      return {x * sigmoid, sigmoid + x * sigmoid * (one - sigmoid) * dy * T(2)};
+      return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid) * dy * T(2)};
     }
     default: {
       Vector<T> cdf, pdf;

@@ -26,6 +26,7 @@ template <class T> struct Backward : MixFFN<T> {
   struct Rows {
     T *x, *normalized, *grad_output, *grad_x, *rstd;
     T *u[3], *grad_z[3], *z, *activated, *grad_u;
+    T *hidden_weight, *hidden_bias;  // gradients of the hidden norm, summed over one image row
     Rows(Arena& arena, const Backward& b) {
       const std::int64_t most = b.strip_columns + 4;
       x = arena.take<T>(most * b.width);
@@ -38,6 +39,8 @@ template <class T> struct Backward : MixFFN<T> {
       z = arena.take<T>(most * b.hidden_width);
       activated = arena.take<T>(most * b.hidden_width);
       grad_u = arena.take<T>(most * b.hidden_width);
+      hidden_weight = arena.take<T>(b.hidden_width);
+      hidden_bias = arena.take<T>(b.hidden_width);
     }
   };
 
@@ -64,8 +67,8 @@ template <class T> struct Backward : MixFFN<T> {
   }
 
   // One token: from z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z.
-  // own: this piece sums the token's parameter gradients.
-  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, bool own, const TokenSums& sums) const {
+  // own: this piece sums the token's gradients of the norm's parameters.
+  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, bool own, Rows& s) const {
     constexpr int W = kWidth<T>;
     if (!norm.weight) {
       for (std::int64_t c = 0; c < hidden_width; c += W) {
@@ -83,8 +86,8 @@ template <class T> struct Backward : MixFFN<T> {
       const Activated<T> f = activate<T>(a.activation, x * weight + load(norm.bias + c));
       const Vector<T> g = load(grad + c) * f.slope, scaled = g * weight;
       if (own) {
-        store(sums.hidden_weight + c, load(sums.hidden_weight + c) + g * x);
-        store(sums.hidden_bias + c, load(sums.hidden_bias + c) + g);
+        store(s.hidden_weight + c, load(s.hidden_weight + c) + g * x);
+        store(s.hidden_bias + c, load(s.hidden_bias + c) + g);
       }
       store(z + c, x);
       store(activated + c, f.value);
@@ -107,18 +110,19 @@ template <class T> struct Backward : MixFFN<T> {
     for (std::int64_t begin = 0; begin < tokens; begin += kTokens) {
       const std::int64_t end = min_of(tokens, begin + kTokens);
       for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
-        Vector<T> tap[9], bias = load(sums.dw_bias + c);
-#pragma GCC unroll 9
-        for (int k = 0; k < 9; ++k) tap[k] = load(sums.taps + k * hidden_width + c);
+        Vector<T> tap[9] = {}, bias{};
         for (std::int64_t t = begin; t < end; ++t) {
           const Vector<T> g = load(grad_z + t * hidden_width + c);
           bias += g;
 #pragma GCC unroll 9
           for (int k = 0; k < 9; ++k) tap[k] += g * load(rows[k / 3] + (t + k % 3) * hidden_width + c);
         }
-        store(sums.dw_bias + c, bias);
+        store(sums.dw_bias + c, load(sums.dw_bias + c) + bias);
 #pragma GCC unroll 9
-        for (int k = 0; k < 9; ++k) store(sums.taps + k * hidden_width + c, tap[k]);
+        for (int k = 0; k < 9; ++k) {
+          T* total = sums.taps + k * hidden_width + c;
+          store(total, load(total) + tap[k]);
+        }
       }
     }
   }
@@ -141,12 +145,15 @@ template <class T> struct Backward : MixFFN<T> {
     const T* const rows[3] = {s.u[(row + 2) % 3] + offset, s.u[row % 3] + offset, s.u[(row + 1) % 3] + offset};
     depthwise<T, false>(rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
     const bool own_row = row >= p.row_begin && row < p.row_end;
+    fill(s.hidden_weight, hidden_width, T(0));
+    fill(s.hidden_bias, hidden_width, T(0));
     for (std::int64_t i = 0; i < last - first; ++i) {
       const bool own = own_row && first + i >= p.column_begin && first + i < p.column_end;
-      activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width, own,
-                          sums);
+      activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width, own, s);
     }
     if (!own_row) return;
+    add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
+    add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const std::int64_t skip = p.column_begin - first;
     const T* own_grad_output = s.grad_output + skip * width;
     multiply_transposed_add<T>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,

@@ -159,18 +159,25 @@ void layer_norm_backward(const Norm<T>& norm, std::int64_t rows, std::int64_t ch
   constexpr int W = kWidth<T>;
   const std::int64_t width = padded<T>(channels);
   const T inverse = T(1) / static_cast<T>(channels);
+  for (std::int64_t c = 0; c < width; c += W) {
+    Vector<T> weight_sum{}, bias_sum{};
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const Vector<T> g = load(grad + i * leading + c);
+      weight_sum += g * load(normalized + i * leading + c);
+      bias_sum += g;
+    }
+    store(grad_weight + c, load(grad_weight + c) + weight_sum);
+    store(grad_bias + c, load(grad_bias + c) + bias_sum);
+  }
   for (std::int64_t i = 0; i < rows; ++i) {
     const T* x = normalized + i * leading;
     T* g = grad + i * leading;
     Vector<T> sum{}, dot{};
     for (std::int64_t c = 0; c < width; c += W) {
-      const Vector<T> gv = load(g + c), xv = load(x + c);
-      store(grad_weight + c, load(grad_weight + c) + gv * xv);
-      store(grad_bias + c, load(grad_bias + c) + gv);
-      const Vector<T> scaled = gv * load(norm.weight + c);
+      const Vector<T> scaled = load(g + c) * load(norm.weight + c);
       store(g + c, scaled);
       sum += scaled;
-      dot += scaled * xv;
+      dot += scaled * load(x + c);
     }
     const T mean = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
     for (std::int64_t c = 0; c < width; c += W) store(g + c, (load(g + c) - mean - load(x + c) * mean_dot) * rstd[i]);
@@ -188,9 +195,9 @@ template <class T> inline void fill(T* out, std::int64_t count, T value) {
 // out [width] += sum of the rows of in
 template <class T> inline void add_column_sums(std::int64_t rows, std::int64_t leading, const T* in, T* out) {
   for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
-    Vector<T> sum = load(out + c);
+    Vector<T> sum{};
     for (std::int64_t i = 0; i < rows; ++i) sum += load(in + i * leading + c);
-    store(out + c, sum);
+    store(out + c, load(out + c) + sum);
   }
 }
 

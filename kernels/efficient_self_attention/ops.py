@@ -85,8 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_output: Tensor | None, grad_context: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, key_bias, *parameters, output_bias, norm_weight, norm_bias, mask = ctx.saved_tensors[:-4]
-    state = ctx.saved_tensors[-4:]
+    *inputs, context, key_max, key_sum, key_tokens = ctx.saved_tensors
+    x, key_bias, *parameters, output_bias, norm_weight, norm_bias, mask = inputs
+    state = context, key_max, key_sum, key_tokens
     num_heads, norm_eps, residual, backend = ctx.options
     if grad_output is None:
         grad_output = x.new_zeros(1).expand(x.shape)

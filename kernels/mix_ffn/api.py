@@ -16,6 +16,11 @@ def check_image(x: Tensor, height: int, width: int) -> None:
         raise ValueError(f"x: has {x.shape[1]} tokens, expected height * width = {height} * {width} = {height * width}")
 
 
+def check_activation(name: str) -> None:
+    if name not in reference.ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {name!r}")
+
+
 def mix_ffn(
     x: Tensor,
     height: int,
@@ -90,8 +95,7 @@ def mix_ffn(
     check_shape("fc2_bias", fc2_bias, (channels,), "[C]")
     check_norm("hidden_norm", hidden_norm_weight, hidden_norm_bias, hidden)
     check_norm("norm", norm_weight, norm_bias, channels)
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     chosen = resolve(backend, x.device.type, x.dtype)
     if chosen == "reference":
         return reference.mix_ffn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from msformer_kernels.mix_ffn.api import mix_ffn
+from msformer_kernels.mix_ffn.api import check_activation, mix_ffn
 from msformer_kernels.norm import norm_arguments
 from msformer_kernels.validation import check_positive
 
@@ -26,7 +26,7 @@ class MixFFN(nn.Module):
         activation: ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
 
     Raises:
-        ValueError: features below 1.
+        ValueError: features below 1, an unknown activation.
     """
 
     skip = False
@@ -34,6 +34,7 @@ class MixFFN(nn.Module):
     def __init__(self, in_features: int, hidden_features: int, activation: str = "gelu") -> None:
         super().__init__()
         check_positive(in_features=in_features, hidden_features=hidden_features)
+        check_activation(activation)
         self.activation = activation
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.dwconv = _DepthwiseConv(hidden_features)

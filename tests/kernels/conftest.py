@@ -1,0 +1,49 @@
+"""Fixtures of the operator tests. A new backend joins all of them by its name in `COMPILED`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import msformer_kernels as kernels
+
+COMPILED = ["native"]
+
+
+@pytest.fixture(params=COMPILED)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend that is checked against the reference; skipped where it was not built."""
+    if request.param not in kernels.available_backends():
+        pytest.skip(f"backend {request.param} is not available: {kernels.explain().reasons[request.param]}")
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory comes full of NaN, so that what a kernel does not write shows."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type == "cpu" else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kw: fill(new_empty(self, *size, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: fill(empty_like(*args, **kw)))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def isa() -> Iterator[None]:
+    """Puts the instruction set back."""
+    native = pytest.importorskip("msformer_kernels._native")
+    before = native.isa()
+    yield
+    native.set_isa(before)

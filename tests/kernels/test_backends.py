@@ -1,0 +1,130 @@
+"""Which backend a call gets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import msformer_kernels as kernels
+from msformer_kernels import backends
+from msformer_kernels.backends import resolve
+
+
+def test_order_of_choice(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    assert resolve(None, "cpu", torch.float32) == "native"
+    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
+    assert resolve(None, "cpu", torch.float32) == "reference"
+    with kernels.use_backend(backend):
+        assert resolve(None, "cpu", torch.float32) == backend
+        with kernels.use_backend("reference"):
+            assert resolve(None, "cpu", torch.float32) == "reference"
+            assert resolve(backend, "cpu", torch.float32) == backend
+        assert resolve(None, "cpu", torch.float32) == backend
+    assert resolve(None, "cpu", torch.float32) == "reference"
+
+
+def test_use_backend_is_undone_by_an_exception_and_stays_in_its_thread() -> None:
+    seen = []
+
+    def fail_inside() -> None:
+        with kernels.use_backend("reference"):
+            thread = threading.Thread(target=lambda: seen.append(getattr(backends._override, "name", None)))
+            thread.start()
+            thread.join()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert seen == [None]
+    assert getattr(backends._override, "name", None) is None
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_explicit_choice_never_falls_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 1, 3, 2)
+    message = f"'{name}'.*backend=.*not part of this version.*usable here: reference"
+    with pytest.raises(kernels.BackendError, match=message):
+        kernels.efficient_attention(q, q, q, backend=name)
+    with pytest.raises(kernels.BackendError, match="use_backend"), kernels.use_backend(name):
+        kernels.efficient_attention(q, q, q)
+    monkeypatch.setenv("MSFORMER_BACKEND", name)
+    with pytest.raises(kernels.BackendError, match="MSFORMER_BACKEND"):
+        kernels.efficient_attention(q, q, q)
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="backend=: unknown backend 'tpu'; expected one of reference, native"):
+        kernels.efficient_attention(q, q, q, backend="tpu")
+    with pytest.raises(ValueError, match="use_backend: unknown"), kernels.use_backend("tpu"):
+        pass
+    monkeypatch.setenv("MSFORMER_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="MSFORMER_BACKEND: unknown"):
+        kernels.explain()
+
+
+def test_native_serves_the_cpu_only(backend: str) -> None:
+    with pytest.raises(kernels.BackendError, match="it serves CPU tensors, these are on cuda"):
+        resolve("native", "cuda", torch.float32)
+    assert resolve(None, "cuda", torch.float32) == "reference"
+
+
+def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    explanation = kernels.explain()
+    assert explanation.chosen == "native"
+    assert explanation.rule == "the fastest for the device"
+    text = str(explanation)
+    assert "* native" in text
+    assert "instruction set" in text
+    assert "triton     not usable" in text
+    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
+    assert str(kernels.explain()).startswith("cpu, float32: reference (chosen by MSFORMER_BACKEND)")
+
+
+def test_without_the_extension_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_native_imported", False)
+    monkeypatch.setattr(backends, "_native_reason", "no C++ compiler")
+    monkeypatch.setattr(backends, "_warned", threading.Event())
+    q = torch.randn(1, 1, 3, 2)
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler"):
+        kernels.efficient_attention(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.efficient_attention(q, q, q)
+    with pytest.raises(kernels.BackendError, match="no C\\+\\+ compiler"):
+        kernels.efficient_attention(q, q, q, backend="native")
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_instruction_set_from_the_environment(backend: str) -> None:
+    code = "import msformer_kernels; from msformer_kernels import _native; print(_native.isa())"
+    assert _run(code, MSFORMER_CPU_ISA="plain").stdout.strip() == "plain"
+    failed = _run(code, MSFORMER_CPU_ISA="mmx")
+    assert failed.returncode != 0
+    assert "unknown or unsupported instruction set 'mmx'; this machine has: " in failed.stderr
+
+
+def test_extension_shares_the_openmp_of_torch(backend: str) -> None:
+    """Two OpenMP runtimes in one process would fight over the cores and ignore torch.set_num_threads."""
+    code = (
+        "import torch, msformer_kernels\n"
+        "lines = [line.strip() for line in open('/proc/self/maps')]\n"
+        "print(len({line.split('/')[-1] for line in lines if 'libgomp' in line or 'libomp' in line}))"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    assert int(_run(code).stdout) <= 1

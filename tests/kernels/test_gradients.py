@@ -1,0 +1,60 @@
+"""gradcheck of the compiled backward in float64, against differences of the compiled forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import msformer_kernels as kernels
+from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, self_attention_case
+
+# a ReLU has no derivative at its kink, which differences may straddle
+SMOOTH = [case for case in SMALL if "relu" not in case.name and "expanded" not in case.name]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_gradcheck(case: Case, backend: str) -> None:
+    tensors = cast(case.make(), torch.float64)
+    names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [attention_case(""), self_attention_case(""), mix_ffn_case("")], ids=str)
+def test_second_derivative_says_that_it_is_not_supported(case: Case, backend: str) -> None:
+    tensors = cast(case.make(), torch.float64)
+    x = next(iter(tensors.values()))
+    assert x is not None
+    (gradient,) = torch.autograd.grad(case.call(tensors, backend)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'second derivatives are not supported.*backend="reference"'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "case", [attention_case("", mask="one_image_masked", batch=2), self_attention_case(""), mix_ffn_case("")], ids=str
+)
+def test_the_reference_has_second_derivatives(case: Case) -> None:
+    tensors = cast(case.make(), torch.float64)
+    names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), "reference")
+
+    assert torch.autograd.gradgradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-5)
+
+
+def test_context_alone_is_differentiable(backend: str) -> None:
+    """As in the model's consistency loss: the output gets no gradient."""
+    block = kernels.EfficientAttention(6, num_heads=2).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    found = {}
+    for name in (backend, "reference"):
+        with kernels.use_backend(name):
+            _, context = block(x)
+            found[name] = torch.autograd.grad(context.square().sum(), (x, block.keys.weight), allow_unused=True)
+    for a, b in zip(found[backend], found["reference"], strict=True):
+        torch.testing.assert_close(a, b)

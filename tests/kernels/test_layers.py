@@ -1,0 +1,103 @@
+"""The layers: published parameter names, both input layouts, fused norm and residual, and the block written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import msformer_kernels as kernels
+
+
+def test_parameter_names_are_those_of_the_published_checkpoints() -> None:
+    names = {name: tuple(p.shape) for name, p in kernels.EfficientTransformerBlock(6).named_parameters()}
+    assert names == {
+        "norm1.weight": (6,),
+        "norm1.bias": (6,),
+        "attn.keys.weight": (6, 6, 1, 1),
+        "attn.keys.bias": (6,),
+        "attn.queries.weight": (6, 6, 1, 1),
+        "attn.queries.bias": (6,),
+        "attn.values.weight": (6, 6, 1, 1),
+        "attn.values.bias": (6,),
+        "attn.reprojection.weight": (6, 6, 1, 1),
+        "attn.reprojection.bias": (6,),
+        "norm2.weight": (6,),
+        "norm2.bias": (6,),
+        "mlp.fc1.weight": (24, 6),
+        "mlp.fc1.bias": (24,),
+        "mlp.dwconv.dwconv.weight": (24, 1, 3, 3),
+        "mlp.dwconv.dwconv.bias": (24,),
+        "mlp.fc2.weight": (6, 24),
+        "mlp.fc2.bias": (6,),
+        "mlp.norm1.weight": (24,),
+        "mlp.norm1.bias": (24,),
+    }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_of_an_image(channels_last: bool) -> None:
+    layer = kernels.EfficientAttention(6, key_channels=4, value_channels=10, num_heads=2)
+    image = torch.randn(2, 6, 3, 5)
+    image = image.contiguous(memory_format=torch.channels_last) if channels_last else image
+    output, context = layer(image)
+    expected, expected_context = layer(image.flatten(2).transpose(1, 2).contiguous())
+    assert output.shape == image.shape
+    torch.testing.assert_close(output.flatten(2).transpose(1, 2), expected)
+    torch.testing.assert_close(context, expected_context)
+
+
+def test_channels_last_images_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randn(1, 6, 3, 5).contiguous(memory_format=torch.channels_last)
+    seen = []
+    original = kernels.efficient_self_attention.__globals__["ops"].efficient_self_attention
+    monkeypatch.setattr(
+        kernels.efficient_self_attention.__globals__["ops"],
+        "efficient_self_attention",
+        lambda x, *rest: (seen.append(x.data_ptr()), original(x, *rest))[1],
+    )
+    if kernels.explain().chosen == "reference":
+        pytest.skip("the reference does not pass through the op")
+    kernels.EfficientAttention(6)(image)
+    assert seen == [image.data_ptr()]
+
+
+@pytest.mark.parametrize("ffn", ["mix_skip", "mix", "mlp"])
+def test_block_is_norm_attention_residual_norm_ffn_residual(ffn: str) -> None:
+    block = kernels.EfficientTransformerBlock(8, num_heads=2, ffn=ffn, mlp_ratio=3)
+    x = torch.randn(2, 15, 8)
+    found, context = block(x, 3, 5)
+    attended, expected_context = block.attn(block.norm1(x))
+    x = x + attended
+    expected = x + block.mlp(block.norm2(x), 3, 5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(context, expected_context)
+    assert context.shape == (2, 2, 4, 4)
+
+
+def test_mix_ffn_skip_written_out() -> None:
+    layer = kernels.MixFFNSkip(6, 10)
+    x = torch.randn(2, 12, 6)
+    hidden = layer.fc1(x)
+    mixed = layer.dwconv.dwconv(hidden.transpose(1, 2).view(2, 10, 3, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layer(x, 3, 4), layer.fc2(F.gelu(layer.norm1(mixed + hidden))))
+
+
+def test_norm_without_parameters_and_norm_of_another_width() -> None:
+    layer = kernels.EfficientAttention(6)
+    x = torch.randn(1, 5, 6)
+    bare = torch.nn.LayerNorm(6, elementwise_affine=False)
+    torch.testing.assert_close(layer(x, norm=bare)[0], layer(bare(x))[0])
+    with pytest.raises(ValueError, match=r"norm: expected a LayerNorm over 6 channels, got \(5,\)"):
+        layer(x, norm=torch.nn.LayerNorm(5))
+    with pytest.raises(ValueError, match=r"norm: has eps 0\.1"):
+        kernels.MixFFNSkip(6, 12)(x, 1, 5, norm=torch.nn.LayerNorm(6, eps=0.1))
+
+
+def test_layers_in_half_precision() -> None:
+    block = kernels.EfficientTransformerBlock(8).bfloat16()
+    output, context = block(torch.randn(1, 9, 8, dtype=torch.bfloat16), 3, 3)
+    assert output.dtype == torch.bfloat16
+    assert context.dtype == torch.float32
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in block.parameters())

@@ -1,0 +1,85 @@
+"""NaN, infinity, masked garbage, and inputs that must stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import msformer_kernels as kernels
+from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, run, self_attention_case
+
+DIFFERENT = [
+    attention_case("", batch=2, heads=2),
+    attention_case("scaling", batch=2, normalization="scaling"),
+    self_attention_case("", heads=2),
+    self_attention_case("bare", norm=False, residual=False),
+    mix_ffn_case("", batch=2),
+    mix_ffn_case("relu", batch=2, activation="relu", norm=False, hidden_norm=False),
+    mix_ffn_case("tanh", batch=2, activation="gelu_tanh", skip=False, hidden_norm=False),
+]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("case", DIFFERENT, ids=str)
+def test_nan_and_infinity_come_out_where_they_would_in_pytorch(case: Case, bad: float, backend: str) -> None:
+    tensors = case.make()
+    first = next(iter(tensors.values()))
+    assert first is not None
+    first[0, ..., 2, 1] = bad
+    leaves = cast(tensors, torch.float32)
+    expected, found = run(case, leaves, "reference"), run(case, leaves, backend)
+    for name in (n for n in expected if n.startswith("output")):
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+        finite = expected[name].isfinite()
+        torch.testing.assert_close(found[name][finite], expected[name][finite], rtol=1e-4, atol=1e-4)
+    for name in (n for n in expected if n.startswith("grad")):
+        assert name == "grad_key_bias" or not found[name][expected[name].isnan()].isfinite().any(), name
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("backend_name", ["reference", "native"])
+def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
+    if backend_name not in kernels.available_backends():
+        pytest.skip("not built")
+    case = attention_case("", batch=2, heads=2, mask="random")
+    tensors = case.make()
+    clean = run(case, cast(tensors, torch.float32), backend_name)
+    x, mask = tensors[name], tensors["mask"]
+    assert x is not None
+    assert mask is not None
+    x.transpose(1, 2)[~mask] = float("nan")
+    dirty = run(case, cast(tensors, torch.float32), backend_name)
+    for key in clean:
+        torch.testing.assert_close(dirty[key], clean[key], rtol=0, atol=0)
+
+
+def test_no_token_kept_gives_zeros(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    output, context = kernels.efficient_attention(q, k, v, mask=mask, backend=backend)
+    assert not output.any()
+    assert not context.any()
+    for gradient in torch.autograd.grad(output.sum() + context.sum(), (q, k, v)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_inputs_are_never_written(case: Case, backend: str) -> None:
+    tensors = cast(case.make(), torch.float32)
+    before: dict[str, Tensor] = {n: x.detach().clone() for n, x in tensors.items() if x is not None}
+    versions = {n: x._version for n, x in tensors.items() if x is not None}
+    run(case, tensors, backend)
+    for name, x in before.items():
+        now = tensors[name]
+        assert now is not None
+        assert torch.equal(now.detach(), x), name
+        assert now._version == versions[name], name
+
+
+def test_large_logits_do_not_overflow(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, 50, 4) * 1e4 for _ in range(3))
+    output, context = kernels.efficient_attention(q, k, v, backend=backend)
+    expected, expected_context = kernels.efficient_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(context, expected_context)

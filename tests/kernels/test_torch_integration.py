@@ -1,0 +1,193 @@
+"""The operators as citizens of PyTorch: opcheck, compile, export, autocast, checkpointing, DDP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import msformer_kernels as kernels
+from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, run, self_attention_case
+
+CASES = [
+    attention_case("masked", batch=2, heads=2, mask="random"),
+    self_attention_case("heads", heads=2),
+    self_attention_case("bare", norm=False, biases=False, mask="random"),
+    mix_ffn_case("skip"),
+    mix_ffn_case("bare", norm=False, hidden_norm=False, biases=False),
+]
+
+
+def block_and_tokens(dim: int = 8) -> tuple[kernels.EfficientTransformerBlock, Tensor]:
+    torch.manual_seed(0)
+    return kernels.EfficientTransformerBlock(dim, num_heads=2), torch.randn(2, 12, dim, requires_grad=True)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs opcheck on exactly the arguments that the api hands to the op, and on those of the backward."""
+    recorded: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "msformer":
+                recorded.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        run(case, cast(case.make(), torch.float32), backend)
+    assert [op.name().count("backward") for op, _ in recorded] == [0, 1]
+    (forward, arguments), (backward, backward_arguments) = recorded
+    for a in arguments:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            a.requires_grad_()
+    torch.library.opcheck(forward, arguments)
+    torch.library.opcheck(backward, backward_arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_fullgraph(dynamic: bool, backend: str) -> None:
+    block, x = block_and_tokens()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for height, width in ((3, 4), (2, 6)):
+        with kernels.use_backend(backend):
+            expected, expected_context = block(x, height, width)
+            found, context = compiled(x, height, width)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(context, expected_context)
+        a = gradients(block, expected.square().sum() + expected_context.sum())
+        b = gradients(block, found.square().sum() + context.sum())
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_compile_with_inductor(backend: str) -> None:
+    block, x = block_and_tokens()
+    expected, _ = block(x, 3, 4)
+    found, _ = torch.compile(block, fullgraph=True)(x, 3, 4)
+    torch.testing.assert_close(found, expected)
+    for name, value in gradients(block, found.sum()).items():
+        torch.testing.assert_close(value, gradients(block, block(x, 3, 4)[0].sum())[name])
+
+
+def test_compiled_code_follows_the_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of backend recompiles: the op appears in the graph or does not."""
+    graphs: list[str] = []
+
+    def record(module: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(module.code)
+        return module.forward
+
+    q = torch.randn(1, 1, 4, 3)
+    compiled = torch.compile(lambda q: kernels.efficient_attention(q, q, q), fullgraph=True, backend=record)
+    for name in (backend, "reference", backend):
+        with kernels.use_backend(name):
+            compiled(q)
+    assert ["msformer.efficient_attention" in code for code in graphs] == [True, False]
+    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
+    torch.testing.assert_close(compiled(q), kernels.efficient_attention(q, q, q))
+
+
+def test_export(backend: str) -> None:
+    block, x = block_and_tokens()
+    program = torch.export.export(block, (x.detach(), 3, 4))
+    assert any("msformer.mix_ffn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x.detach(), 3, 4), block(x.detach(), 3, 4))
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_autocast(name: str) -> None:
+    if name not in kernels.available_backends():
+        pytest.skip("not built")
+    block, x = block_and_tokens(16)
+    exact, exact_context = block.double()(x.double(), 3, 4)
+    block.float()
+    with kernels.use_backend(name), torch.autocast("cpu", torch.bfloat16):
+        found, context = block(x, 3, 4)
+        attended, _ = block.attn(x)
+        mixed = block.mlp(x, 3, 4)
+        q = torch.randn(1, 1, 4, 3)
+        output, small_context = kernels.efficient_attention(q, q.double().float(), q)
+    assert found.dtype == torch.float32, "a residual sum with float32 stays float32"
+    assert attended.dtype == mixed.dtype == output.dtype == torch.bfloat16
+    assert context.dtype == small_context.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(context.double(), exact_context, rtol=0.05, atol=0.05)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+def test_autocast_with_mixed_inputs(backend: str) -> None:
+    """bfloat16 activations of an earlier layer, float32 parameters."""
+    block, x = block_and_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = block(x.bfloat16(), 3, 4)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), block(x, 3, 4)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant: bool, backend: str) -> None:
+    block, x = block_and_tokens()
+    expected = gradients(block, block(x, 3, 4)[0].square().sum())
+    output, _ = checkpoint(block, x, 3, 4, use_reentrant=use_reentrant)
+    block.zero_grad()
+    output.square().sum().backward()
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_nothing_as_wide_as_the_hidden_layer_is_saved(backend: str) -> None:
+    block, x = block_and_tokens()
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
+        block(x, 3, 4)
+    activations = [shape for shape in saved if shape[:2] == (2, 12)]
+    assert activations
+    assert all(shape[2] <= 8 for shape in activations)
+
+
+def _train_one_step(rank: int, world_size: int, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+    block, _ = block_and_tokens()
+    model = nn.parallel.DistributedDataParallel(block)
+    torch.manual_seed(100 + rank)
+    model(torch.randn(2, 12, 8), 3, 4)[0].square().mean().backward()
+    torch.save({n: p.grad for n, p in block.named_parameters()}, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path, backend: str) -> None:
+    torch.multiprocessing.spawn(_train_one_step, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    block, _ = block_and_tokens()
+    expected = []
+    for rank in range(2):
+        torch.manual_seed(100 + rank)
+        expected.append(gradients(block, block(torch.randn(2, 12, 8), 3, 4)[0].square().mean()))
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], (expected[0][name] + expected[1][name]) / 2)
+
+
+def test_many_python_threads_at_once(backend: str) -> None:
+    """The kernels release the GIL; calls from several threads do not disturb each other."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = SMALL[13]
+    tensors = cast(case.make(), torch.float32)
+    expected = run(case, tensors, backend)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: run(case, tensors, backend), range(40)):
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
