@@ -1,0 +1,202 @@
+"""Images in: reading files, finding them in folders, bringing any image to one form, resizing.
+
+That form is a float32 tensor ``[3, H, W]`` with values in [0, 1]. 8-bit values are divided by 255. 16-bit and
+floating-point values have no agreed white point (12-bit cameras, Hounsfield units), so they are stretched from the
+image's own minimum and maximum to 0 and 1; a constant image becomes zeros. Grey images become three equal channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+class ImageError(ValueError):
+    """A file that is not a usable image; the message names it and says why."""
+
+
+def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Path | None = None) -> list[Path]:
+    """The image files among the given files and folders (and their subfolders), sorted within each, without repeats.
+
+    Args:
+        exclude: a folder to leave out, such as that of earlier results.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        PermissionError: a folder that cannot be read.
+        ValueError: no image at all.
+    """
+    found: dict[Path, Path] = {}
+    given = [Path(path) for path in paths]
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        for file in _images_below(path) if path.is_dir() else [path]:
+            if exclude is None or exclude.resolve() not in file.resolve().parents:
+                found.setdefault(file.resolve(), file)
+    if not found:
+        listed = ", ".join(map(str, given))
+        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in: {listed}")
+    return list(found.values())
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except PermissionError as error:
+        raise PermissionError(f"{folder}: the folder cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _images_below(entry)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield entry
+
+
+def read_image(path: str | PathLike[str]) -> NDArray[np.generic]:
+    """The pixels of a PNG, JPEG, BMP or TIFF file as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
+    point.
+
+    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
+    read.
+
+    Raises:
+        FileNotFoundError, PermissionError: as the system says, naming the file.
+        ImageError: not an image, damaged, truncated, or of a kind that is not supported.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    try:
+        if path.suffix.lower() in (".tif", ".tiff"):
+            pixels = _decode_tiff(path)
+        elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
+            pixels = _decode_png16(data)
+        else:
+            pixels = _decode_with_pillow(path)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not an image that can be read") from error
+    except (PermissionError, FileNotFoundError):
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        raise ImageError(f"{path}: damaged or unsupported image: {error}") from error
+    return _drop_extra_channels(pixels, str(path))
+
+
+def _decode_with_pillow(path: Path) -> NDArray[np.generic]:
+    with PILImage.open(path) as opened:
+        opened.load()
+        return _from_pillow(opened)
+
+
+def _from_pillow(image: PILImage.Image) -> NDArray[np.generic]:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+
+
+def _decode_png16(data: bytes) -> NDArray[np.generic]:
+    # pillow keeps only the upper 8 bits of 16-bit colour
+    import imagecodecs
+
+    return np.asarray(imagecodecs.png_decode(data))
+
+
+def _decode_tiff(path: Path) -> NDArray[np.generic]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+            pixels: NDArray[np.generic] = np.asarray(page.asarray())
+            if page.axes == "SYX":  # channels stored one after the other
+                pixels = np.moveaxis(pixels, 0, -1)
+            return pixels.squeeze()
+    # palettes, inverted grey, CMYK, JPEG's YCbCr: pillow knows how to show them
+    return _decode_with_pillow(path)
+
+
+def _drop_extra_channels(pixels: NDArray[np.generic], name: str) -> NDArray[np.generic]:
+    """``[H, W, 1..4]`` -> ``[H, W]`` or ``[H, W, 3]``."""
+    if pixels.ndim == 3 and pixels.shape[2] in (1, 2):
+        return pixels[..., 0]
+    if pixels.ndim == 3 and pixels.shape[2] in (3, 4):
+        return pixels[..., :3]
+    if pixels.ndim != 2:
+        raise ImageError(f"{name}: expected a grey or colour image, got shape {pixels.shape}")
+    return pixels
+
+
+def prepare_image(image: Any) -> Tensor:
+    """Any kind of image that `msformer.segment` takes -> float32 ``[3, H, W]`` in [0, 1].
+
+    Raises:
+        ValueError: not an image, an unsupported shape or type, NaN or infinite values, no pixels.
+        OSError: a path that cannot be read.
+    """
+    name = "image"
+    if isinstance(image, str | PathLike):
+        name = str(image)
+        pixels = read_image(image)
+    elif isinstance(image, PILImage.Image):
+        pixels = _from_pillow(image)
+    elif isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"image: expected a tensor [1 or 3, H, W], got shape {tuple(image.shape)}")
+        pixels = (
+            image.detach().cpu().permute(1, 2, 0).float().numpy()
+            if image.is_floating_point()
+            else (image.detach().cpu().permute(1, 2, 0).numpy())
+        )
+        pixels = _drop_extra_channels(pixels, name)
+    elif isinstance(image, np.ndarray):
+        pixels = _drop_extra_channels(image, name)
+    else:
+        raise ValueError(f"image: expected a path, array, tensor or PIL image, got {type(image).__name__}")
+    if pixels.size == 0:
+        raise ValueError(f"{name}: has no pixels, shape {pixels.shape}")
+    values = torch.from_numpy(np.ascontiguousarray(_to_unit_range(pixels, name)))
+    return values.expand(3, *values.shape) if values.dim() == 2 else values.permute(2, 0, 1)
+
+
+def _to_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.float32)
+    if pixels.dtype == np.uint8:
+        return (pixels / 255).astype(np.float32)
+    if pixels.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: expected integer or floating-point pixels, got {pixels.dtype}")
+    values = pixels.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: holds NaN or infinite values")
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low if high > low else 1)).astype(np.float32)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[3, H, W]`` -> ``[3, *size]``: bilinear, averaging over the area that falls on a pixel when shrinking."""
+    if tuple(image.shape[1:]) == size:
+        return image.contiguous()
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def resize_labels(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """``[h, w]`` -> ``[*size]`` by nearest neighbour, pixel centres on pixel centres."""
+    rows, columns = (
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+        for new, old in zip(size, labels.shape, strict=True)
+    )
+    return labels[np.ix_(rows, columns)]

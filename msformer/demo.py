@@ -1,0 +1,55 @@
+"""``msformer demo``: synthetic images with known masks, and the scores of their label maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from rich.console import Console
+from rich.table import Table
+
+from msformer.output import complete_file, prepare_folder
+from msformer.runs import Record, read_labels
+from msformer.scoring import Scores, score
+from msformer.synthetic import synthetic_lesion
+
+
+def make_images(out: Path, count: int, seed: int) -> tuple[list[Path], dict[str, NDArray[np.bool_]]]:
+    """Writes images and masks; returns the paths of the images, and the masks by name."""
+    sources, masks = [], {}
+    for folder in (out / "images", out / "masks"):
+        prepare_folder(folder)
+    for number in range(count):
+        lesion = synthetic_lesion(seed * 1000 + number)
+        name = f"lesion-{seed}-{number + 1:02d}"
+        for kind, pixels in (("images", lesion.image), ("masks", lesion.mask)):
+            with complete_file(out / kind / f"{name}.png") as temporary:
+                PILImage.fromarray(pixels).save(temporary, format="PNG")
+        sources.append(out / "images" / f"{name}.png")
+        masks[name] = lesion.mask
+    return sources, masks
+
+
+def score_all(finished: dict[str, Record], masks: dict[str, NDArray[np.bool_]], out: Path) -> dict[str, Scores]:
+    """Scores by name, of the label maps as they were written."""
+    return {name: score(read_labels(out / f"{name}.labels.png"), masks[name]) for name in finished}
+
+
+def print_scores(scores: dict[str, Scores]) -> None:
+    """A table of Dice coefficients in percent, with the mean."""
+    if not scores:
+        return
+    table = Table(title="Dice coefficient (DSC), %")
+    table.add_column("image")
+    for column in ("best label", "union of labels", "floor: everything"):
+        table.add_column(column, justify="right")
+    for name, found in scores.items():
+        table.add_row(name, *(f"{100 * value:.1f}" for value in found))
+    table.add_section()
+    table.add_row("mean", *(f"{100 * value:.1f}" for value in np.mean(list(scores.values()), axis=0)))
+    console = Console()
+    console.print(table)
+    note = "Both choices of labels look at the true mask: what the label map holds, not what one finds blindly."
+    console.print(note, style="dim", width=min(console.width, 100))

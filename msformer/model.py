@@ -1,0 +1,172 @@
+"""MS-Former: a two-scale transformer of efficient attention that is fitted to one image.
+
+Karimijafarbigloo, Azad, Kazerouni, Merhof, "MS-Former: Multi-Scale Self-Guided Transformer for Medical Image
+Segmentation", MIDL 2023. Parameter names and shapes are those of the published checkpoints.
+
+Between the patch embeddings and the logits everything is tokens ``[B, N, C]``; images are channels-last views of them,
+so that nothing is transposed in memory. Two rewritings, both exact, save work: the linear layer after the upsampled
+concatenation is applied to each half (the concatenation is never made), and on the large branch it is multiplied into
+`linear_up` before it meets the tokens, at a quarter of their number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msformer_kernels import EfficientTransformerBlock
+
+PATCH_SIZE = 32
+MINIMUM_SIZE = PATCH_SIZE + 1
+ATTENTION_SCALE = 64**-0.5  # fixed in the published model, whatever the width
+
+
+class MSFormerOutput(NamedTuple):
+    """What `MSFormer.forward` returns."""
+
+    logits: Tensor
+    """``[B, num_clusters, H, W]``, channels-last in memory."""
+    attention: Tensor
+    """``[B, T, T]``: between two crops of the normalised logits, shifted by one pixel, in T patches of 32x32."""
+    context_small: Tensor
+    """``[B, C, C / num_heads]``: the context of the last full-resolution block, its heads one below the other."""
+    context_large: Tensor
+    """The same of the half-resolution branch."""
+
+
+class PatchEmbedding(nn.Module):
+    """3x3 convolution and BatchNorm: image ``[B, in_channels, H, W]`` -> tokens and their height and width."""
+
+    def __init__(self, in_channels: int, embed_dim: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dim, 3, stride=stride, padding=1)
+        self.norm = nn.BatchNorm2d(embed_dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
+        features = self.norm(self.proj(image.contiguous(memory_format=torch.channels_last)))
+        return as_tokens(features), features.shape[2], features.shape[3]
+
+
+def as_tokens(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, H * W, C]``, a view of a channels-last image."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def as_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """``[B, H * W, C]`` -> ``[B, C, H, W]``, channels-last in memory."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class MSFormer(nn.Module):
+    """The MS-Former network.
+
+    Args:
+        in_channels: of the image.
+        embed_dim: C, the width of the transformer blocks.
+        num_clusters: K, channels of the logits, the most labels there can be; embed_dim by default.
+        depth: blocks in each of the two branches.
+        num_heads: attention heads of every block; must divide embed_dim.
+        mlp_ratio: hidden width of the feed-forward layers, in units of embed_dim.
+
+    Raises:
+        ValueError: sizes below 1, a head count that does not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        embed_dim: int = 100,
+        num_clusters: int | None = None,
+        depth: int = 2,
+        num_heads: int = 1,
+        mlp_ratio: float = 4,
+    ) -> None:
+        super().__init__()
+        num_clusters = embed_dim if num_clusters is None else num_clusters
+        sizes = {"in_channels": in_channels, "embed_dim": embed_dim, "num_clusters": num_clusters, "depth": depth}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.num_clusters = num_clusters
+        self.patch_embed_s = PatchEmbedding(in_channels, embed_dim, stride=1)
+        self.patch_embed_l = PatchEmbedding(in_channels, embed_dim, stride=2)
+
+        def blocks() -> nn.ModuleList:
+            return nn.ModuleList(
+                EfficientTransformerBlock(embed_dim, num_heads, "mix_skip", mlp_ratio) for _ in range(depth)
+            )
+
+        def norms() -> nn.ModuleList:
+            return nn.ModuleList(nn.BatchNorm2d(embed_dim) for _ in range(depth))
+
+        self.block_s, self.bn2_s = blocks(), norms()
+        self.block_l, self.bn2_l = blocks(), norms()
+        self.linear_up = nn.Linear(embed_dim, 4 * embed_dim, bias=False)
+        self.linear_down = nn.Linear(2 * embed_dim, num_clusters, bias=False)
+        self.bn3 = nn.BatchNorm2d(num_clusters)
+        # the published model cuts patches in a first, parameterless layer of this sequence
+        self.to_patch_embedding = nn.Sequential(
+            nn.Identity(), nn.Linear(PATCH_SIZE * PATCH_SIZE * num_clusters, embed_dim)
+        )
+
+    def forward(self, image: Tensor, *, attention: bool = True) -> MSFormerOutput:
+        """Logits, attention map and contexts of a batch of images ``[B, in_channels, H, W]``.
+
+        Args:
+            image: floating point, H and W at least 33.
+            attention: False leaves the attention map out (an empty tensor), with the work for it.
+
+        Raises:
+            ValueError: a wrong rank or channel count, an image that is too small.
+        """
+        self._check(image)
+        small, height, width = self.patch_embed_s(image)
+        large, large_height, large_width = self.patch_embed_l(image)
+        small, context_small = _branch(self.block_s, self.bn2_s, small, height, width)
+        large, context_large = _branch(self.block_l, self.bn2_l, large, large_height, large_width)
+        logits = self._logits(small, large, (height, width), (large_height, large_width))
+        attention_map = self._attention_map(logits) if attention else logits.new_empty(image.shape[0], 0, 0)
+        return MSFormerOutput(logits, attention_map, context_small, context_large)
+
+    def _check(self, image: Tensor) -> None:
+        channels = self.patch_embed_s.proj.in_channels
+        if image.dim() != 4 or image.shape[1] != channels:
+            raise ValueError(f"image: expected [B, {channels}, H, W], got {tuple(image.shape)}")
+        if min(image.shape[2:]) < MINIMUM_SIZE:
+            size = f"{image.shape[2]} x {image.shape[3]}"
+            raise ValueError(f"image: {size} pixels are too small, expected at least {MINIMUM_SIZE} each way")
+
+    def _logits(self, small: Tensor, large: Tensor, size: tuple[int, int], large_size: tuple[int, int]) -> Tensor:
+        """`linear_down` of the concatenation (upsampled large, small), without making either."""
+        dim = small.shape[2]
+        down_large, down_small = self.linear_down.weight.split(dim, dim=1)
+        # linear_up's outputs are ordered (row, column, channel): one C x C matrix for each of the four pixels
+        combined = (down_large @ self.linear_up.weight.view(4, dim, dim)).flatten(0, 1)
+        upsampled = F.linear(large, combined).view(-1, *large_size, 2, 2, self.num_clusters)
+        upsampled = upsampled.transpose(2, 3).reshape(-1, 2 * large_size[0], 2 * large_size[1], self.num_clusters)
+        from_small = F.linear(small, down_small).unflatten(1, size)
+        return (from_small + upsampled[:, : size[0], : size[1]]).permute(0, 3, 1, 2)
+
+    def _attention_map(self, logits: Tensor) -> Tensor:
+        features = self.bn3(logits).permute(0, 2, 3, 1)
+        query = self._embed_patches(features[:, 1:, 1:])
+        key = self._embed_patches(features[:, :-1, :-1])
+        return (query @ key.transpose(1, 2) * ATTENTION_SCALE).softmax(-1)
+
+    def _embed_patches(self, features: Tensor) -> Tensor:
+        """``[B, H, W, K]`` -> embeddings ``[B, T, C]`` of the largest grid of patches that fits, from the top left."""
+        rows, columns = features.shape[1] // PATCH_SIZE, features.shape[2] // PATCH_SIZE
+        grid = features[:, : rows * PATCH_SIZE, : columns * PATCH_SIZE]
+        patches = grid.unflatten(2, (columns, PATCH_SIZE)).unflatten(1, (rows, PATCH_SIZE)).transpose(2, 3)
+        return self.to_patch_embedding(patches.flatten(3).flatten(1, 2))
+
+
+def _branch(blocks: nn.ModuleList, norms: nn.ModuleList, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Blocks with a BatchNorm after each; returns the tokens and the last context, its heads one below the other."""
+    for block, norm in zip(blocks, norms, strict=True):
+        x, context = block(x, height, width)
+        x = as_tokens(norm(as_image(x, height, width)))
+    return x, context.flatten(1, 2)

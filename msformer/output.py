@@ -1,0 +1,84 @@
+"""Writing results so that an interruption at any point leaves whole files only.
+
+Every file is written under a temporary name in its own folder and renamed when complete. Temporaries carry the process
+id; those of processes that are gone are removed by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_TEMPORARY = re.compile(r"\.msformer-(\d+)-.*")
+
+
+class OutputError(OSError):
+    """A result cannot be written; the message names the file or folder and the reason."""
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; it becomes `path` when the block ends without an error.
+
+    Raises:
+        OutputError: the block or the renaming failed with an OSError (disk full, no permission, ...).
+    """
+    temporary = path.with_name(f".msformer-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, sees that it can be written to, and removes what interrupted runs left.
+
+    Raises:
+        OutputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    probe = folder / "probe"
+    with complete_file(probe) as temporary:
+        temporary.write_bytes(b"")
+    probe.unlink()
+    for leftover in folder.rglob(".msformer-*"):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match and not _is_running(int(match[1])):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False  # nothing of this process is being written yet
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that a person can read."""
+    with complete_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,125 @@
+"""Pictures of label maps: colours, overlays, contact sheets.
+
+Label k has the same colour in every picture. The first eight are the colours of Okabe and Ito, told apart also with
+colour vision deficiency; the following ones step around the colour circle by the golden angle, alternating light and
+dark.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+OKABE_ITO = ("#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#999999")
+ROWS_PER_SHEET = 6
+
+
+def palette(count: int = 256) -> NDArray[np.uint8]:
+    """Colours of the labels 0 to count - 1, ``[count, 3]``."""
+    colours = [tuple(bytes.fromhex(code[1:])) for code in OKABE_ITO[:count]]
+    for k in range(len(colours), count):
+        lightness, saturation = ((0.42, 0.75), (0.68, 0.60), (0.30, 0.55))[k % 3]
+        red, green, blue = colorsys.hls_to_rgb(k * 0.61803398875 % 1, lightness, saturation)
+        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return np.array(colours, dtype=np.uint8)
+
+
+def colour_labels(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Label map ``[H, W]`` -> ``[H, W, 3]``."""
+    return palette(int(labels.max()) + 1)[labels]
+
+
+def borders(labels: NDArray[Any], thickness: int = 1) -> NDArray[np.bool_]:
+    """Pixels whose label differs from that of a neighbour less than `thickness` pixels to the right or below."""
+    edge = np.zeros(labels.shape, dtype=np.bool_)
+    for shift in range(1, thickness + 1):
+        edge[:-shift] |= labels[shift:] != labels[:-shift]
+        edge[:, :-shift] |= labels[:, shift:] != labels[:, :-shift]
+    return edge
+
+
+def line_width(shape: tuple[int, ...]) -> int:
+    """Of borders that look alike at every image size."""
+    return max(1, round(min(shape[:2]) / 300))
+
+
+def overlay(image: NDArray[np.uint8], labels: NDArray[Any], strength: float = 0.38) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]`` tinted with the colours of its labels, white lines between them."""
+    tinted = image * (1 - strength) + colour_labels(labels) * strength
+    tinted[borders(labels, line_width(image.shape))] = 255
+    return tinted.round().astype(np.uint8)
+
+
+def outline(
+    image: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int] = (0, 255, 120)
+) -> NDArray[np.uint8]:
+    """An image with the border of a mask drawn in."""
+    drawn = image.copy()
+    drawn[borders(mask, line_width(image.shape) + 1)] = colour
+    return drawn
+
+
+def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
+    """A label map as an image whose pixel values are the labels: 8 bit with the palette, 16 bit grey above 256 labels.
+
+    Raises:
+        ValueError: more than 65536 labels.
+    """
+    count = int(labels.max()) + 1
+    if count > 65536:
+        raise ValueError(f"labels: {count} are too many for a PNG, which holds 65536")
+    if count > 256:
+        return PILImage.fromarray(labels.astype(np.uint16))
+    image = PILImage.fromarray(labels.astype(np.uint8), mode=None)
+    image.putpalette(palette().tobytes())
+    return image
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One image of a contact sheet."""
+
+    name: str
+    caption: str
+    image: NDArray[np.uint8]
+    labels: NDArray[Any]
+    mask: NDArray[np.bool_] | None = None
+    """The true mask, drawn into the first picture."""
+
+
+def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
+    """Draws one page, a row an image: the image, the overlay, the label map; as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    heights = [3 * row.image.shape[0] / row.image.shape[1] for row in rows]
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.03, hspace=0.01, wspace=0.01)
+    figure = Figure(figsize=(9.6, sum(heights) + 0.42 * len(rows) + 0.4), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
+    for row, (left, middle, right) in zip(rows, axes, strict=True):
+        picture = row.image if row.mask is None else outline(row.image, row.mask)
+        for axis, pixels in (
+            (left, picture),
+            (middle, overlay(row.image, row.labels)),
+            (right, colour_labels(row.labels)),
+        ):
+            axis.imshow(pixels, interpolation="antialiased")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        left.set_title(row.name, fontsize=10, fontweight="bold", loc="left")
+        right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
+    titles = ["image" if row_mask is None else "image, true border in green" for row_mask in (rows[0].mask,)]
+    for axis, title in zip(axes[-1], [*titles, "overlay", "labels"], strict=True):
+        axis.set_xlabel(title, fontsize=9, color="#444444")
+    figure.savefig(path, dpi=110, format="png")
