@@ -4,11 +4,18 @@ Operators: `efficient_attention`, `efficient_self_attention`, `mix_ffn`. Layers:
 `MixFFNSkip`, `EfficientTransformerBlock`. Backends: `use_backend`, `available_backends`, `explain`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from msformer_kernels.backends import BackendError, available_backends, explain, use_backend
 from msformer_kernels.block import EfficientTransformerBlock
 from msformer_kernels.efficient_attention import efficient_attention
 from msformer_kernels.efficient_self_attention import EfficientAttention, efficient_self_attention
 from msformer_kernels.mix_ffn import MixFFN, MixFFNSkip, mix_ffn
+
+try:
+    __version__ = version("msformer")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0.0.0+unknown"
 
 __all__ = [
     "BackendError",
@@ -16,6 +23,7 @@ __all__ = [
     "EfficientTransformerBlock",
     "MixFFN",
     "MixFFNSkip",
+    "__version__",
     "available_backends",
     "efficient_attention",
     "efficient_self_attention",

@@ -8,7 +8,8 @@ A backend is one implementation of the operators:
 
 A call takes the first of: its ``backend`` argument, the innermost `use_backend`, the environment variable
 ``MSFORMER_BACKEND``, the fastest backend for the device. The first three are explicit: if that backend cannot be had,
-the call raises and says why. Only the last one falls back, to ``reference``, with one warning.
+the call raises and says why. Only the last one falls back, to ``reference``, with one warning. A function under
+`torch.compile` is compiled again for another argument or `use_backend`, but keeps the environment it was traced with.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def why_not(name: str, device_type: str = "cpu", dtype: torch.dtype = torch.floa
     return "its kernels are not part of this version"
 
 
-def available_backends(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The backends that can be had for a device and dtype."""
+    device_type = torch.device(device).type
     return tuple(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
 
 
@@ -151,12 +153,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> Explanation:
+def explain(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Explanation:
     """Tells which backend a call without a ``backend`` argument gets on this device and dtype, and why.
 
     Raises what such a call would raise: ValueError or BackendError for an explicit choice that cannot be had.
     """
-    device_type = torch.device(device_type).type
+    device_type = torch.device(device).type
     reasons = {}
     for name in BACKENDS:
         reason = why_not(name, device_type, dtype)

@@ -12,12 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msformer_kernels.precision import arithmetic_dtype
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and statistics are kept in for activations of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def activation(x: Tensor) -> tuple[int, ...]:

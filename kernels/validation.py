@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msformer_kernels.precision import autocast_enabled
+
 
 def check_rank(name: str, tensor: Tensor, layout: str, rank: int) -> None:
     if tensor.dim() != rank:
@@ -21,13 +23,12 @@ def check_same_kind(first_name: str, first: Tensor, others: dict[str, Tensor | N
     """`first` is floating point, and the others have its device and, outside autocast, its dtype."""
     if not first.is_floating_point():
         raise TypeError(f"{first_name}: expected a floating-point tensor, got {first.dtype}")
-    autocast = torch.is_autocast_enabled(first.device.type)
     for name, other in others.items():
         if other is None:
             continue
         if other.device != first.device:
             raise ValueError(f"{name}: is on {other.device}, but {first_name} is on {first.device}")
-        if other.dtype != first.dtype and not (autocast and other.is_floating_point()):
+        if other.dtype != first.dtype and not (other.is_floating_point() and autocast_enabled(first.device.type)):
             raise TypeError(f"{name}: has dtype {other.dtype}, but {first_name} has {first.dtype}")
 
 

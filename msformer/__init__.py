@@ -4,11 +4,14 @@
 is ``msformer``. The operators it is built on are in the package `msformer_kernels`.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from msformer.losses import LossWeights
-from msformer.model import MSFormer, MSFormerOutput
-from msformer.segment import Segmentation, segment
+if TYPE_CHECKING:
+    from msformer.losses import LossWeights
+    from msformer.model import MSFormer, MSFormerOutput
+    from msformer.segmentation import Segmentation, segment
 
 try:
     __version__ = version("msformer")
@@ -16,3 +19,19 @@ except PackageNotFoundError:  # used from a source folder that was never install
     __version__ = "0+unknown"
 
 __all__ = ["LossWeights", "MSFormer", "MSFormerOutput", "Segmentation", "__version__", "segment"]
+
+_HOME = {
+    "LossWeights": "msformer.losses",
+    "MSFormer": "msformer.model",
+    "MSFormerOutput": "msformer.model",
+    "Segmentation": "msformer.segmentation",
+    "segment": "msformer.segmentation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names, and torch with them, when they are first used: `msformer --help` needs neither."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'msformer' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

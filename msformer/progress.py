@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from msformer.segment import Progress as StepProgress
+from msformer.segmentation import Progress as StepProgress
 
 
 class RunProgress:

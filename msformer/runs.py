@@ -24,7 +24,7 @@ from msformer.data import prepare_image, read_image
 from msformer.losses import LossWeights
 from msformer.output import complete_file, read_json, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
-from msformer.segment import Progress, Segmentation, segment
+from msformer.segmentation import Progress, Segmentation, segment
 
 Record = dict[str, Any]
 

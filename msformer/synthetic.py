@@ -38,7 +38,7 @@ def synthetic_lesion(seed: int, height: int = 384, width: int = 512) -> Syntheti
     random = np.random.default_rng([seed, 7])
     skin = SKIN[random.integers(len(SKIN))] + random.normal(0, 5, 3)
     image = np.broadcast_to(skin, (height, width, 3)).copy()
-    image += 7 * _noise(random, height, width, 24)[..., None] + 3 * _noise(random, height, width, 4)[..., None]
+    image += 5 * _noise(random, height, width, 24)[..., None] + 3 * _noise(random, height, width, 4)[..., None]
     distance = _distance_to_border(random, height, width)
     image = _paint_lesion(random, image, distance)
     image = _paint_hairs(random, image, int(random.integers(3, 12)))
@@ -65,7 +65,7 @@ def _distance_to_border(random: np.random.Generator, height: int, width: int) ->
     border = np.full_like(radius, random.uniform(0.2, 0.33))
     for wave in range(2, 8):
         border *= 1 + random.normal(0, 0.16 / wave) * np.cos(wave * angle + random.uniform(0, 2 * np.pi))
-    return radius / border - 1 + 0.03 * _noise(random, height, width, 9)
+    return radius / border - 1 + 0.02 * _noise(random, height, width, 14)
 
 
 def _paint_lesion(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.library import LIBRARY, Implementations, refuse_second_derivative, register, register_autocast
+from msformer_kernels.precision import arithmetic_dtype
 
 IMPLEMENTATIONS = Implementations("msformer_kernels.efficient_attention", {"native": "native"})
 
@@ -37,7 +38,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     batch, heads, tokens, key_channels = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(query.dtype)
     statistics = [query.new_empty(batch, heads, key_channels, dtype=wide) for _ in range(2)]
     context = query.new_empty(batch, heads, key_channels, value.shape[3], dtype=wide)
     return query.new_empty(batch, heads, tokens, value.shape[3]), context, *statistics

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msformer_kernels.precision import arithmetic_dtype, autocast_enabled
+
 
 def efficient_attention(
     query: Tensor,
@@ -28,7 +30,7 @@ def efficient_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `msformer_kernels.efficient_attention`."""
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+    if autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             return efficient_attention(
@@ -43,7 +45,7 @@ def efficient_attention(
                 normalization=normalization,
             )
     dtype = query.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(dtype)
     query, key, value = query.to(wide) * query_scale, key.to(wide) * key_scale, value.to(wide)
     masked = None if mask is None else ~mask[:, None, :, None]
     if masked is not None:

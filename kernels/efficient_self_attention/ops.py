@@ -20,6 +20,7 @@ from msformer_kernels.library import (
     register,
     register_autocast,
 )
+from msformer_kernels.precision import arithmetic_dtype
 
 IMPLEMENTATIONS = Implementations("msformer_kernels.efficient_self_attention", {"native": "native"})
 
@@ -47,15 +48,11 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return IMPLEMENTATIONS[args[-1]].backward(*args[:-1])
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake(x: Tensor, key_bias: Tensor | None, query_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     value_weight, num_heads = rest[2], rest[6]
     batch, _, channels = x.shape
     key_channels, value_channels = query_weight.shape[0], value_weight.shape[0]
-    wide = _wide(x)
+    wide = arithmetic_dtype(x.dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty(batch, num_heads, key_channels // num_heads, value_channels // num_heads, dtype=wide),
@@ -70,7 +67,8 @@ def _backward_fake(grad_output: Tensor, grad_context: Tensor | None, x: Tensor, 
     output_weight = parameters[5]
     output_bias = output_weight.new_empty(output_weight.shape[0])
     return x.new_empty(x.shape), *(
-        x.new_empty(0, dtype=_wide(x)) if p is None else p.new_empty(p.shape) for p in (*parameters, output_bias, *norm)
+        x.new_empty(0, dtype=arithmetic_dtype(x.dtype)) if p is None else p.new_empty(p.shape)
+        for p in (*parameters, output_bias, *norm)
     )
 
 

@@ -15,6 +15,7 @@ from msformer_kernels.library import (
     register,
     register_autocast,
 )
+from msformer_kernels.precision import arithmetic_dtype
 
 IMPLEMENTATIONS = Implementations("msformer_kernels.mix_ffn", {"native": "native"})
 
@@ -47,7 +48,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 def _backward_fake(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x = args[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(x.dtype)
     parameters = (args[i] for i in _PARAMETERS)
     return x.new_empty(x.shape), *(
         x.new_empty(0, dtype=wide) if p is None else p.new_empty(p.shape) for p in parameters

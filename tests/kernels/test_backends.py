@@ -74,6 +74,8 @@ def test_native_serves_the_cpu_only(backend: str) -> None:
     with pytest.raises(kernels.BackendError, match="it serves CPU tensors, these are on cuda"):
         resolve("native", "cuda", torch.float32)
     assert resolve(None, "cuda", torch.float32) == "reference"
+    assert "native" not in kernels.available_backends(torch.device("cuda", 0))
+    assert kernels.explain(device="cuda:0").chosen == "reference"
 
 
 def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

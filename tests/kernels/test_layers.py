@@ -101,3 +101,11 @@ def test_layers_in_half_precision() -> None:
     assert context.dtype == torch.float32
     output.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in block.parameters())
+
+
+def test_block_on_the_meta_device_gives_shapes() -> None:
+    with torch.device("meta"):
+        block = kernels.EfficientTransformerBlock(8, num_heads=2)
+        output, context = block(torch.empty(2, 12, 8), 3, 4)
+    assert output.shape == (2, 12, 8)
+    assert context.shape == (2, 2, 4, 4)

@@ -80,7 +80,7 @@ def test_compile_with_inductor(backend: str) -> None:
         torch.testing.assert_close(value, gradients(block, block(x, 3, 4)[0].sum())[name])
 
 
-def test_compiled_code_follows_the_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_follows_the_backend(backend: str) -> None:
     """A change of backend recompiles: the op appears in the graph or does not."""
     graphs: list[str] = []
 
@@ -94,8 +94,21 @@ def test_compiled_code_follows_the_backend(backend: str, monkeypatch: pytest.Mon
         with kernels.use_backend(name):
             compiled(q)
     assert ["msformer.efficient_attention" in code for code in graphs] == [True, False]
-    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
-    torch.testing.assert_close(compiled(q), kernels.efficient_attention(q, q, q))
+
+
+def test_compiled_code_reads_the_environment_when_traced(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 1, 4, 3)
+    for name in (backend, "reference"):
+        monkeypatch.setenv("MSFORMER_BACKEND", name)
+        torch._dynamo.reset()
+        codes: list[str] = []
+
+        def record(module: torch.fx.GraphModule, inputs: object, codes: list[str] = codes) -> object:
+            codes.append(module.code)
+            return module.forward
+
+        torch.compile(lambda q: kernels.efficient_attention(q, q, q), fullgraph=True, backend=record)(q)
+        assert ["msformer.efficient_attention" in code for code in codes] == [name != "reference"]
 
 
 def test_export(backend: str) -> None:

@@ -1,0 +1,262 @@
+"""The command line as a user sees it: files, resuming, interruption, bad input, a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+import msformer.runs
+from msformer.cli import main
+from msformer.output import OutputError, complete_file, prepare_folder
+from tests.msformer.conftest import QUICK_OPTIONS
+
+Picture = NDArray[np.uint8]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def images(tmp_path: Path, picture: Picture) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "b.bmp", "sub/a.png"):
+        PILImage.fromarray(picture).save(folder / name)
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_segment_a_folder(images: Path, tmp_path: Path, picture: Picture) -> None:
+    out = tmp_path / "out"
+    result = run("segment", images, "--out", out, *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    expected = {
+        f"{name}{suffix}" for name in ("a", "b", "sub/a") for suffix in (".json", ".labels.png", ".overlay.png")
+    }
+    assert files(out) == expected | {"contact-sheet.png", "summary.json"}
+    assert "[1/3] a:" in result.output
+    assert "3 of 3 images" in result.output
+    with PILImage.open(out / "a.labels.png") as labels:
+        assert labels.size == (40, 48)
+        assert labels.mode == "P"
+        count = len(np.unique(np.asarray(labels)))
+    summary = json.loads((out / "summary.json").read_text())
+    assert [image["status"] for image in summary["images"]] == ["done"] * 3
+    assert summary["images"][0]["labels"] == count
+    assert summary["settings"]["size"] == 33
+    assert summary["machine"]["torch"]
+
+
+def test_done_images_are_skipped_until_something_changes(images: Path, tmp_path: Path, picture: Picture) -> None:
+    out = tmp_path / "out"
+    arguments = ("segment", images, "--out", out, *QUICK_OPTIONS)
+    run(*arguments)
+    again = run(*arguments)
+    assert "3 of 3 images were already done" in again.output
+    assert "[1/3]" not in again.output
+    (out / "b.labels.png").unlink()
+    PILImage.fromarray(255 - picture).save(images / "a.png")
+    changed = run(*arguments)
+    assert "1 of 3 images were already done" in changed.output
+    assert "already done" not in run(*arguments, "--seed", 1).output
+    assert "already done" not in run(*arguments, "--seed", 1, "--overwrite").output
+
+
+def test_names_that_clash_do_not_overwrite_each_other(tmp_path: Path, picture: Picture) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, value in ((one, 0), (two, 90)):
+        folder.mkdir()
+        for suffix in ("png", "bmp"):
+            PILImage.fromarray(picture // 2 + value).save(folder / f"x.{suffix}")
+    result = run("segment", one, two, "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(p.read_text())["source"] for p in (tmp_path / "out").glob("x*.json")]
+    assert len(set(records)) == 4
+    # and in a later run, where the earlier image is not given
+    later = run("segment", two / "x.bmp", "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert later.exit_code == 0
+    assert len({json.loads(p.read_text())["source"] for p in (tmp_path / "out").glob("x*.json")}) == 4
+
+
+def test_broken_files_do_not_stop_the_others(images: Path, tmp_path: Path) -> None:
+    (images / "a.png").write_bytes(b"no image")
+    PILImage.fromarray(np.full((20, 20), 7, dtype=np.uint8)).save(images / "tiny.png")
+    result = run("segment", images, "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "a.png: not an image that can be read" in result.output
+    assert "3 of 4 images" in result.output, "an image smaller than the fitted size is enlarged"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert sorted(image["status"] for image in summary["images"]) == ["done", "done", "done", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["segment", "gone.png", "--out", "out"], 1, "error: gone.png: no such file or folder"),
+        (["segment", ".", "--out", "out"], 1, "error: no images"),
+        (["segment", "--out", "out"], 2, "Missing argument 'PATHS...'"),
+        (["segment", "x.png"], 2, "Missing option '--out'"),
+        (["segment", "x.png", "--out", "out", "--size", "20"], 2, "20 is not in the range x>=33"),
+        (["segment", "x.png", "--out", "x.png"], 1, "error: cannot make the folder x.png"),
+        (["segment", "x.png", "--out", "x.png/out"], 1, "error: cannot make the folder x.png/out"),
+        (["segment", "x.png", "--out", "out", "--backend", "tpu"], 1, "unknown backend 'tpu'"),
+        (["segment", "x.png", "--out", "out", "--backend", "cuda"], 1, "not part of this version"),
+        (["segment", "x.png", "--out", "out", "--device", "warp"], 1, "device: 'warp' cannot be used"),
+        (["segment", "x.png", "--out", "out", "--ce", "0", "--inter", "0", "--intra", "0"], 1, "switched off"),
+        (["sgement"], 2, "No such command 'sgement'"),
+    ],
+)
+def test_errors_of_usage(
+    arguments: list[str], code: int, message: str, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "x.png" in arguments:
+        PILImage.fromarray(picture).save("x.png")
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_output_folder_that_cannot_be_written_to(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, data: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    result = run("segment", images, "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "error: cannot write" in result.output
+    assert "Permission denied" in result.output
+
+
+def test_disk_full_while_writing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    saved: list[Path] = []
+    original = PILImage.Image.save
+
+    def fill_up(self: PILImage.Image, path: Any, **options: Any) -> None:
+        saved.append(path)
+        if len(saved) == 4:  # the overlay of the second image
+            Path(path).write_bytes(b"half a pic")
+            raise OSError(28, "No space left on device")
+        original(self, path, **options)
+
+    monkeypatch.setattr(PILImage.Image, "save", fill_up)
+    result = run("segment", images, "--out", out, *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "b.overlay.png: No space left on device" in result.output
+    assert files(out) == {"a.json", "a.labels.png", "a.overlay.png", "b.labels.png"}
+    monkeypatch.undo()
+    again = run("segment", images, "--out", out, *QUICK_OPTIONS)
+    assert again.exit_code == 0
+    assert "1 of 3 images were already done" in again.output
+
+
+def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = msformer.runs.segment
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(msformer.runs, "segment", interrupted)
+    result = run("segment", images, "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert result.exit_code == 130
+    assert "interrupted; finished images are complete" in result.output
+    assert files(tmp_path / "out") == {"a.json", "a.labels.png", "a.overlay.png"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_process_can_be_resumed(how: signal.Signals, tmp_path: Path, picture: Picture) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for number in range(30):
+        PILImage.fromarray(picture).save(images / f"{number:02d}.png")
+    command = [sys.executable, "-m", "msformer", "segment", str(images), "--out", str(out), *QUICK_OPTIONS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("0*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), output
+    done = len(list(out.glob("*.json")))
+    assert 0 < done < 30
+    for path in out.glob("[0-9]*.png"):
+        with PILImage.open(path) as image:
+            image.load()
+    result = run("segment", images, "--out", out, *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert f"{done} of 30 images were already done" in result.output
+    assert not [name for name in files(out) if Path(name).name.startswith(".")]
+    assert len([name for name in files(out) if name.startswith("contact-sheet-")]) == 5
+
+
+def test_demo(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run("demo", "--out", out, "--count", 2, *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert "Dice coefficient" in result.output
+    assert "floor: everything" in result.output
+    scores = json.loads((out / "summary.json").read_text())["scores"]
+    assert set(scores) == {"lesion-0-01", "lesion-0-02"}
+    assert all(0 <= value <= 1 for found in scores.values() for value in found.values())
+    assert {"images/lesion-0-01.png", "masks/lesion-0-02.png", "contact-sheet.png"} <= files(out)
+    assert "2 of 2 images were already done" in run("demo", "--out", out, "--count", 2, *QUICK_OPTIONS).output
+
+
+def test_info_and_version() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("msformer", "torch", "threads", "native", "triton", "usable"):
+        assert word in result.output
+    assert run("info", "--help").exit_code == run("--help").exit_code == 0
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from msformer.cli import main; main(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+def test_complete_file_leaves_the_old_one_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), complete_file(path) as temporary:
+        temporary.write_text(str(1 / 0))
+    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: Is a directory"), complete_file(path) as temporary:
+        raise IsADirectoryError(21, "Is a directory")
+    assert path.read_text() == "old"
+    assert files(tmp_path) == {"a.txt"}
+
+
+def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    dead, alive = tmp_path / f".msformer-{process.pid}-a.png", tmp_path / f".msformer-{os.getppid()}-a.png"
+    dead.touch()
+    alive.touch()
+    prepare_folder(tmp_path)
+    assert files(tmp_path) == {alive.name}

@@ -1,0 +1,158 @@
+"""Readers and resizing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from msformer.data import ImageError, find_images, prepare_image, read_image, resize_image, resize_labels
+
+COLOUR = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3) * 4
+GREY = COLOUR[..., 0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".PNG"])
+@pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
+def test_lossless_8_bit(pixels: NDArray[np.uint8], suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"name with space ü{suffix}"
+    PILImage.fromarray(pixels).save(path)
+    assert np.array_equal(read_image(path), pixels)
+
+
+def test_jpeg_and_its_orientation(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+    pixels[:, :16] = 255
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    PILImage.fromarray(pixels).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    found = read_image(tmp_path / "a.jpg")
+    assert found.shape == (32, 16, 3)
+    assert found[:12].mean() > 250
+    assert found[20:].mean() < 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32, np.uint8])
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "colour"])
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+def test_tiff(dtype: type, channels: tuple[int, ...], compression: str | None, tmp_path: Path) -> None:
+    pixels = (
+        np.arange(5 * 4 * (channels or (1,))[0]).reshape(5, 4, *channels) * 3 - (20 if dtype == np.int16 else 0)
+    ).astype(dtype)
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels, compression=compression, photometric="rgb" if channels else "minisblack"
+    )
+    assert np.array_equal(read_image(tmp_path / "a.tif"), pixels)
+    planar = np.moveaxis(pixels, -1, 0) if channels else pixels
+    if channels:
+        tifffile.imwrite(tmp_path / "b.tif", planar, photometric="rgb", planarconfig="separate")
+        assert np.array_equal(read_image(tmp_path / "b.tif"), pixels)
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (4,)], ids=["grey", "colour", "alpha"])
+def test_16_bit_png_keeps_its_bits(channels: tuple[int, ...], tmp_path: Path) -> None:
+    pixels = np.arange(5 * 4 * (channels or (1,))[0], dtype=np.uint16).reshape(5, 4, *channels) * 257 + 3
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(pixels))
+    assert np.array_equal(read_image(tmp_path / "a.png"), pixels[..., :3] if channels else pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "CMYK"])
+def test_other_modes(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    PILImage.fromarray(COLOUR).convert(mode).save(path)
+    found = read_image(path)
+    assert found.dtype == np.uint8
+    assert found.shape == ((5, 4) if mode in ("LA", "1") else (5, 4, 3))
+
+
+def test_inverted_grey_tiff_is_turned_back(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", 255 - GREY, photometric="miniswhite")
+    assert np.array_equal(read_image(tmp_path / "a.tif"), GREY)
+
+
+def test_first_page_of_many(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([GREY, GREY + 1, GREY + 2]), photometric="minisblack")
+    assert np.array_equal(read_image(tmp_path / "a.tif"), GREY)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+def test_not_an_image_truncated_or_empty(suffix: str, tmp_path: Path) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    random = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    PILImage.fromarray(random).save(whole)
+    contents = {"text": b"this is no image", "empty": b"", "truncated": whole.read_bytes()[: whole.stat().st_size // 2]}
+    for name, content in contents.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match=f"{name}{suffix}: (not an image|damaged)"):
+            read_image(path)
+
+
+def test_truncated_16_bit_png(tmp_path: Path) -> None:
+    content = imagecodecs.png_encode(np.random.default_rng(0).integers(0, 65535, (64, 64, 3), dtype=np.uint16))
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageError, match=r"a\.png: damaged"):
+        read_image(tmp_path / "a.png")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_find_images_in_files_and_folders(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "sub/c.tif", "sub/notes.txt", ".hidden/d.png", "out/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images([tmp_path / "b.png", tmp_path], exclude=tmp_path / "out")
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["b.png", "a.JPG", "sub/c.tif"]
+    with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
+        find_images([tmp_path / "gone"])
+    with pytest.raises(ValueError, match="no images"):
+        find_images([tmp_path / "sub" / ".."], exclude=tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")
+def test_unreadable_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    with pytest.raises(PermissionError, match="closed: the folder cannot be read"):
+        find_images([folder])
+
+
+def test_unreadable_folder_by_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for root, whom permissions do not bind."""
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PermissionError, match="the folder cannot be read: Permission denied"):
+        find_images([tmp_path])
+
+
+def test_value_ranges() -> None:
+    assert prepare_image(COLOUR).max() == pytest.approx(COLOUR.max() / 255)
+    stretched = prepare_image(np.array([[100, 300]], dtype=np.int16))
+    assert stretched.shape == (3, 1, 2)
+    assert stretched[0].tolist() == [[0, 1]]
+    assert not prepare_image(np.full((2, 2), 9.0)).any()
+    assert prepare_image(np.array([[True, False]]))[0].tolist() == [[1, 0]]
+    assert prepare_image(GREY).shape == (3, 5, 4)
+
+
+def test_resizing() -> None:
+    image = torch.rand(3, 8, 8)
+    assert torch.equal(resize_image(image, (8, 8)), image)
+    halved = resize_image(torch.ones(3, 1, 1) * torch.tensor([0.0, 1.0]).repeat(8)[None, None], (1, 4))
+    torch.testing.assert_close(halved[..., 1:3], torch.full((3, 1, 2), 0.5), rtol=0, atol=0.02)
+    labels = np.arange(4).reshape(2, 2)
+    assert resize_labels(labels, (4, 4)).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert resize_labels(np.arange(9).reshape(3, 3), (1, 1)).tolist() == [[4]]
