@@ -115,7 +115,14 @@ class BuildNative(build_ext):
             self.warn(f"msformer goes on without its compiled CPU kernels: {error}")
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: ninja already wrote to the source folder, or the reason why there is no extension."""
+        """Editable installs: takes the extension, or the reason why there is none, to the source folder."""
+        folder = Path(self.get_finalized_command("build_py").get_package_dir("msformer_kernels"))
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            for file in (built, built.parent / "_native_error.txt"):
+                (folder / file.name).unlink(missing_ok=True)
+                if file.exists():
+                    self.copy_file(str(file), str(folder / file.name))
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]

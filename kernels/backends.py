@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -35,11 +36,11 @@ class BackendError(RuntimeError):
 def _import_native() -> tuple[bool, str]:
     """Whether the compiled extension can be imported, and why not."""
     try:
-        from msformer_kernels import _native  # noqa: F401
+        import_module("msformer_kernels._native")
     except ImportError as error:
         recorded = Path(__file__).with_name("_native_error.txt")
         reason = recorded.read_text().strip() if recorded.exists() else str(error)
-        return False, f"the compiled extension msformer_kernels._native is missing: {reason}"
+        return False, f"the compiled extension msformer_kernels._native cannot be had: {reason}"
     return True, ""
 
 

@@ -97,6 +97,7 @@ def self_attention_case(
     biases: bool = True,
     mask: str | None = None,
     layout: str = "contiguous",
+    norm_eps: float = 1e-5,
 ) -> Case:
     def make() -> Tensors:
         torch.manual_seed(0)
@@ -118,7 +119,8 @@ def self_attention_case(
         }
 
     def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
-        return kernels.efficient_self_attention(**tensors, num_heads=heads, residual=residual, backend=backend)
+        options = {"num_heads": heads, "residual": residual, "norm_eps": norm_eps, "backend": backend}
+        return kernels.efficient_self_attention(**tensors, **options)
 
     return Case(f"self_attention-{name}", make, call)
 
@@ -137,6 +139,7 @@ def mix_ffn_case(
     skip: bool = True,
     activation: str = "gelu",
     residual: bool = True,
+    norm_eps: float = 1e-5,
 ) -> Case:
     def make() -> Tensors:
         torch.manual_seed(0)
@@ -156,7 +159,13 @@ def mix_ffn_case(
         }
 
     def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
-        options = {"skip": skip, "activation": activation, "residual": residual, "backend": backend}
+        options = {
+            "skip": skip,
+            "activation": activation,
+            "residual": residual,
+            "norm_eps": norm_eps,
+            "backend": backend,
+        }
         return (kernels.mix_ffn(height=height, width=width, **tensors, **options),)
 
     return Case(f"mix_ffn-{name}", make, call)
@@ -193,6 +202,9 @@ SMALL = [
     mix_ffn_case("transposed", layout="transposed"),
     mix_ffn_case("sliced", layout="sliced"),
     mix_ffn_case("expanded", batch=2, layout="expanded"),
+    self_attention_case("norm_eps", norm_eps=0.3),
+    mix_ffn_case("norm_eps", norm_eps=0.3),
+    mix_ffn_case("hidden_norm_eps", norm_eps=0.3, norm=False),
 ]
 
 # several chunks, strips, bands and panels, with remainders everywhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,10 @@ COMPILED = ["native"]
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that is checked against the reference; skipped where it was not built."""
     if request.param not in kernels.available_backends():
-        pytest.skip(f"backend {request.param} is not available: {kernels.explain().reasons[request.param]}")
+        reason = f"backend {request.param} is not available: {kernels.explain().reasons[request.param]}"
+        if os.environ.get("MSFORMER_REQUIRE_NATIVE") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return request.param
 
 

@@ -78,6 +78,19 @@ def test_native_serves_the_cpu_only(backend: str) -> None:
     assert kernels.explain(device="cuda:0").chosen == "reference"
 
 
+def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    assert resolve(None, "cpu", torch.float8_e4m3fn) == "reference"
+    with pytest.raises(kernels.BackendError, match="usable here: reference"):
+        resolve("native", "cpu", torch.float8_e4m3fn)
+
+
+def test_the_op_names_the_backends_that_it_has() -> None:
+    q = torch.randn(1, 1, 3, 2)
+    with pytest.raises(ValueError, match=r"backend: msformer_kernels\.efficient_attention has no kernels for 'cuda'"):
+        torch.ops.msformer.efficient_attention(q, q, q, None, 1.0, 1.0, 1.0, True, "softmax", "cuda")
+
+
 def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
     explanation = kernels.explain()

@@ -83,6 +83,42 @@ def test_mix_ffn_skip_written_out() -> None:
     torch.testing.assert_close(layer(x, 3, 4), layer.fc2(F.gelu(layer.norm1(mixed + hidden))))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_mix_ffn_activation(activation: str) -> None:
+    layer = kernels.MixFFN(6, 10, activation=activation)
+    apply = {"gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}[activation]
+    x = torch.randn(2, 12, 6)
+    mixed = layer.dwconv.dwconv(layer.fc1(x).transpose(1, 2).view(2, 10, 3, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layer(x, 3, 4), layer.fc2(apply(mixed)), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_tokens_do_not_reach_the_others() -> None:
+    layer = kernels.EfficientAttention(6, num_heads=2)
+    x = torch.randn(1, 7, 6)
+    mask = torch.tensor([[True, True, False, True, False, True, True]])
+    output, context = layer(x, mask=mask)
+    expected, expected_context = layer(x[:, mask[0]])
+    torch.testing.assert_close(output[:, mask[0]], expected)
+    torch.testing.assert_close(context, expected_context)
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_eps_of_the_norms_reaches_the_operators(name: str) -> None:
+    if name not in kernels.available_backends():
+        pytest.skip("not built")
+    block, x = kernels.EfficientTransformerBlock(8), torch.randn(2, 12, 8)
+    for norm in (block.norm1, block.norm2, block.mlp.norm1):
+        norm.eps = 0.5
+    with kernels.use_backend(name):
+        attended, _ = block.attn(x, norm=block.norm1)
+        expected, _ = block.attn(block.norm1(x))
+        mixed = block.mlp(x, 3, 4)
+    torch.testing.assert_close(attended, expected)
+    hidden = block.mlp.fc1(x)
+    convolved = block.mlp.dwconv.dwconv(hidden.transpose(1, 2).view(2, -1, 3, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(mixed, block.mlp.fc2(F.gelu(block.mlp.norm1(convolved + hidden))))
+
+
 def test_norm_without_parameters_and_norm_of_another_width() -> None:
     layer = kernels.EfficientAttention(6)
     x = torch.randn(1, 5, 6)

@@ -64,6 +64,31 @@ def test_no_token_kept_gives_zeros(backend: str) -> None:
         assert not gradient.any()
 
 
+def test_no_token_kept_has_no_nan_on_the_way_back_either() -> None:
+    """Anomaly detection, which people debug with, refuses a backward that makes a NaN and clears it later."""
+    q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        output, context = kernels.efficient_attention(q, k, v, mask=mask, backend="reference")
+        (output.sum() + context.sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0)], ids=["no_images", "no_tokens"])
+def test_empty_input_gives_zero_gradients_to_every_parameter(shape: tuple[int, int], name: str) -> None:
+    """Zeros, not None: DDP waits for a gradient of every parameter."""
+    if name not in kernels.available_backends():
+        pytest.skip("not built")
+    block = kernels.EfficientTransformerBlock(8)
+    with kernels.use_backend(name):
+        output, context = block(torch.randn(*shape, 8), 3 if shape[1] else 0, 4)
+    assert output.shape == (*shape, 8)
+    (output.sum() + context.sum()).backward()
+    for parameter_name, parameter in block.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert not parameter.grad.any(), parameter_name
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_inputs_are_never_written(case: Case, backend: str) -> None:
     tensors = cast(case.make(), torch.float32)

@@ -16,7 +16,7 @@ from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case,
 
 CASES = [
     attention_case("masked", batch=2, heads=2, mask="random"),
-    self_attention_case("heads", heads=2),
+    self_attention_case("heads", heads=2, key_channels=4, value_channels=10),
     self_attention_case("bare", norm=False, biases=False, mask="random"),
     mix_ffn_case("skip"),
     mix_ffn_case("bare", norm=False, hidden_norm=False, biases=False),
@@ -33,8 +33,9 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Runs opcheck on exactly the arguments that the api hands to the op, and on those of the backward."""
     recorded: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = []
 
@@ -45,7 +46,7 @@ def test_opcheck(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
             return func(*args, **(kwargs or {}))
 
     with Record():
-        run(case, cast(case.make(), torch.float32), backend)
+        run(case, cast(case.make(), dtype), backend)
     assert [op.name().count("backward") for op, _ in recorded] == [0, 1]
     (forward, arguments), (backward, backward_arguments) = recorded
     for a in arguments:
@@ -138,6 +139,21 @@ def test_autocast(name: str) -> None:
     torch.testing.assert_close(context.double(), exact_context, rtol=0.05, atol=0.05)
     found.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    """As for PyTorch's own operators; the published definition is checked in float64."""
+    if name not in kernels.available_backends():
+        pytest.skip("not built")
+    block, x = block_and_tokens()
+    block, x = block.double(), x.double()
+    q = torch.randn(1, 1, 4, 3, dtype=torch.float64)
+    with kernels.use_backend(name):
+        expected = [block.attn(x)[0], block.mlp(x, 3, 4), kernels.efficient_attention(q, q, q)[0]]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [block.attn(x)[0], block.mlp(x, 3, 4), kernels.efficient_attention(q, q, q)[0]]
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_with_mixed_inputs(backend: str) -> None:
