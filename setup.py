@@ -42,7 +42,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class BuildFailed(Exception):
-    """The native extension cannot be built here; the message says why."""
+    """The native extension cannot be built here; the first line of the message says why."""
 
 
 def find_compiler() -> str:
@@ -55,9 +55,16 @@ def find_compiler() -> str:
     )
 
 
-def ninja_file(compiler: str, includes: list[str], output: Path, objects: Path) -> str:
+def openmp_flags(compiler: str, temporary: Path) -> list[str]:
+    """What switches OpenMP on; nothing where the compiler has none, and the kernels then run on one thread."""
+    probe = temporary / "openmp.cpp"
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    command = [compiler, "-fopenmp", str(probe), "-o", str(temporary / "openmp")]
+    return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
+
+
+def ninja_file(compiler: str, openmp: list[str], includes: list[str], output: Path, objects: Path) -> str:
     flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes])]
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     if len(VARIANTS) > 1:
         flags.append("-DMSFORMER_X86_VARIANTS")
@@ -89,12 +96,14 @@ def compile_native(output: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     script = temporary / "build.ninja"
-    script.write_text(ninja_file(compiler, [pybind11.get_include(), sysconfig.get_path("include")], output, temporary))
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    script.write_text(ninja_file(compiler, openmp_flags(compiler, temporary), includes, output, temporary))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(result.stdout)
     if result.returncode != 0:
-        raise BuildFailed(f"{compiler} failed:\n{result.stdout[-4000:]}")
+        errors = [line for line in result.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
+        raise BuildFailed(f"{compiler} failed: {errors[0] if errors else 'no message'}\n\n{result.stdout[-8000:]}")
 
 
 class BuildNative(build_ext):
@@ -112,7 +121,7 @@ class BuildNative(build_ext):
             output.unlink(missing_ok=True)
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{error}\n")
-            self.warn(f"msformer goes on without its compiled CPU kernels: {error}")
+            self.warn(f"msformer goes on without its compiled CPU kernels: {str(error).splitlines()[0]}")
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs: takes the extension, or the reason why there is none, to the source folder."""

@@ -39,7 +39,7 @@ def _import_native() -> tuple[bool, str]:
         import_module("msformer_kernels._native")
     except ImportError as error:
         recorded = Path(__file__).with_name("_native_error.txt")
-        reason = recorded.read_text().strip() if recorded.exists() else str(error)
+        reason = f"{recorded.read_text().splitlines()[0]} (all of it: {recorded})" if recorded.exists() else str(error)
         return False, f"the compiled extension msformer_kernels._native cannot be had: {reason}"
     return True, ""
 
@@ -115,7 +115,7 @@ def _warn_once() -> None:
     _warned.set()
     warnings.warn(
         f"msformer_kernels runs on plain PyTorch, several times slower and with more memory: {_native_reason}. "
-        "Install a C++17 compiler and install msformer again.",
+        "With a C++17 compiler, run: pip install --force-reinstall --no-deps --no-cache-dir msformer",
         RuntimeWarning,
         stacklevel=2,
     )
