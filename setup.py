@@ -47,11 +47,11 @@ class BuildFailed(Exception):
 
 def find_compiler() -> str:
     wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+    for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
         if found := shutil.which(name.split()[0]):
             return found
     raise BuildFailed(
-        f"no C++ compiler: {wanted or 'c++, g++, clang++'} not found on PATH (on Debian: apt install g++)"
+        f"no C++ compiler: {wanted or 'g++, c++, clang++'} not found on PATH (on Debian: apt install g++)"
     )
 
 

@@ -142,8 +142,10 @@ class Explanation:
 
     device_type: str
     dtype: torch.dtype
-    chosen: str
+    chosen: str | None
+    """None if a call would be refused."""
     rule: str
+    """Why this one; if none, the error that a call would raise."""
     reasons: dict[str, str]
     """For each backend, "usable" with details, or why it cannot be had."""
 
@@ -155,18 +157,20 @@ class Explanation:
 
 
 def explain(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Explanation:
-    """Tells which backend a call without a ``backend`` argument gets on this device and dtype, and why.
-
-    Raises what such a call would raise: ValueError or BackendError for an explicit choice that cannot be had.
-    """
+    """Tells which backend a call without a ``backend`` argument gets on this device and dtype, and why."""
     device_type = torch.device(device).type
     reasons = {}
     for name in BACKENDS:
         reason = why_not(name, device_type, dtype)
         reasons[name] = f"not usable: {reason}" if reason else "usable" + _details(name)
-    requested, source = _requested(None)
-    rule = "the fastest for the device" if requested is None else f"chosen by {source}"
-    return Explanation(device_type, dtype, resolve(None, device_type, dtype), rule, reasons)
+    chosen: str | None
+    try:
+        chosen = resolve(None, device_type, dtype)
+        requested, source = _requested(None)
+        rule = "the fastest for the device" if requested is None else f"chosen by {source}"
+    except (ValueError, BackendError) as error:
+        chosen, rule = None, str(error)
+    return Explanation(device_type, dtype, chosen, rule, reasons)
 
 
 def _details(name: str) -> str:

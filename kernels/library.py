@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("msformer", "DEF")
 
@@ -71,6 +72,20 @@ def refuse_second_derivative(name: str, operator: str) -> None:
         )
 
     torch.library.register_autograd(f"msformer::{name}", backward, lib=LIBRARY)
+
+
+def refuse_transforms(operator: str) -> None:
+    """Raises where the compiled kernels would give silently wrong tangents, or PyTorch an error that says nothing.
+
+    Forward-mode differentiation and the transforms of `torch.func` need more than a backward; the reference has it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{operator}: forward-mode differentiation and torch.func are not supported by the compiled kernels; "
+            'use backend="reference" (or use_backend("reference"))'
+        )
 
 
 def optional(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:

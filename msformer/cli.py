@@ -183,12 +183,15 @@ def run_all(
     jobs: list[Job], out: Path, arguments: dict[str, Any], overwrite: bool
 ) -> tuple[dict[str, Record], dict[str, str]]:
     """Segments what is not done yet; returns the records by name, and the errors by source."""
+    from torch import float32
+
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
     from msformer.runs import done_before, run_job, settings_record
-    from msformer_kernels import BackendError, explain
+    from msformer_kernels import BackendError
+    from msformer_kernels.backends import resolve
 
-    explain("cpu")  # an impossible MSFORMER_BACKEND is an error of its own, not one of every image
+    resolve(None, "cpu", float32)  # an impossible MSFORMER_BACKEND is an error of its own, not one of every image
     prepare_folder(out)
     settings = settings_record(arguments)
     finished: dict[str, Record] = {}

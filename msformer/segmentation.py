@@ -25,6 +25,7 @@ import msformer_kernels
 from msformer.data import prepare_image, resize_image, resize_labels
 from msformer.losses import LossWeights, total_loss
 from msformer.model import MINIMUM_SIZE, MSFormer
+from msformer_kernels.backends import resolve
 
 Labels = NDArray[np.integer]
 Progress = Callable[[int, int, float], None]
@@ -112,7 +113,7 @@ def segment(
         torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []),
         msformer_kernels.use_backend(backend) if backend is not None else nullcontext(),
     ):
-        used = msformer_kernels.explain(chosen_device.type).chosen
+        used = resolve(None, chosen_device.type, torch.float32)
         torch.manual_seed(seed)
         model = MSFormer(3, embed_dim, num_clusters, depth, num_heads).to(chosen_device)
         fit = _Fit(model, resized[None].to(chosen_device), weights, learning_rate, momentum)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from msformer_kernels.backends import resolve
 from msformer_kernels.efficient_attention import ops, reference
+from msformer_kernels.library import refuse_transforms
 from msformer_kernels.validation import check_mask, check_rank, check_same_kind, check_shape
 
 NORMALIZATIONS = ("softmax", "scaling")
@@ -76,6 +77,7 @@ def efficient_attention(
             normalize_query=normalize_query,
             normalization=normalization,
         )
+    refuse_transforms("efficient_attention")
     output, context, _, _ = ops.efficient_attention(
         query, key, value, mask, query_scale, key_scale, output_scale, normalize_query, normalization, chosen
     )

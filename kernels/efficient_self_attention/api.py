@@ -6,6 +6,7 @@ from torch import Tensor
 
 from msformer_kernels.backends import resolve
 from msformer_kernels.efficient_self_attention import ops, reference
+from msformer_kernels.library import refuse_transforms
 from msformer_kernels.validation import (
     check_heads,
     check_mask,
@@ -113,6 +114,7 @@ def efficient_self_attention(
             residual=residual,
             mask=mask,
         )
+    refuse_transforms("efficient_self_attention")
     output, context, _, _, _ = ops.efficient_self_attention(
         x,
         key_bias,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from msformer_kernels.backends import resolve
+from msformer_kernels.library import refuse_transforms
 from msformer_kernels.mix_ffn import ops, reference
 from msformer_kernels.validation import check_norm, check_rank, check_same_kind, check_shape
 
@@ -117,6 +118,7 @@ def mix_ffn(
             activation=activation,
             residual=residual,
         )
+    refuse_transforms("mix_ffn")
     return ops.mix_ffn(
         x,
         height,

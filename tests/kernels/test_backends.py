@@ -67,7 +67,7 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setenv("MSFORMER_BACKEND", "tpu")
     with pytest.raises(ValueError, match="MSFORMER_BACKEND: unknown"):
-        kernels.explain()
+        resolve(None, "cpu", torch.float32)
 
 
 def test_native_serves_the_cpu_only(backend: str) -> None:
@@ -102,6 +102,10 @@ def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatc
     assert "triton     not usable" in text
     monkeypatch.setenv("MSFORMER_BACKEND", "reference")
     assert str(kernels.explain()).startswith("cpu, float32: reference (chosen by MSFORMER_BACKEND)")
+    monkeypatch.setenv("MSFORMER_BACKEND", "cuda")
+    refused = kernels.explain()
+    assert refused.chosen is None
+    assert "cpu, float32: None (backend 'cuda' (chosen by MSFORMER_BACKEND) cannot be had" in str(refused)
 
 
 def test_without_the_extension_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

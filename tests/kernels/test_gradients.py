@@ -47,6 +47,23 @@ def test_the_reference_has_second_derivatives(case: Case) -> None:
     assert torch.autograd.gradgradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-5)
 
 
+def test_forward_mode_and_function_transforms_are_refused(backend: str) -> None:
+    """Rather than silently giving zero tangents."""
+    q = torch.randn(1, 1, 4, 3)
+
+    def call(q: Tensor, name: str) -> Tensor:
+        return kernels.efficient_attention(q, q, q, backend=name)[0].sum()
+
+    for transform in (torch.func.grad(call), lambda q, name: torch.func.jvp(lambda x: call(x, name), (q,), (q,))):
+        with pytest.raises(NotImplementedError, match=r"torch\.func are not supported by the compiled kernels"):
+            transform(q, backend)
+        transform(q, "reference")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            call(dual, backend)
+
+
 def test_context_alone_is_differentiable(backend: str) -> None:
     """As in the model's consistency loss: the output gets no gradient."""
     block = kernels.EfficientAttention(6, num_heads=2).double()
