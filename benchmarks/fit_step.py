@@ -1,5 +1,6 @@
 """One fitting step of MS-Former on every backend: time, and the memory that the step adds.
 
+    pip install ".[bench]"
     python -m benchmarks.fit_step [--size 257] [--embed-dim 100] [--depth 2] [--threads N] [--rounds 5]
 
 Each backend runs in a process of its own, with the same weights and image. A step is forward, losses, backward and
@@ -20,8 +21,9 @@ import click
 
 def current_memory() -> float:
     """Resident memory of this process, MiB."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def peak_memory() -> float:

@@ -175,10 +175,7 @@ template <class T> struct Attention {
       for (std::int64_t j = 0; j < key_width; ++j) {
         const T sum = j < keys ? static_cast<const T*>(a.key_sum)[pair * keys + j] : T(0);
         row[key_width + j] = sum == T(0) ? T(0) : T(1) / sum;
-        double delta = 0;
-        for (std::int64_t v = 0; j < keys && v < values; ++v)
-          delta += static_cast<double>(c[j * value_width + v]) * static_cast<double>(g[j * value_width + v]);
-        row[2 * key_width + j] = static_cast<T>(delta);
+        row[2 * key_width + j] = j < keys ? key_softmax_delta(c + j * value_width, g + j * value_width, values) : T(0);
       }
     }
     for_chunks<Blocks>(

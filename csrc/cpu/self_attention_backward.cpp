@@ -134,12 +134,9 @@ template <class T> struct Backward : SelfAttention<T> {
       T* grad_rows = m.grad_key_tokens + first * width;
       multiply<T>(rows, head_values, width, grad_context, head_value_width, {value_weight + head * value_packed, 0},
                   grad_rows, width);
-      for (std::int64_t i = 0; i < rows; ++i) {
-        double delta = 0;
-        for (std::int64_t c = 0; c < channels; ++c)
-          delta += static_cast<double>(m.key_tokens[(first + i) * width + c]) * static_cast<double>(grad_rows[i * width + c]);
-        m.delta[batch * key_width + row + i] = static_cast<T>(delta);
-      }
+      for (std::int64_t i = 0; i < rows; ++i)
+        m.delta[batch * key_width + row + i] =
+            key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
     });
     for (std::int64_t n = 0; n < a.batch; ++n)
       pack(m.grad_key_tokens_packed + n * channels * key_width, m.grad_key_tokens + n * rows_size, 1, width, channels, keys);

@@ -102,13 +102,23 @@ void key_softmax(std::int64_t tokens, std::int64_t width, T* logits, const T* ma
   }
 }
 
-// grad of the key softmax (in place): s * (grad - delta), delta_j = sum_n s_nj grad_nj, which has a closed form
+// delta_j = <values_j, grad_j>, the closed form of sum_n s_nj grad_nj; in double, for large terms cancel in grad - delta
+template <class T> inline T key_softmax_delta(const T* values, const T* grad, std::int64_t count) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(grad[i]);
+  return static_cast<T>(sum);
+}
+
+// grad of the key softmax (in place): s * (grad - delta). Where one token has all the weight its delta is its own grad, and
+// the difference exactly zero, which the closed form would miss by a rounding error.
 template <class T>
 void key_softmax_backward(std::int64_t tokens, std::int64_t width, const T* s, const T* delta, T* grad) {
   for (std::int64_t c = 0; c < width; c += kWidth<T>) {
     const Vector<T> d = load(delta + c);
-    for (std::int64_t i = 0; i < tokens; ++i)
-      store(grad + i * width + c, load(s + i * width + c) * (load(grad + i * width + c) - d));
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      const Vector<T> weight = load(s + i * width + c), g = load(grad + i * width + c);
+      store(grad + i * width + c, weight * (g - (weight == T(1) ? g : d)));
+    }
   }
 }
 

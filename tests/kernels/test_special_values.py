@@ -108,3 +108,22 @@ def test_large_logits_do_not_overflow(backend: str) -> None:
     expected, expected_context = kernels.efficient_attention(q, k, v, backend="reference")
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(context, expected_context)
+
+
+@pytest.mark.parametrize("channels", [1, 6, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_token_gets_exactly_no_key_gradient(channels: int, dtype: torch.dtype, backend: str) -> None:
+    """Its softmax weight is 1 whatever its key."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 3, channels, dtype=dtype, requires_grad=True) for _ in range(3))
+    one_kept = torch.tensor([[False, True, False]]).expand(2, 3)
+    cases = [(k[:, :, :1], v[:, :, :1], None), (k, v, one_kept)]
+    for key, value, mask in cases:
+        output, context = kernels.efficient_attention(q, key, value, mask=mask, backend=backend)
+        (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum() + context.square().sum(), k)
+        assert not gradient.any()
+    layer = kernels.EfficientAttention(channels).to(dtype)
+    with kernels.use_backend(backend):
+        layer(torch.randn(1, 1, channels, dtype=dtype))[0].square().sum().backward()
+    assert layer.keys.weight.grad is not None
+    assert not layer.keys.weight.grad.any()
