@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import ImageFilter
 
 OKABE_ITO = ("#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#999999")
 ROWS_PER_SHEET = 6
@@ -45,15 +46,22 @@ def borders(labels: NDArray[Any], thickness: int = 1) -> NDArray[np.bool_]:
     return edge
 
 
+def drawable_borders(labels: NDArray[Any], thickness: int) -> NDArray[np.bool_]:
+    """Borders, without those inside fine textures of alternating labels, which lines would cover altogether."""
+    edge = borders(labels, thickness)
+    density = PILImage.fromarray(edge.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(5 * thickness))
+    return edge & (np.asarray(density) < 0.55 * 255)
+
+
 def line_width(shape: tuple[int, ...]) -> int:
     """Of borders that look alike at every image size."""
     return max(1, round(min(shape[:2]) / 300))
 
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[Any], strength: float = 0.38) -> NDArray[np.uint8]:
-    """An image ``[H, W, 3]`` tinted with the colours of its labels, white lines between them."""
+    """An image ``[H, W, 3]`` tinted with the colours of its labels, white lines around its segments."""
     tinted = image * (1 - strength) + colour_labels(labels) * strength
-    tinted[borders(labels, line_width(image.shape))] = 255
+    tinted[drawable_borders(labels, line_width(image.shape))] = 255
     return tinted.round().astype(np.uint8)
 
 

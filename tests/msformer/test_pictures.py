@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from msformer.pictures import SheetRow, borders, colour_labels, contact_sheet, indexed_png, outline, overlay, palette
+from msformer.pictures import (
+    SheetRow,
+    borders,
+    colour_labels,
+    contact_sheet,
+    drawable_borders,
+    indexed_png,
+    outline,
+    overlay,
+    palette,
+)
 from msformer.scoring import dice, oracle, oracle_union, score
 from msformer.synthetic import synthetic_lesion
 
@@ -97,3 +107,13 @@ def test_scores_refuse_what_does_not_fit() -> None:
         score(LABELS, np.ones((1, 3), dtype=bool))
     with pytest.raises(ValueError, match="truth: expected a boolean mask, got int64"):
         score(LABELS, np.ones((2, 3), dtype=np.int64))
+
+
+def test_overlay_draws_no_lines_inside_fine_textures() -> None:
+    labels = np.zeros((60, 60), dtype=np.uint8)
+    labels[:, 30:] = 1
+    labels[:, 30::2] = 2
+    lines = drawable_borders(labels, 1)
+    assert borders(labels)[:, 40:55].all()
+    assert not lines[:, 40:55].any()
+    assert lines[10:50, 24:30].any(axis=1).all(), "the border of the texture itself stays"
