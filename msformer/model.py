@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from msformer_kernels import EfficientTransformerBlock
@@ -145,8 +146,13 @@ class MSFormer(nn.Module):
         down_large, down_small = self.linear_down.weight.split(dim, dim=1)
         # linear_up's outputs are ordered (row, column, channel): one C x C matrix for each of the four pixels
         combined = (down_large @ self.linear_up.weight.view(4, dim, dim)).flatten(0, 1)
-        upsampled = F.linear(large, combined).view(-1, *large_size, 2, 2, self.num_clusters)
-        upsampled = upsampled.transpose(2, 3).reshape(-1, 2 * large_size[0], 2 * large_size[1], self.num_clusters)
+        upsampled = rearrange(
+            F.linear(large, combined),
+            "b (h w) (row column k) -> b (h row) (w column) k",
+            h=large_size[0],
+            row=2,
+            column=2,
+        )
         from_small = F.linear(small, down_small).unflatten(1, size)
         return (from_small + upsampled[:, : size[0], : size[1]]).permute(0, 3, 1, 2)
 
@@ -160,8 +166,8 @@ class MSFormer(nn.Module):
         """``[B, H, W, K]`` -> embeddings ``[B, T, C]`` of the largest grid of patches that fits, from the top left."""
         rows, columns = features.shape[1] // PATCH_SIZE, features.shape[2] // PATCH_SIZE
         grid = features[:, : rows * PATCH_SIZE, : columns * PATCH_SIZE]
-        patches = grid.unflatten(2, (columns, PATCH_SIZE)).unflatten(1, (rows, PATCH_SIZE)).transpose(2, 3)
-        return self.to_patch_embedding(patches.flatten(3).flatten(1, 2))
+        patches = rearrange(grid, "b (h row) (w column) k -> b (h w) (row column k)", row=PATCH_SIZE, column=PATCH_SIZE)
+        return self.to_patch_embedding(patches)
 
 
 def _branch(blocks: nn.ModuleList, norms: nn.ModuleList, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
