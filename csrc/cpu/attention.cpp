@@ -41,8 +41,9 @@ template <class T> struct Attention {
       const std::int64_t batch = i / split.count / a.heads, head = i / split.count % a.heads;
       const std::int64_t first = i % split.count * split.size, last = min_of(tokens, first + split.size);
       begin(scratch, i);
-      for (std::int64_t token = first; token < last; token += kBlockTokens)
-        block(scratch, i, batch, head, token, min_of(kBlockTokens, last - token));
+      for_blocks_of(first, last, [&](std::int64_t token, std::int64_t count) {
+        block(scratch, i, batch, head, token, count);
+      });
     });
   }
 
@@ -74,8 +75,10 @@ template <class T> struct Attention {
 
   // context with padded rows, from the user's contiguous [B, H, Dk, Dv]
   void load_context(const void* source, T* out) const {
-    for (std::int64_t row = 0; row < pairs * keys; ++row)
-      copy_padded(out + row * value_width, static_cast<const T*>(source) + row * values, values);
+    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
+      for (std::int64_t row = pair * keys; row < (pair + 1) * keys; ++row)
+        copy_padded(out + row * value_width, static_cast<const T*>(source) + row * values, values);
+    });
   }
 
   void build_context(T* context) const {
@@ -134,8 +137,9 @@ template <class T> struct Attention {
     Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * (query_split.count * size + packed)));
     T* partials = static_cast<T*>(memory.data());
     T* context_transposed = partials + pairs * query_split.count * size;
-    for (std::int64_t pair = 0; pair < pairs; ++pair)
-      pack(context_transposed + pair * packed, context + pair * size, 1, value_width, values, keys);
+    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
+      pack(a.num_threads, context_transposed + pair * packed, context + pair * size, 1, value_width, values, keys);
+    });
     for_chunks<Blocks>(
         query_split, a.query_tokens, [&](Blocks&, std::int64_t i) { fill(partials + i * size, size, T(0)); },
         [&](Blocks& s, std::int64_t i, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens) {
@@ -167,9 +171,9 @@ template <class T> struct Attention {
     Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * (packed + 3 * key_width)));
     T* grad_transposed = static_cast<T*>(memory.data());
     T* rows = grad_transposed + pairs * packed;  // per pair: max, 1 / sum, delta
-    for (std::int64_t pair = 0; pair < pairs; ++pair) {
+    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
       const T *c = context + pair * size, *g = grad_context + pair * size;
-      pack(grad_transposed + pair * packed, g, 1, value_width, values, keys);
+      pack(a.num_threads, grad_transposed + pair * packed, g, 1, value_width, values, keys);
       T* row = rows + pair * 3 * key_width;
       copy_padded(row, static_cast<const T*>(a.key_max) + pair * keys, keys);
       for (std::int64_t j = 0; j < key_width; ++j) {
@@ -177,7 +181,7 @@ template <class T> struct Attention {
         row[key_width + j] = sum == T(0) ? T(0) : T(1) / sum;
         row[2 * key_width + j] = j < keys ? key_softmax_delta(c + j * value_width, g + j * value_width, values) : T(0);
       }
-    }
+    });
     for_chunks<Blocks>(
         key_split, a.key_tokens, [](Blocks&, std::int64_t) {},
         [&](Blocks& s, std::int64_t, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens) {

@@ -120,15 +120,30 @@ inline void multiply_transposed_add(std::int64_t rows, std::int64_t tokens, std:
 }
 
 // Packs a k x n source (element (i, j) at data[i * k_stride + j * n_stride]) into panels, padded with zeros along n.
+// Either stride is 1; the source is read along it, a cache line at a time.
 template <class T>
-void pack(T* out, const T* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k, std::int64_t n) {
-  constexpr int W = kWidth<T>;
+void pack(int num_threads, T* out, const T* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+          std::int64_t n) {
+  constexpr std::int64_t W = kWidth<T>, kLine = 64 / sizeof(T), kWorthThreads = 1 << 15;
   const Panels panels(padded<T>(n) / W);
-  for (std::int64_t panel = 0; panel < panels.count; ++panel) {
-    const std::int64_t begin = panels.begin(panel) * W, end = panels.begin(panel + 1) * W;
-    for (std::int64_t i = 0; i < k; ++i)
-      for (std::int64_t j = begin; j < end; ++j) *out++ = j < n ? data[i * k_stride + j * n_stride] : T(0);
-  }
+  parallel_for(panels.count, k * n < kWorthThreads ? 1 : num_threads, 64, [&](std::int64_t panel, void*) {
+    const std::int64_t begin = panels.begin(panel) * W, width = panels.begin(panel + 1) * W - begin;
+    const std::int64_t filled = min_of(width, n - begin);
+    T* to = out + begin * k;
+    const T* from = data + begin * n_stride;
+    for (std::int64_t first = 0; first < k; first += kLine) {
+      const std::int64_t last = min_of(k, first + kLine);
+      if (n_stride == 1) {
+        for (std::int64_t i = first; i < last; ++i)
+          for (std::int64_t j = 0; j < filled; ++j) to[i * width + j] = from[i * k_stride + j];
+      } else {
+        for (std::int64_t j = 0; j < filled; ++j)
+          for (std::int64_t i = first; i < last; ++i) to[i * width + j] = from[i * k_stride + j * n_stride];
+      }
+      for (std::int64_t i = first; i < last; ++i)
+        for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
+    }
+  });
 }
 
 }  // namespace msformer::MSFORMER_ISA

@@ -83,7 +83,7 @@ template <class T> struct MixFFN {
 
     void fill_in(const MixFFN& m) {
       const MixFFNArguments& a = m.a;
-      pack(fc1, static_cast<const T*>(a.fc1_weight), 1, m.channels, m.channels, m.hidden);
+      pack(a.num_threads, fc1, static_cast<const T*>(a.fc1_weight), 1, m.channels, m.channels, m.hidden);
       copy_padded(fc1_bias, a.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.dw_bias, m.hidden);
       fill(taps, 9 * m.hidden_width, T(0));

@@ -192,14 +192,19 @@ template <class T> struct Backward : MixFFN<T> {
   }
 
   void write_gradients(const TokenSums& s) const {
-    for (std::int64_t j = 0; j < hidden; ++j) {
+    constexpr std::int64_t kLine = 64 / sizeof(T);  // hidden features that a cache line holds
+    parallel_for((hidden + kLine - 1) / kLine, a.num_threads, 64, [&](std::int64_t line, void*) {
+      const std::int64_t begin = line * kLine, end = min_of(hidden, begin + kLine);
       for (std::int64_t c = 0; c < channels; ++c) {
-        static_cast<T*>(a.grad_fc1_weight)[j * channels + c] = s.fc1[c * hidden_width + j];
-        static_cast<T*>(a.grad_fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
+        for (std::int64_t j = begin; j < end; ++j)
+          static_cast<T*>(a.grad_fc1_weight)[j * channels + c] = s.fc1[c * hidden_width + j];
+        for (std::int64_t j = begin; j < end; ++j)
+          static_cast<T*>(a.grad_fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
       }
-      for (std::int64_t tap = 0; tap < 9; ++tap)
-        static_cast<T*>(a.grad_dw_weight)[j * 9 + tap] = s.taps[tap * hidden_width + j];
-    }
+      for (std::int64_t j = begin; j < end; ++j)
+        for (std::int64_t tap = 0; tap < 9; ++tap)
+          static_cast<T*>(a.grad_dw_weight)[j * 9 + tap] = s.taps[tap * hidden_width + j];
+    });
     copy_out(s.fc1_bias, hidden, a.grad_fc1_bias);
     copy_out(s.dw_bias, hidden, a.grad_dw_bias);
     copy_out(s.fc2_bias, channels, a.grad_fc2_bias);
@@ -219,7 +224,7 @@ template <class T> struct Backward : MixFFN<T> {
     Products products(arena, *this);
     for (std::int64_t j = 0; j < hidden; ++j)
       copy_padded(products.fc1_rows + j * width, static_cast<const T*>(a.fc1_weight) + j * channels, channels);
-    pack(products.fc2, static_cast<const T*>(a.fc2_weight), hidden, 1, channels, hidden);
+    pack(a.num_threads, products.fc2, static_cast<const T*>(a.fc2_weight), hidden, 1, channels, hidden);
     T* partials = arena.take<T>((groups + 1) * size);
 
     parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {

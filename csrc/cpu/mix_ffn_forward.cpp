@@ -68,7 +68,7 @@ template <class T> struct Forward : MixFFN<T> {
     w.fill_in(*this);
     T* fc2 = arena.take<T>(hidden * width);
     T* fc2_bias = arena.take<T>(width);
-    pack(fc2, static_cast<const T*>(a.fc2_weight), 1, hidden, hidden, channels);
+    pack(a.num_threads, fc2, static_cast<const T*>(a.fc2_weight), 1, hidden, hidden, channels);
     copy_padded(fc2_bias, a.fc2_bias, channels);
     parallel_for(this->pieces, a.num_threads, row_counter.used(), [&](std::int64_t i, void* scratch) {
       Arena rows_arena(scratch);

@@ -55,28 +55,32 @@ class Arena {
   std::size_t used_ = 0;
 };
 
+// Runs task(i, scratch) for every i below count. Scratch is the thread's own; a task that starts a loop of its own must not
+// use it afterwards. A loop that needs no team opens no parallel region at all: one inside it would count as nested, and
+// OpenMP starts new threads for nested teams.
 template <class Task> void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
-  bool out_of_memory = false;
 #ifdef _OPENMP
-  const bool parallel = num_threads > 1 && count > 1 && !omp_in_parallel();
-  const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
-#pragma omp parallel num_threads(team) if (parallel)
-#endif
-  {
-    void* scratch = thread_scratch(scratch_bytes);
-    if (!scratch) {
-#ifdef _OPENMP
+  if (num_threads > 1 && count > 1 && !omp_in_parallel()) {
+    const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
+    bool out_of_memory = false;
+#pragma omp parallel num_threads(team)
+    {
+      void* scratch = thread_scratch(scratch_bytes);
+      if (!scratch) {
 #pragma omp atomic write
-#endif
-      out_of_memory = true;
-    }
-#ifdef _OPENMP
+        out_of_memory = true;
+      }
 #pragma omp for schedule(dynamic, 1)
-#endif
-    for (std::int64_t i = 0; i < count; ++i)
-      if (scratch) task(i, scratch);
+      for (std::int64_t i = 0; i < count; ++i)
+        if (scratch) task(i, scratch);
+    }
+    if (out_of_memory) throw_out_of_memory();
+    return;
   }
-  if (out_of_memory) throw_out_of_memory();
+#endif
+  void* scratch = thread_scratch(scratch_bytes);
+  if (!scratch) throw_out_of_memory();
+  for (std::int64_t i = 0; i < count; ++i) task(i, scratch);
 }
 
 }  // namespace msformer::MSFORMER_ISA

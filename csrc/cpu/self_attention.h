@@ -58,8 +58,8 @@ template <class T> struct SelfAttention {
         query_bias[s.query_row(row)] = s.a.query_bias ? s.parameter(s.a.query_bias)[row] : T(0);
       }
       stage(key_rows, s.parameter(s.a.key_weight), s.keys, s.channels);
-      pack(query, query_rows, 1, s.width, s.channels, s.query_width);
-      pack(key, key_rows, 1, s.width, s.channels, s.keys);
+      pack(s.a.num_threads, query, query_rows, 1, s.width, s.channels, s.query_width);
+      pack(s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
       if (!s.a.norm_weight) return;
       norm = {copy_padded(norm_weight, s.a.norm_weight, s.channels), copy_padded(norm_bias, s.a.norm_bias, s.channels),
               static_cast<T>(s.a.norm_eps)};
@@ -90,8 +90,7 @@ template <class T> struct SelfAttention {
   // calls task(batch, first token, tokens) for the blocks of one chunk
   template <class Task> void for_blocks(std::int64_t chunk, const Task& task) const {
     const std::int64_t first = chunk % split.count * split.size, last = min_of(a.tokens, first + split.size);
-    for (std::int64_t token = first; token < last; token += kBlockTokens)
-      task(chunk / split.count, token, min_of(kBlockTokens, last - token));
+    for_blocks_of(first, last, [&](std::int64_t token, std::int64_t tokens) { task(chunk / split.count, token, tokens); });
   }
 
   // folded [B, query_width, width] = context W_o, one row a key feature, from context [B, keys, head_value_width]
@@ -100,7 +99,8 @@ template <class T> struct SelfAttention {
     Workspace memory(sizeof(T) * static_cast<std::size_t>(heads * packed));
     T* output_weight = static_cast<T*>(memory.data());
     for (std::int64_t head = 0; head < heads; ++head)
-      pack(output_weight + head * packed, parameter(a.output_weight) + head * head_values, 1, values, head_values, channels);
+      pack(a.num_threads, output_weight + head * packed, parameter(a.output_weight) + head * head_values, 1, values,
+           head_values, channels);
     fill(folded, a.batch * query_width * width, T(0));
     for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       multiply<T>(rows, head_values, width, context + (batch * keys + row) * head_value_width, head_value_width,

@@ -73,19 +73,22 @@ template <class T> struct Backward : SelfAttention<T> {
   }
 
   void load_state(Matrices& m) const {
-    for (std::int64_t row = 0; row < a.batch * keys; ++row)
-      copy_padded(m.context + row * head_value_width, parameter(a.context) + row * head_values, head_values);
-    stage(m.key_tokens, parameter(a.key_tokens), a.batch * keys, channels);
+    parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
+      for (std::int64_t row = n * keys; row < (n + 1) * keys; ++row)
+        copy_padded(m.context + row * head_value_width, parameter(a.context) + row * head_values, head_values);
+      stage(m.key_tokens + n * rows_size, parameter(a.key_tokens) + n * keys * channels, keys, channels);
+    });
     this->fold(m.context, m.folded);
-    for (std::int64_t n = 0; n < a.batch; ++n) {
-      pack(m.folded_packed + n * channels * query_width, m.folded + n * folded_size, 1, width, channels, query_width);
+    parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
+      pack(a.num_threads, m.folded_packed + n * channels * query_width, m.folded + n * folded_size, 1, width, channels,
+           query_width);
       copy_padded(m.max + n * key_width, parameter(a.key_max) + n * keys, keys);
       fill(m.inverse_sum + n * key_width, key_width, T(0));
       for (std::int64_t j = 0; j < keys; ++j) {
         const T sum = parameter(a.key_sum)[n * keys + j];
         m.inverse_sum[n * key_width + j] = sum == T(0) ? T(0) : T(1) / sum;
       }
-    }
+    });
   }
 
   // pass 1: grad_folded = P^T grad_output
@@ -119,8 +122,10 @@ template <class T> struct Backward : SelfAttention<T> {
     T* value_weight = output_weight + heads * output_packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack(output_weight + head * output_packed, parameter(a.output_weight) + first, values, 1, channels, head_values);
-      pack(value_weight + head * value_packed, parameter(a.value_weight) + first * channels, channels, 1, head_values, channels);
+      pack(a.num_threads, output_weight + head * output_packed, parameter(a.output_weight) + first, values, 1, channels,
+           head_values);
+      pack(a.num_threads, value_weight + head * value_packed, parameter(a.value_weight) + first * channels, channels, 1,
+           head_values, channels);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       const std::int64_t first = batch * keys + row;
@@ -138,8 +143,10 @@ template <class T> struct Backward : SelfAttention<T> {
         m.delta[batch * key_width + row + i] =
             key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
     });
-    for (std::int64_t n = 0; n < a.batch; ++n)
-      pack(m.grad_key_tokens_packed + n * channels * key_width, m.grad_key_tokens + n * rows_size, 1, width, channels, keys);
+    parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
+      pack(a.num_threads, m.grad_key_tokens_packed + n * channels * key_width, m.grad_key_tokens + n * rows_size, 1, width,
+           channels, keys);
+    });
   }
 
   // W_o [C, Dv], W_v [Dv, C] and b_v: sums over images and key features, in blocks of rows

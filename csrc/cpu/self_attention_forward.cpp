@@ -63,7 +63,8 @@ template <class T> struct Forward : SelfAttention<T> {
     T* bias = value_weight + heads * packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack(value_weight + head * packed, parameter(a.value_weight) + first * channels, 1, channels, channels, head_values);
+      pack(a.num_threads, value_weight + head * packed, parameter(a.value_weight) + first * channels, 1, channels, channels,
+           head_values);
       copy_padded(bias + head * head_value_width, a.value_bias ? parameter(a.value_bias) + first : nullptr, head_values);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {

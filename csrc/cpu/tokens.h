@@ -125,8 +125,9 @@ template <class T> struct Norm {
 
 // out [padded(count)] = source, or zeros when it is null; zero padding
 template <class T> inline const T* copy_padded(T* out, const void* source, std::int64_t count) {
-  const T* values = static_cast<const T*>(source);
-  for (std::int64_t i = 0; i < padded<T>(count); ++i) out[i] = values && i < count ? values[i] : T(0);
+  const std::int64_t given = source ? count : 0;
+  if (given) std::memcpy(out, source, sizeof(T) * static_cast<std::size_t>(given));
+  for (std::int64_t i = given; i < padded<T>(count); ++i) out[i] = T(0);
   return out;
 }
 
@@ -218,19 +219,28 @@ void combine_partials(const T* partials, const double* factors, std::int64_t cou
   }
 }
 
-// How tokens are cut into chunks: by the shape alone, never by the number of threads.
+// How tokens are cut into chunks, and chunks into blocks: by the shape alone, never by the number of threads. Chunks are
+// nearly equal, and so are the blocks of one chunk.
 struct Split {
   std::int64_t count, size;
 };
 
-constexpr std::int64_t kBlockTokens = 96;  // tokens that one step of a kernel holds in scratch
+constexpr std::int64_t kBlockTokens = 96;  // the most that one step of a kernel holds in scratch
 
 inline Split split_tokens(std::int64_t tokens, std::int64_t images) {
   const std::int64_t wanted = max_of<std::int64_t>(1, 64 / max_of<std::int64_t>(1, images));
-  const std::int64_t most = (tokens + 2 * kBlockTokens - 1) / (2 * kBlockTokens);
-  const std::int64_t count = max_of<std::int64_t>(1, min_of(wanted, most));
-  const std::int64_t size = max_of<std::int64_t>(1, ((tokens + count - 1) / count + kBlockTokens - 1) / kBlockTokens) * kBlockTokens;
+  const std::int64_t count = max_of<std::int64_t>(1, min_of(wanted, tokens / kBlockTokens));
+  const std::int64_t size = max_of<std::int64_t>(1, (tokens + count - 1) / count);
   return {max_of<std::int64_t>(1, (tokens + size - 1) / size), size};
+}
+
+// calls task(first token, tokens) for the blocks of [first, last)
+template <class Task> inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task) {
+  const std::int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    const std::int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks;
+    task(begin, end - begin);
+  }
 }
 
 // How many partial sums of `bytes` each are kept for `tasks` tasks: as many as 64, fewer where they are large.
