@@ -10,6 +10,7 @@ CXX names another compiler.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
 KERNELS = sorted(str(p) for p in CPU.glob("*.cpp") if p.name != "memory.cpp")
 COMMON = ["csrc/cpu/memory.cpp", "csrc/bindings.cpp"]
@@ -45,44 +46,44 @@ class BuildFailed(Exception):
     """The native extension cannot be built here; the first line of the message says why."""
 
 
-def find_compiler() -> str:
-    wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
-        if found := shutil.which(name.split()[0]):
-            return found
-    raise BuildFailed(
-        f"no C++ compiler: {wanted or 'g++, c++, clang++'} not found on PATH (on Debian: apt install g++)"
-    )
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler; CXX may carry options of its own."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for command in [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    names = wanted[0] if wanted else "g++, c++, clang++"
+    raise BuildFailed(f"no C++ compiler: {names} not found on PATH (on Debian: apt install g++)")
 
 
-def openmp_flags(compiler: str, temporary: Path) -> list[str]:
+def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:
     """What switches OpenMP on; nothing where the compiler has none, and the kernels then run on one thread."""
     probe = temporary / "openmp.cpp"
     probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [compiler, "-fopenmp", str(probe), "-o", str(temporary / "openmp")]
+    command = [*compiler, "-fopenmp", str(probe), "-o", str(temporary / "openmp")]
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
 
 
-def ninja_file(compiler: str, openmp: list[str], includes: list[str], output: Path, objects: Path) -> str:
-    flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes])]
+def write_ninja_file(script: Path, compiler: list[str], openmp: list[str], includes: list[str], output: Path) -> None:
+    """Object files are named relative to the folder of the script."""
+    from ninja.ninja_syntax import Writer
+
+    flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes]), *openmp]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     if len(VARIANTS) > 1:
         flags.append("-DMSFORMER_X86_VARIANTS")
-    lines = [
-        f"rule compile\n  command = {compiler} {' '.join([*flags, *openmp])} $extra -MD -MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-        f"rule link\n  command = {compiler} {' '.join([*link, *openmp])} $in -o $out\n  description = link $out",
-    ]
-    built = []
-    for source in COMMON:
-        built.append(objects / (Path(source).stem + ".o"))
-        lines.append(f"build {built[-1]}: compile {ROOT / source}")
-    for variant, extra in VARIANTS.items():
-        for source in KERNELS:
-            built.append(objects / variant / (Path(source).stem + ".o"))
-            lines.append(f"build {built[-1]}: compile {ROOT / source}\n  extra = {' '.join(extra)}")
-    lines.append(f"build {output}: link {' '.join(map(str, built))}")
-    return "\n".join(lines) + "\n"
+    with script.open("w") as file:
+        ninja = Writer(file)
+        compile_command = f"{shlex.join([*compiler, *flags])} $extra -MD -MF $out.d -c $in -o $out"
+        ninja.rule("compile", compile_command, description="compile $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", f"{shlex.join([*compiler, *link, *openmp])} $in -o $out", description="link")
+        sources = [(source, "", []) for source in COMMON]
+        sources += [(source, f"{variant}/", extra) for variant, extra in VARIANTS.items() for source in KERNELS]
+        built = []
+        for source, folder, extra in sources:
+            built.append(f"{folder}{Path(source).stem}.o")
+            ninja.build(built[-1], "compile", str(ROOT / source), variables={"extra": " ".join(extra)})
+        ninja.build(str(output), "link", built)
 
 
 def compile_native(output: Path, temporary: Path) -> None:
@@ -95,15 +96,16 @@ def compile_native(output: Path, temporary: Path) -> None:
         raise BuildFailed(f"a build requirement is missing: {error}") from error
     temporary.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    script = temporary / "build.ninja"
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    script.write_text(ninja_file(compiler, openmp_flags(compiler, temporary), includes, output, temporary))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script)]
+    script = temporary / "build.ninja"
+    write_ninja_file(script, compiler, openmp_flags(compiler, temporary), includes, output)
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(temporary)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(result.stdout)
     if result.returncode != 0:
         errors = [line for line in result.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
-        raise BuildFailed(f"{compiler} failed: {errors[0] if errors else 'no message'}\n\n{result.stdout[-8000:]}")
+        reason = errors[0] if errors else "no message"
+        raise BuildFailed(f"{shlex.join(compiler)} failed: {reason}\n\n{result.stdout[-8000:]}")
 
 
 class BuildNative(build_ext):
