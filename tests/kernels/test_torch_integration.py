@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,9 @@ def _train_one_step(rank: int, world_size: int, store: str, results: str) -> Non
     torch.manual_seed(100 + rank)
     model(torch.randn(2, 12, 8), 3, 4)[0].square().mean().backward()
     torch.save({n: p.grad for n, p in block.named_parameters()}, f"{results}/{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort the process while the interpreter shuts down
 
 
 def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path, backend: str) -> None:
