@@ -21,6 +21,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
 
 
 class ImageError(ValueError):
@@ -80,7 +81,7 @@ def read_image(path: str | PathLike[str]) -> NDArray[np.generic]:
     path = Path(path)
     data = path.read_bytes()
     try:
-        if path.suffix.lower() in (".tif", ".tiff"):
+        if data[:4] in TIFF_SIGNATURES:
             pixels = _decode_tiff(path)
         elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
             pixels = _decode_png16(data)
@@ -118,15 +119,30 @@ def _decode_png16(data: bytes) -> NDArray[np.generic]:
 def _decode_tiff(path: Path) -> NDArray[np.generic]:
     import tifffile
 
+    kinds = tifffile.PHOTOMETRIC
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
-        if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
-            pixels: NDArray[np.generic] = np.asarray(page.asarray())
+        # pillow turns inverted grey back itself, but only that of 8 bits
+        inverted = page.photometric == kinds.MINISWHITE and page.dtype.kind == "u"
+        if page.photometric in (kinds.MINISBLACK, kinds.RGB) or inverted:
+            pixels: NDArray[Any] = np.asarray(page.asarray())
             if page.axes == "SYX":  # channels stored one after the other
                 pixels = np.moveaxis(pixels, 0, -1)
-            return pixels.squeeze()
-    # palettes, inverted grey, CMYK, JPEG's YCbCr: pillow knows how to show them
+            if inverted:
+                pixels = np.iinfo(pixels.dtype).max - pixels
+            orientation = page.tags.get("Orientation")
+            return _turn_upright(pixels.squeeze(), 1 if orientation is None else int(orientation.value))
+    # palettes, CMYK, JPEG's YCbCr: pillow knows how to show them
     return _decode_with_pillow(path)
+
+
+def _turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undoes an orientation as TIFF and EXIF number them, 1 to 8 (TIFF 6.0, page 36)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = np.swapaxes(pixels, 0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def _drop_extra_channels(pixels: NDArray[np.generic], name: str) -> NDArray[np.generic]:

@@ -12,6 +12,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from msformer.data import ImageError, find_images, prepare_image, read_image, resize_image, resize_labels
 
@@ -72,9 +73,26 @@ def test_other_modes(mode: str, tmp_path: Path) -> None:
     assert found.shape == ((5, 4) if mode in ("LA", "1") else (5, 4, 3))
 
 
-def test_inverted_grey_tiff_is_turned_back(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", 255 - GREY, photometric="miniswhite")
-    assert np.array_equal(read_image(tmp_path / "a.tif"), GREY)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_inverted_grey_tiff_is_turned_back(dtype: type[np.unsignedinteger], tmp_path: Path) -> None:
+    pixels = GREY.astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", np.iinfo(dtype).max - pixels, photometric="miniswhite")
+    assert np.array_equal(read_image(tmp_path / "a.tif"), pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_tiff(orientation: int, tmp_path: Path) -> None:
+    tag = [(274, "H", 1, orientation, False)]
+    tifffile.imwrite(tmp_path / "a.tif", COLOUR, photometric="rgb", extratags=tag)
+    with PILImage.open(tmp_path / "a.tif") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".tif"), ("TIFF", ".png"), ("BMP", ".jpg")])
+def test_the_content_counts_not_the_suffix(kind: str, suffix: str, tmp_path: Path) -> None:
+    PILImage.fromarray(COLOUR).save(tmp_path / f"a{suffix}", format=kind)
+    assert np.array_equal(read_image(tmp_path / f"a{suffix}"), COLOUR)
 
 
 def test_first_page_of_many(tmp_path: Path) -> None:
