@@ -56,11 +56,21 @@ def fit_options(size: int) -> Callable[[Command], Command]:
 
 
 def segment_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Options of the command line -> keyword arguments of `msformer.segment`."""
+    """Options of the command line -> keyword arguments of `msformer.segment`, device and backend as they turn out.
+
+    A backend that cannot be had is thereby an error of its own, not one of every image, and a finished image counts as
+    done only for the backend and device that it was made with.
+    """
+    from torch import float32
+
     from msformer.losses import LossWeights
+    from msformer.segmentation import find_device
+    from msformer_kernels.backends import resolve
 
     weights = LossWeights(*(values.pop(name) for name in ("ce", "inter", "intra")))
-    return values | {"weights": weights}
+    device = find_device(values["device"])
+    backend = resolve(values["backend"], device.type, float32)
+    return values | {"weights": weights, "device": str(device), "backend": backend}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -80,10 +90,10 @@ def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, **options: Any)
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
-    from msformer.data import find_images
-    from msformer.runs import plan_jobs
-
     with friendly_errors():
+        from msformer.data import find_images
+        from msformer.runs import plan_jobs
+
         arguments = segment_arguments(options)
         sources = find_images(paths, exclude=out)
         jobs = plan_jobs(sources, paths, out)
@@ -105,10 +115,10 @@ def demo(out: Path, count: int, overwrite: bool, **options: Any) -> None:
     The images look like dermoscopy from afar; they and their masks are kept in OUT/images and OUT/masks. The fitted
     size is smaller than that of `segment`, to be quick.
     """
-    from msformer.demo import make_images, print_scores, score_all
-    from msformer.runs import plan_jobs
-
     with friendly_errors():
+        from msformer.demo import make_images, print_scores, score_all
+        from msformer.runs import plan_jobs
+
         arguments = segment_arguments(options)
         sources, masks = make_images(out, count, arguments["seed"])
         jobs = plan_jobs(sources, [out / "images"], out)
@@ -162,15 +172,17 @@ def _cpu_name() -> str:
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turns errors that a user can do something about into a line on stderr and exit code 1; Ctrl-C into 130."""
-    from msformer_kernels import BackendError
-
     try:
         yield
     except KeyboardInterrupt:
         message = "interrupted; finished images are complete, the same command goes on where it stopped"
         click.echo(f"\n{message}", err=True)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, BackendError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        from msformer_kernels import BackendError
+
+        if isinstance(error, RuntimeError) and not isinstance(error, BackendError):
+            raise
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
 
@@ -183,15 +195,11 @@ def run_all(
     jobs: list[Job], out: Path, arguments: dict[str, Any], overwrite: bool
 ) -> tuple[dict[str, Record], dict[str, str]]:
     """Segments what is not done yet; returns the records by name, and the errors by source."""
-    from torch import float32
-
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
     from msformer.runs import done_before, run_job, settings_record
     from msformer_kernels import BackendError
-    from msformer_kernels.backends import resolve
 
-    resolve(None, "cpu", float32)  # an impossible MSFORMER_BACKEND is an error of its own, not one of every image
     prepare_folder(out)
     settings = settings_record(arguments)
     finished: dict[str, Record] = {}

@@ -7,6 +7,7 @@ image's own minimum and maximum to 0 and 1; a constant image becomes zeros. Grey
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -71,8 +72,8 @@ def read_image(path: str | PathLike[str]) -> NDArray[np.generic]:
     """The pixels of a PNG, JPEG, BMP or TIFF file as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
     point.
 
-    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
-    read.
+    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with
+    several pages the first is read, with a warning.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
@@ -121,15 +122,18 @@ def _decode_tiff(path: Path) -> NDArray[np.generic]:
 
     kinds = tifffile.PHOTOMETRIC
     with tifffile.TiffFile(path) as tiff:
+        pages = [page for page in tiff.pages if not page.is_reduced]
+        if len(pages) > 1:
+            warnings.warn(f"{path}: the first of {len(pages)} pages is read", stacklevel=4)
         page = tiff.pages[0]
         # pillow turns inverted grey back itself, but only that of 8 bits
-        inverted = page.photometric == kinds.MINISWHITE and page.dtype.kind == "u"
+        inverted = page.photometric == kinds.MINISWHITE and page.dtype.kind in "iu"
         if page.photometric in (kinds.MINISBLACK, kinds.RGB) or inverted:
             pixels: NDArray[Any] = np.asarray(page.asarray())
             if page.axes == "SYX":  # channels stored one after the other
                 pixels = np.moveaxis(pixels, 0, -1)
             if inverted:
-                pixels = np.iinfo(pixels.dtype).max - pixels
+                pixels = ~pixels
             orientation = page.tags.get("Orientation")
             return _turn_upright(pixels.squeeze(), 1 if orientation is None else int(orientation.value))
     # palettes, CMYK, JPEG's YCbCr: pillow knows how to show them

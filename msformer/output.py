@@ -48,10 +48,12 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
-    probe = folder / "probe"
-    with complete_file(probe) as temporary:
-        temporary.write_bytes(b"")
-    probe.unlink()
+    probe = folder / f".msformer-{os.getpid()}-probe"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
     for leftover in folder.rglob(".msformer-*"):
         match = _TEMPORARY.fullmatch(leftover.name)
         if match and not _is_running(int(match[1])):

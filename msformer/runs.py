@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_p
 from msformer.segmentation import Progress, Segmentation, segment
 
 Record = dict[str, Any]
+
+SUMMARY = "summary"  # summary.json; no image may have this name
+_SHEET = re.compile(r"contact-sheet(-\d+)?\.png")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path) -> l
 
 
 def _free(folder: Path, name: str, source: Path) -> bool:
+    if name == SUMMARY:
+        return False
     record = read_json(folder / f"{name}.json")
     return record is None or record.get("source") == str(source)
 
@@ -162,8 +168,8 @@ def write_sheets(
         ]
         with complete_file(folder / name) as temporary:
             contact_sheet(rows, temporary)
-    for stale in folder.glob("contact-sheet*.png"):
-        if stale.name not in names:
+    for stale in folder.iterdir():
+        if _SHEET.fullmatch(stale.name) and stale.name not in names:
             stale.unlink()
     return [folder / name for name in names]
 
@@ -191,4 +197,4 @@ def write_summary(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    write_json(folder / "summary.json", {"settings": settings, "machine": machine, "images": images} | more)
+    write_json(folder / f"{SUMMARY}.json", {"settings": settings, "machine": machine, "images": images} | more)

@@ -107,7 +107,7 @@ def segment(
     original = prepared.shape[1:]
     target = _target_size(size, (original[0], original[1]))
     resized = resize_image(prepared, target)
-    chosen_device = _device(device)
+    chosen_device = find_device(device)
     started = time.perf_counter()
     with (
         torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []),
@@ -195,7 +195,11 @@ def _target_size(size: int | tuple[int, int] | None, original: tuple[int, int]) 
     return height, width
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """The device that a setting means: ``"auto"`` is the GPU if there is one.
+
+    Raises ValueError for one that cannot be used.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -19,7 +19,7 @@ void* thread_scratch(std::size_t bytes);
 
 [[noreturn]] void throw_out_of_memory();
 
-// Zeroed or raw aligned memory that lives as long as one kernel call.
+// Aligned memory, not initialised, that lives as long as one kernel call.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes);

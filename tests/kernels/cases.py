@@ -6,9 +6,11 @@ compare backends.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +27,16 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def require(backend: str) -> None:
+    """Skips the test where a backend was not built; fails it where it must be there (MSFORMER_REQUIRE_NATIVE=1)."""
+    if backend in kernels.available_backends():
+        return
+    reason = f"backend {backend} is not available: {kernels.explain().reasons[backend]}"
+    if os.environ.get("MSFORMER_REQUIRE_NATIVE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def strided(x: Tensor, layout: str) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import msformer_kernels as kernels
+from tests.kernels.cases import require
 
 COMPILED = ["native"]
 
@@ -16,11 +15,7 @@ COMPILED = ["native"]
 @pytest.fixture(params=COMPILED)
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that is checked against the reference; skipped where it was not built."""
-    if request.param not in kernels.available_backends():
-        reason = f"backend {request.param} is not available: {kernels.explain().reasons[request.param]}"
-        if os.environ.get("MSFORMER_REQUIRE_NATIVE") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require(request.param)
     return request.param
 
 

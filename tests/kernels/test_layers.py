@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import msformer_kernels as kernels
+from tests.kernels.cases import require
 
 
 def test_parameter_names_are_those_of_the_published_checkpoints() -> None:
@@ -104,8 +105,7 @@ def test_masked_tokens_do_not_reach_the_others() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "native"])
 def test_eps_of_the_norms_reaches_the_operators(name: str) -> None:
-    if name not in kernels.available_backends():
-        pytest.skip("not built")
+    require(name)
     block, x = kernels.EfficientTransformerBlock(8), torch.randn(2, 12, 8)
     for norm in (block.norm1, block.norm2, block.mlp.norm1):
         norm.eps = 0.5

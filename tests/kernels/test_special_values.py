@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, run, self_attention_case
+from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, require, run, self_attention_case
 
 DIFFERENT = [
     attention_case("", batch=2, heads=2),
@@ -40,8 +40,7 @@ def test_nan_and_infinity_come_out_where_they_would_in_pytorch(case: Case, bad: 
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("backend_name", ["reference", "native"])
 def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
-    if backend_name not in kernels.available_backends():
-        pytest.skip("not built")
+    require(backend_name)
     case = attention_case("", batch=2, heads=2, mask="random")
     tensors = case.make()
     clean = run(case, cast(tensors, torch.float32), backend_name)
@@ -77,8 +76,7 @@ def test_no_token_kept_has_no_nan_on_the_way_back_either() -> None:
 @pytest.mark.parametrize("shape", [(0, 12), (2, 0)], ids=["no_images", "no_tokens"])
 def test_empty_input_gives_zero_gradients_to_every_parameter(shape: tuple[int, int], name: str) -> None:
     """Zeros, not None: DDP waits for a gradient of every parameter."""
-    if name not in kernels.available_backends():
-        pytest.skip("not built")
+    require(name)
     block = kernels.EfficientTransformerBlock(8)
     with kernels.use_backend(name):
         output, context = block(torch.randn(*shape, 8), 3 if shape[1] else 0, 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import msformer_kernels as kernels
-from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, run, self_attention_case
+from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, require, run, self_attention_case
 
 CASES = [
     attention_case("masked", batch=2, heads=2, mask="random"),
@@ -122,8 +122,7 @@ def test_export(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_autocast(name: str) -> None:
-    if name not in kernels.available_backends():
-        pytest.skip("not built")
+    require(name)
     block, x = block_and_tokens(16)
     exact, exact_context = block.double()(x.double(), 3, 4)
     block.float()
@@ -145,8 +144,7 @@ def test_autocast(name: str) -> None:
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_autocast_leaves_float64_alone(name: str) -> None:
     """As for PyTorch's own operators; the published definition is checked in float64."""
-    if name not in kernels.available_backends():
-        pytest.skip("not built")
+    require(name)
     block, x = block_and_tokens()
     block, x = block.double(), x.double()
     q = torch.randn(1, 1, 4, 3, dtype=torch.float64)

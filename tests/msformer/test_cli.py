@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 import msformer.runs
+import msformer_kernels as kernels
 from msformer.cli import main
 from msformer.output import OutputError, complete_file, prepare_folder
 from tests.msformer.conftest import QUICK_OPTIONS
@@ -92,6 +93,33 @@ def test_names_that_clash_do_not_overwrite_each_other(tmp_path: Path, picture: P
     later = run("segment", two / "x.bmp", "--out", tmp_path / "out", *QUICK_OPTIONS)
     assert later.exit_code == 0
     assert len({json.loads(p.read_text())["source"] for p in (tmp_path / "out").glob("x*.json")}) == 4
+
+
+def test_names_of_the_run_itself_are_not_given_to_images(tmp_path: Path, picture: Picture) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    out.mkdir()
+    (out / "probe").write_text("the user's own")
+    for name in ("summary.png", "contact-sheet.png", "contact-sheet-1.png"):
+        PILImage.fromarray(picture).save(images / name)
+    assert run("segment", images, "--out", out, *QUICK_OPTIONS).exit_code == 0
+    assert len(json.loads((out / "summary.json").read_text())["images"]) == 3
+    expected = {
+        f"{name}{suffix}"
+        for name in ("summary-png", "contact-sheet", "contact-sheet-1")
+        for suffix in (".json", ".labels.png", ".overlay.png")
+    }
+    assert files(out) == expected | {"summary.json", "contact-sheet.png", "probe"}
+    assert "3 of 3 images were already done" in run("segment", images, "--out", out, *QUICK_OPTIONS).output
+
+
+def test_another_backend_is_another_result(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("segment", images / "b.bmp", "--out", tmp_path / "out", *QUICK_OPTIONS)
+    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
+    run(*arguments)
+    assert "1 of 1 images were already done" in run(*arguments, "--backend", "reference").output
+    monkeypatch.delenv("MSFORMER_BACKEND")
+    assert ("already done" in run(*arguments).output) == (len(kernels.available_backends()) == 1)
 
 
 def test_broken_files_do_not_stop_the_others(images: Path, tmp_path: Path) -> None:
