@@ -20,9 +20,11 @@ using namespace msformer;
   void self_attention_backward(const SelfAttentionArguments&);           \
   void mix_ffn_forward(const MixFFNArguments&);                          \
   void mix_ffn_backward(const MixFFNArguments&);                         \
+  double multiply_adds(int, std::int64_t, double*);                      \
   constexpr Kernels kernels{attention_forward,       attention_backward, \
                             self_attention_forward,  self_attention_backward, \
-                            mix_ffn_forward,         mix_ffn_backward};  \
+                            mix_ffn_forward,         mix_ffn_backward,   \
+                            multiply_adds};                              \
   }
 
 MSFORMER_DECLARE(plain)
@@ -225,6 +227,13 @@ void mix_ffn_backward(const py::tuple& sizes, double norm_eps, bool skip, bool r
   run(current.kernels->mix_ffn_backward, a);
 }
 
+double multiply_adds(int num_threads, std::int64_t steps) {
+  if (num_threads < 1 || steps < 0) throw std::invalid_argument("multiply_adds: expected num_threads >= 1 and steps >= 0");
+  double sink = 0;
+  py::gil_scoped_release release;
+  return current.kernels->multiply_adds(num_threads, steps, &sink);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -244,4 +253,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("self_attention_backward", &self_attention_backward);
   m.def("mix_ffn_forward", &mix_ffn_forward);
   m.def("mix_ffn_backward", &mix_ffn_backward);
+  m.def("multiply_adds", &multiply_adds, py::arg("num_threads"), py::arg("steps"));
 }

@@ -84,6 +84,7 @@ struct Kernels {
   void (*self_attention_backward)(const SelfAttentionArguments&);
   void (*mix_ffn_forward)(const MixFFNArguments&);
   void (*mix_ffn_backward)(const MixFFNArguments&);
+  double (*multiply_adds)(int num_threads, std::int64_t steps, double* sink);
 };
 
 }  // namespace msformer
