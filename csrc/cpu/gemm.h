@@ -1,10 +1,10 @@
-// Small matrix products C = init + A B, for operands that are already in scratch memory.
+// Small matrix products C = start + A B, for operands that are already in scratch memory.
 //
 // A is read one value at a time (broadcast), at any strides, so it may be transposed. B is read in whole vectors along n:
 // either packed (panels of a few vectors, each panel k rows) or a plain row-major block. C is row-major. n counts in
 // whole vectors: leading dimensions are padded to the vector width and the padding holds zeros.
-// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k. init is added at the
-// end, so that a sum over many blocks of tokens is a sum of block sums, with the smaller rounding error of that.
+// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k. What is added to comes at
+// the end, so that a sum over many blocks of tokens is a sum of block sums, with the smaller rounding error of that.
 #pragma once
 
 #include "parallel.h"
@@ -35,9 +35,18 @@ template <class T> struct Matrix {  // the right-hand operand, k x n
   std::int64_t leading;  // values from one k to the next; 0: packed in panels
 };
 
+template <class T> struct Output {  // row i starts at data + offsets[i], or, without offsets, at data + i * leading
+  T* data;
+  std::int64_t leading;
+  const std::int64_t* offsets = nullptr;
+  T* row(std::int64_t i) const { return data + (offsets ? offsets[i] : i * leading); }
+};
+
+enum class Start { zero, bias, output };  // what the products are added to; bias is one row
+
 template <class T, int ROWS, int VECTORS>
 inline void gemm_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_k, const T* b, std::int64_t b_k,
-                      const T* init, std::int64_t init_row, T* c, std::int64_t c_row) {
+                      Start start, const T* bias, const Output<T>& c, std::int64_t row, std::int64_t column) {
   constexpr int W = kWidth<T>;
   Vector<T> acc[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -56,93 +65,117 @@ inline void gemm_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < ROWS; ++i) {
+    T* out = c.row(row + i) + column;
+    const T* first = start == Start::output ? out : bias;
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j)
-      store(c + i * c_row + j * W, init ? acc[i][j] + load(init + i * init_row + j * W) : acc[i][j]);
+      store(out + j * W, start == Start::zero ? acc[i][j] : acc[i][j] + load(first + j * W));
+  }
 }
 
 template <class T, int ROWS, int VECTORS>
-inline void gemm_rows(std::int64_t rows, std::int64_t k, Operand<T> a, const T* b, std::int64_t b_k, const T* init,
-                      std::int64_t init_row, T* c, std::int64_t c_row) {
-  std::int64_t i = 0;
-  for (; i + ROWS <= rows; i += ROWS)
-    gemm_tile<T, ROWS, VECTORS>(k, a.data + i * a.row_stride, a.row_stride, a.k_stride, b, b_k,
-                                init ? init + i * init_row : nullptr, init_row, c + i * c_row, c_row);
+inline void gemm_rows(std::int64_t row, std::int64_t end, std::int64_t k, const Operand<T>& a, const T* b, std::int64_t b_k,
+                      Start start, const T* bias, const Output<T>& c, std::int64_t column) {
+  for (; row + ROWS <= end; row += ROWS)
+    gemm_tile<T, ROWS, VECTORS>(k, a.data + row * a.row_stride, a.row_stride, a.k_stride, b, b_k, start, bias, c, row, column);
   if constexpr (ROWS > 1)
-    if (i < rows)
-      gemm_rows<T, ROWS - 1, VECTORS>(rows - i, k, {a.data + i * a.row_stride, a.row_stride, a.k_stride}, b, b_k,
-                                      init ? init + i * init_row : nullptr, init_row, c + i * c_row, c_row);
+    if (row < end) gemm_rows<T, ROWS - 1, VECTORS>(row, end, k, a, b, b_k, start, bias, c, column);
 }
 
-// C = init + A B. init: null for zeros, C itself to accumulate, or one row of biases (init_row 0).
+struct Range {
+  std::int64_t begin, end;
+};
+
+// The rows and panels of C = start + A B that are asked for. k, of which B has `depth` in all, is the range to sum over.
 template <class T>
-void gemm(std::int64_t rows, std::int64_t k, std::int64_t n_padded, Operand<T> a, Matrix<T> b, const T* init,
-          std::int64_t init_row, T* c, std::int64_t c_row) {
+void gemm_part(Range rows, Range panel_range, Range k, std::int64_t depth, const Panels& panels, const Operand<T>& a,
+               const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
   constexpr int W = kWidth<T>;
-  const Panels panels(n_padded / W);
-  for (std::int64_t panel = 0; panel < panels.count; ++panel) {
+  const Operand<T> a_part{a.data + k.begin * a.k_stride, a.row_stride, a.k_stride};
+  for (std::int64_t panel = panel_range.begin; panel < panel_range.end; ++panel) {
     const std::int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
-    const T* bp = b.leading ? b.data + first * W : b.data + first * W * k;
     const std::int64_t b_k = b.leading ? b.leading : vectors * W;
-    const T* ip = init ? init + first * W : nullptr;
-    T* cp = c + first * W;
+    const T* bp = (b.leading ? b.data + first * W : b.data + first * W * depth) + k.begin * b_k;
+    const T* biases = bias ? bias + first * W : nullptr;
+    const std::int64_t size = k.end - k.begin;
     switch (vectors) {
-      case 1: gemm_rows<T, kTileRows, 1>(rows, k, a, bp, b_k, ip, init_row, cp, c_row); break;
-      case 2: gemm_rows<T, kTileRows, 2>(rows, k, a, bp, b_k, ip, init_row, cp, c_row); break;
+      case 1: gemm_rows<T, kTileRows, 1>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
+      case 2: gemm_rows<T, kTileRows, 2>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
 #if MSFORMER_VECTOR_BYTES == 64
-      case 3: gemm_rows<T, kTileRows, 3>(rows, k, a, bp, b_k, ip, init_row, cp, c_row); break;
-      case 4: gemm_rows<T, kTileRows, 4>(rows, k, a, bp, b_k, ip, init_row, cp, c_row); break;
+      case 3: gemm_rows<T, kTileRows, 3>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
+      case 4: gemm_rows<T, kTileRows, 4>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
 #endif
     }
   }
+}
+
+// C = start + A B on the calling thread
+template <class T>
+inline void gemm(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const Operand<T>& a, const Matrix<T>& b,
+                 Start start, const T* bias, const Output<T>& c) {
+  const Panels panels(n_padded / kWidth<T>);
+  gemm_part<T>({0, rows}, {0, panels.count}, {0, k}, k, panels, a, b, start, bias, c);
 }
 
 // C = A B with A row-major in scratch
 template <class T>
 inline void multiply(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda, Matrix<T> b,
                      T* c, std::int64_t ldc, const T* bias = nullptr) {
-  gemm<T>(rows, k, n_padded, {a, lda, 1}, b, bias, 0, c, ldc);
+  gemm<T>(rows, k, n_padded, {a, lda, 1}, b, bias ? Start::bias : Start::zero, bias, {c, ldc});
 }
 
 // C += A B
 template <class T>
 inline void multiply_add(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda,
                          Matrix<T> b, T* c, std::int64_t ldc) {
-  gemm<T>(rows, k, n_padded, {a, lda, 1}, b, c, ldc, c, ldc);
+  gemm<T>(rows, k, n_padded, {a, lda, 1}, b, Start::output, nullptr, {c, ldc});
 }
 
 // C += A^T B, the reduction over tokens: A [tokens, rows], B [tokens, n]
 template <class T>
 inline void multiply_transposed_add(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a,
                                     std::int64_t lda, const T* b, std::int64_t ldb, T* c, std::int64_t ldc) {
-  gemm<T>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, c, ldc, c, ldc);
+  gemm<T>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, {c, ldc});
+}
+
+// One panel of `pack`: columns [begin, begin + width), of which `filled` are in the source.
+template <class T>
+inline void pack_panel(T* to, const T* from, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+                       std::int64_t width, std::int64_t filled) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = filled / W * W, whole_k = n_stride == 1 ? k : k / W * W;
+  for (std::int64_t j = 0; j < whole; j += W) {
+    if (n_stride == 1) {
+      for (std::int64_t i = 0; i < k; ++i) store(to + i * width + j, load_unaligned(from + i * k_stride + j));
+    } else {
+      for (std::int64_t i = 0; i < whole_k; i += W) {
+        Vector<T> block[W];
+        for (std::int64_t row = 0; row < W; ++row) block[row] = load_unaligned(from + i + (j + row) * n_stride);
+        transpose<T>(block);
+        for (std::int64_t row = 0; row < W; ++row) store(to + (i + row) * width + j, block[row]);
+      }
+    }
+  }
+  // what is left: the last rows of the transposed blocks, and the columns of the last, incomplete vector
+  for (std::int64_t i = whole_k; i < k; ++i)
+    for (std::int64_t j = 0; j < whole; ++j) to[i * width + j] = from[i * k_stride + j * n_stride];
+  for (std::int64_t j = whole; j < filled; ++j)
+    for (std::int64_t i = 0; i < k; ++i) to[i * width + j] = from[i * k_stride + j * n_stride];
+  for (std::int64_t i = 0; i < k; ++i)
+    for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
 }
 
 // Packs a k x n source (element (i, j) at data[i * k_stride + j * n_stride]) into panels, padded with zeros along n.
-// Either stride is 1; the source is read along it, a cache line at a time.
+// Either stride is 1.
 template <class T>
 void pack(int num_threads, T* out, const T* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
           std::int64_t n) {
-  constexpr std::int64_t W = kWidth<T>, kLine = 64 / sizeof(T), kWorthThreads = 1 << 15;
+  constexpr std::int64_t W = kWidth<T>, kWorthThreads = 1 << 15;
   const Panels panels(padded<T>(n) / W);
-  parallel_for(panels.count, k * n < kWorthThreads ? 1 : num_threads, 64, [&](std::int64_t panel, void*) {
+  parallel_for(panels.count, k * n < kWorthThreads ? 1 : num_threads, 0, [&](std::int64_t panel, void*) {
     const std::int64_t begin = panels.begin(panel) * W, width = panels.begin(panel + 1) * W - begin;
-    const std::int64_t filled = min_of(width, n - begin);
-    T* to = out + begin * k;
-    const T* from = data + begin * n_stride;
-    for (std::int64_t first = 0; first < k; first += kLine) {
-      const std::int64_t last = min_of(k, first + kLine);
-      if (n_stride == 1) {
-        for (std::int64_t i = first; i < last; ++i)
-          for (std::int64_t j = 0; j < filled; ++j) to[i * width + j] = from[i * k_stride + j];
-      } else {
-        for (std::int64_t j = 0; j < filled; ++j)
-          for (std::int64_t i = first; i < last; ++i) to[i * width + j] = from[i * k_stride + j * n_stride];
-      }
-      for (std::int64_t i = first; i < last; ++i)
-        for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
-    }
+    pack_panel(out + begin * k, data + begin * n_stride, k_stride, n_stride, k, width, min_of(width, n - begin));
   });
 }
 

@@ -10,6 +10,45 @@
 
 namespace msformer::MSFORMER_ISA {
 
+// Images of few tokens are worked on as a whole (mix_ffn_whole.cpp), larger ones in strips.
+bool mix_ffn_fits_whole(const MixFFNArguments& a);
+void mix_ffn_whole_forward(const MixFFNArguments& a);
+void mix_ffn_whole_backward(const MixFFNArguments& a);
+constexpr std::int64_t kWholeHidden = 3 << 18;  // tokens x hidden features of one image, at most
+
+// Gradients of the parameters that are not matrices, padded.
+template <class T> struct VectorGradients {
+  T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
+
+  VectorGradients(Arena& arena, std::int64_t width, std::int64_t hidden_width)
+      : taps(arena.take<T>(9 * hidden_width)),
+        fc1_bias(arena.take<T>(hidden_width)),
+        dw_bias(arena.take<T>(hidden_width)),
+        hidden_weight(arena.take<T>(hidden_width)),
+        hidden_bias(arena.take<T>(hidden_width)),
+        fc2_bias(arena.take<T>(width)),
+        norm_weight(arena.take<T>(width)),
+        norm_bias(arena.take<T>(width)) {}
+
+  void clear() const {  // one piece of the arena after the other
+    T* const end = norm_bias + (norm_bias - norm_weight);
+    for (T* p = taps; p < end; ++p) *p = T(0);
+  }
+
+  void write(const MixFFNArguments& a) const {
+    for (std::int64_t j = 0; j < a.hidden; ++j)
+      for (std::int64_t tap = 0; tap < 9; ++tap)
+        static_cast<T*>(a.grad_dw_weight)[j * 9 + tap] = taps[tap * padded<T>(a.hidden) + j];
+    copy_out(fc1_bias, a.hidden, a.grad_fc1_bias);
+    copy_out(dw_bias, a.hidden, a.grad_dw_bias);
+    copy_out(fc2_bias, a.channels, a.grad_fc2_bias);
+    copy_out(hidden_weight, a.hidden, a.grad_hidden_norm_weight);
+    copy_out(hidden_bias, a.hidden, a.grad_hidden_norm_bias);
+    copy_out(norm_weight, a.channels, a.grad_norm_weight);
+    copy_out(norm_bias, a.channels, a.grad_norm_bias);
+  }
+};
+
 template <class T> struct Activated {
   Vector<T> value, slope;
 };
@@ -118,6 +157,57 @@ template <class T> struct MixFFN {
     multiply<T>(last - first, channels, hidden_width, x, width, {w.fc1, 0}, out + (first - begin) * hidden_width,
                 hidden_width, w.fc1_bias);
   }
+
+  // hidden norm and activation of rows, in place
+  void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
+    for (T* row = z; row < z + tokens * hidden_width; row += hidden_width) {
+      T mean = T(0), rstd = T(1);
+      if (norm.weight) row_statistics(row, hidden, norm.eps, mean, rstd);
+      for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
+        Vector<T> n = load(row + c);
+        if (norm.weight) n = (n - mean) * rstd * load(norm.weight + c) + load(norm.bias + c);
+        store(row + c, activate<T>(a.activation, n).value);
+      }
+    }
+  }
+
+  // One token: from z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
+  // weight_sum and bias_sum take up the gradients of the norm's parameters.
+  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum, T* bias_sum) const {
+    constexpr int W = kWidth<T>;
+    if (!norm.weight) {
+      for (std::int64_t c = 0; c < hidden_width; c += W) {
+        const Activated<T> f = activate<T>(a.activation, load(z + c));
+        store(activated + c, f.value);
+        store(grad + c, load(grad + c) * f.slope);
+      }
+      return;
+    }
+    T mean, rstd;
+    row_statistics(z, hidden, norm.eps, mean, rstd);
+    Vector<T> sum{}, dot{};
+    for (std::int64_t c = 0; c < hidden_width; c += W) {
+      const Vector<T> x = (load(z + c) - mean) * rstd, weight = load(norm.weight + c);
+      const Activated<T> f = activate<T>(a.activation, x * weight + load(norm.bias + c));
+      const Vector<T> g = load(grad + c) * f.slope, scaled = g * weight;
+      if (weight_sum) {
+        store(weight_sum + c, load(weight_sum + c) + g * x);
+        store(bias_sum + c, load(bias_sum + c) + g);
+      }
+      store(z + c, x);
+      store(activated + c, f.value);
+      store(grad + c, scaled);
+      sum += scaled;
+      dot += scaled * x;
+    }
+    const T inverse = T(1) / static_cast<T>(hidden);
+    const T mean_grad = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
+    for (std::int64_t c = 0; c < hidden_width; c += W) {
+      Vector<T> g = (load(grad + c) - mean_grad - load(z + c) * mean_dot) * rstd;
+      if (c + W > hidden) g = keep_lanes<T>(g, hidden - c);
+      store(grad + c, g);
+    }
+  }
 };
 
 // out [tokens, leading] = depthwise 3x3 of three rows plus bias; rows[i] points at the token left of the first output.
@@ -157,6 +247,29 @@ void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_
   for (; t < tokens; ++t) {
     const T* shifted[3] = {rows[0] + t * leading, rows[1] + t * leading, rows[2] + t * leading};
     depthwise_tokens<T, FLIP, 1>(shifted, taps, bias, leading, out + t * leading);
+  }
+}
+
+// Adds the gradients of the convolution's taps [9, leading] and bias over `tokens` tokens, for the given columns, from dZ and
+// the rows of U above, at and below; rows[i] points at the token left of the first.
+template <class T>
+void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, std::int64_t leading,
+                               Range columns, T* taps, T* bias) {
+  constexpr std::int64_t kTokens = 8;
+  for (std::int64_t begin = 0; begin < tokens; begin += kTokens) {
+    const std::int64_t end = min_of(tokens, begin + kTokens);
+    for (std::int64_t c = columns.begin; c < columns.end; c += kWidth<T>) {
+      Vector<T> tap[9] = {}, sum{};
+      for (std::int64_t t = begin; t < end; ++t) {
+        const Vector<T> g = load(grad_z + t * leading + c);
+        sum += g;
+#pragma GCC unroll 9
+        for (int k = 0; k < 9; ++k) tap[k] += g * load(rows[k / 3] + (t + k % 3) * leading + c);
+      }
+      store(bias + c, load(bias + c) + sum);
+#pragma GCC unroll 9
+      for (int k = 0; k < 9; ++k) store(taps + k * leading + c, load(taps + k * leading + c) + tap[k]);
+    }
   }
 }
 

@@ -44,87 +44,18 @@ template <class T> struct Backward : MixFFN<T> {
     }
   };
 
-  struct TokenSums {
+  struct TokenSums : VectorGradients<T> {
     T *fc1, *fc2;  // [C, hidden_width] both
-    T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
     TokenSums(Arena& arena, const Backward& b)
-        : fc1(arena.take<T>(b.channels * b.hidden_width)),
-          fc2(arena.take<T>(b.channels * b.hidden_width)),
-          taps(arena.take<T>(9 * b.hidden_width)),
-          fc1_bias(arena.take<T>(b.hidden_width)),
-          dw_bias(arena.take<T>(b.hidden_width)),
-          hidden_weight(arena.take<T>(b.hidden_width)),
-          hidden_bias(arena.take<T>(b.hidden_width)),
-          fc2_bias(arena.take<T>(b.width)),
-          norm_weight(arena.take<T>(b.width)),
-          norm_bias(arena.take<T>(b.width)) {}
+        : VectorGradients<T>(arena, b.width, b.hidden_width),
+          fc1(arena.take<T>(b.channels * b.hidden_width)),
+          fc2(arena.take<T>(b.channels * b.hidden_width)) {}
   };
 
   template <class Pieces> std::size_t bytes_of() const {
     Arena counter(nullptr);
     Pieces(counter, *this);
     return counter.used();
-  }
-
-  // One token: from z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z.
-  // own: this piece sums the token's gradients of the norm's parameters.
-  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, bool own, Rows& s) const {
-    constexpr int W = kWidth<T>;
-    if (!norm.weight) {
-      for (std::int64_t c = 0; c < hidden_width; c += W) {
-        const Activated<T> f = activate<T>(a.activation, load(z + c));
-        store(activated + c, f.value);
-        store(grad + c, load(grad + c) * f.slope);
-      }
-      return;
-    }
-    T mean, rstd;
-    row_statistics(z, hidden, norm.eps, mean, rstd);
-    Vector<T> sum{}, dot{};
-    for (std::int64_t c = 0; c < hidden_width; c += W) {
-      const Vector<T> x = (load(z + c) - mean) * rstd, weight = load(norm.weight + c);
-      const Activated<T> f = activate<T>(a.activation, x * weight + load(norm.bias + c));
-      const Vector<T> g = load(grad + c) * f.slope, scaled = g * weight;
-      if (own) {
-        store(s.hidden_weight + c, load(s.hidden_weight + c) + g * x);
-        store(s.hidden_bias + c, load(s.hidden_bias + c) + g);
-      }
-      store(z + c, x);
-      store(activated + c, f.value);
-      store(grad + c, scaled);
-      sum += scaled;
-      dot += scaled * x;
-    }
-    const T inverse = T(1) / static_cast<T>(hidden);
-    const T mean_grad = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
-    for (std::int64_t c = 0; c < hidden_width; c += W) {
-      Vector<T> g = (load(grad + c) - mean_grad - load(z + c) * mean_dot) * rstd;
-      if (c + W > hidden) g = keep_lanes<T>(g, hidden - c);
-      store(grad + c, g);
-    }
-  }
-
-  // gradient of the convolution's weight and bias from `tokens` own tokens: dZ and the U around them
-  void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, const TokenSums& sums) const {
-    constexpr std::int64_t kTokens = 8;
-    for (std::int64_t begin = 0; begin < tokens; begin += kTokens) {
-      const std::int64_t end = min_of(tokens, begin + kTokens);
-      for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
-        Vector<T> tap[9] = {}, bias{};
-        for (std::int64_t t = begin; t < end; ++t) {
-          const Vector<T> g = load(grad_z + t * hidden_width + c);
-          bias += g;
-#pragma GCC unroll 9
-          for (int k = 0; k < 9; ++k) tap[k] += g * load(rows[k / 3] + (t + k % 3) * hidden_width + c);
-        }
-        store(sums.dw_bias + c, load(sums.dw_bias + c) + bias);
-#pragma GCC unroll 9
-        for (int k = 0; k < 9; ++k) {
-          T* total = sums.taps + k * hidden_width + c;
-          store(total, load(total) + tap[k]);
-        }
-      }
-    }
   }
 
   // dZ of image row `row` for the piece's columns and one halo column on each side
@@ -149,7 +80,8 @@ template <class T> struct Backward : MixFFN<T> {
     fill(s.hidden_bias, hidden_width, T(0));
     for (std::int64_t i = 0; i < last - first; ++i) {
       const bool own = own_row && first + i >= p.column_begin && first + i < p.column_end;
-      activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width, own, s);
+      this->activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width,
+                                own ? s.hidden_weight : nullptr, s.hidden_bias);
     }
     if (!own_row) return;
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
@@ -159,9 +91,10 @@ template <class T> struct Backward : MixFFN<T> {
     multiply_transposed_add<T>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,
                                hidden_width,
                                sums.fc2, hidden_width);
-    add_column_sums(columns, width, own_grad_output, sums.fc2_bias);
+    add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
     const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width, rows[2] + skip * hidden_width};
-    depthwise_weight_backward(own_rows, grad_z + hidden_width, columns, sums);
+    depthwise_weight_backward<T>(own_rows, grad_z + hidden_width, columns, hidden_width, {0, hidden_width}, sums.taps,
+                                 sums.dw_bias);
   }
 
   // dX of the piece's part of image row `row`
@@ -170,7 +103,7 @@ template <class T> struct Backward : MixFFN<T> {
     const std::int64_t columns = p.column_end - p.column_begin, token = row * a.width + p.column_begin;
     const T* const rows[3] = {s.grad_z[(row + 2) % 3], s.grad_z[row % 3], s.grad_z[(row + 1) % 3]};
     depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
-    add_column_sums(columns, hidden_width, s.grad_u, sums.fc1_bias);
+    add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
     multiply_transposed_add<T>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1, hidden_width);
     multiply<T>(columns, hidden, width, s.grad_u, hidden_width, {products.fc1_rows, width}, s.grad_x, width);
@@ -201,17 +134,8 @@ template <class T> struct Backward : MixFFN<T> {
         for (std::int64_t j = begin; j < end; ++j)
           static_cast<T*>(a.grad_fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
       }
-      for (std::int64_t j = begin; j < end; ++j)
-        for (std::int64_t tap = 0; tap < 9; ++tap)
-          static_cast<T*>(a.grad_dw_weight)[j * 9 + tap] = s.taps[tap * hidden_width + j];
     });
-    copy_out(s.fc1_bias, hidden, a.grad_fc1_bias);
-    copy_out(s.dw_bias, hidden, a.grad_dw_bias);
-    copy_out(s.fc2_bias, channels, a.grad_fc2_bias);
-    copy_out(s.hidden_weight, hidden, a.grad_hidden_norm_weight);
-    copy_out(s.hidden_bias, hidden, a.grad_hidden_norm_bias);
-    copy_out(s.norm_weight, channels, a.grad_norm_weight);
-    copy_out(s.norm_bias, channels, a.grad_norm_bias);
+    s.write(a);
   }
 
   void run() const {
@@ -245,6 +169,7 @@ template <class T> struct Backward : MixFFN<T> {
 }  // namespace
 
 void mix_ffn_backward(const MixFFNArguments& a) {
+  if (mix_ffn_fits_whole(a)) return mix_ffn_whole_backward(a);
   a.x.dtype == DType::float64 ? Backward<double>(a).run() : Backward<float>(a).run();
 }
 

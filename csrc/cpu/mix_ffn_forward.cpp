@@ -24,19 +24,6 @@ template <class T> struct Forward : MixFFN<T> {
     }
   };
 
-  // hidden norm and activation of rows, in place
-  void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
-    for (T* row = z; row < z + tokens * hidden_width; row += hidden_width) {
-      T mean = T(0), rstd = T(1);
-      if (norm.weight) row_statistics(row, hidden, norm.eps, mean, rstd);
-      for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
-        Vector<T> n = load(row + c);
-        if (norm.weight) n = (n - mean) * rstd * load(norm.weight + c) + load(norm.bias + c);
-        store(row + c, activate<T>(a.activation, n).value);
-      }
-    }
-  }
-
   void walk(const Weights& w, const T* fc2, const T* fc2_bias, const typename Base::Piece& p, Rows& s) const {
     const std::int64_t columns = p.column_end - p.column_begin;
     for (std::int64_t row = p.row_begin - 1; row <= p.row_end; ++row) {
@@ -45,7 +32,7 @@ template <class T> struct Forward : MixFFN<T> {
       if (center < p.row_begin) continue;
       const T* const rows[3] = {s.u[(center + 2) % 3], s.u[center % 3], s.u[(center + 1) % 3]};
       depthwise<T, false>(rows, w.taps, w.dw_bias, columns, hidden_width, s.z);
-      normalize_and_activate(w.hidden_norm, columns, s.z);
+      this->normalize_and_activate(w.hidden_norm, columns, s.z);
       multiply<T>(columns, hidden, width, s.z, hidden_width, {fc2, 0}, s.y, width, fc2_bias);
       const std::int64_t token = center * a.width + p.column_begin;
       if (a.residual) {
@@ -81,6 +68,7 @@ template <class T> struct Forward : MixFFN<T> {
 }  // namespace
 
 void mix_ffn_forward(const MixFFNArguments& a) {
+  if (mix_ffn_fits_whole(a)) return mix_ffn_whole_forward(a);
   a.x.dtype == DType::float64 ? Forward<double>(a).run() : Forward<float>(a).run();
 }
 

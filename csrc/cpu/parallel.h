@@ -19,7 +19,8 @@ void* thread_scratch(std::size_t bytes);
 
 [[noreturn]] void throw_out_of_memory();
 
-// Aligned memory, not initialised, that lives as long as one kernel call.
+// Aligned memory, not initialised, that lives as long as one kernel call. The calling thread keeps the last one, up to
+// 64 MiB, for its next call.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes);
@@ -30,6 +31,7 @@ class Workspace {
 
  private:
   void* data_;
+  std::size_t bytes_;
 };
 
 }  // namespace msformer

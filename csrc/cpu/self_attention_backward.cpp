@@ -198,8 +198,8 @@ template <class T> struct Backward : SelfAttention<T> {
     softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
     multiply<T>(tokens, query_width, width, s.grad_queries, query_width, {w.query_rows, width}, s.grad_x, width);
     multiply_transposed_add<T>(query_width, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width);
-    add_column_sums(tokens, query_width, s.grad_queries, sums.query_bias);
-    add_column_sums(tokens, width, s.grad_output, sums.output_bias);
+    add_column_sums(tokens, query_width, s.grad_queries, query_width, sums.query_bias);
+    add_column_sums(tokens, width, s.grad_output, width, sums.output_bias);
 
     multiply<T>(tokens, channels, key_width, s.x, width, {w.key, 0}, s.keys, key_width);
     apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.keys, key_width, s.x, width);

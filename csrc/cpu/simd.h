@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define MSFORMER_VECTOR_BYTES 64
@@ -41,6 +42,9 @@ template <class T> using Vector = typename Simd<T>::Vector;
 template <class T> constexpr int kWidth = MSFORMER_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
 template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
+template <class T> inline Vector<T> load_unaligned(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
 template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<Vector<T>*>(p) = v; }
 template <class T> inline Vector<T> splat(T x) { return Vector<T>{} + x; }
 
@@ -62,6 +66,30 @@ template <class T> inline T horizontal_max(Vector<T> v) {
   T best = v[0];
   for (int i = 1; i < kWidth<T>; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {  // lanes I of a followed by b
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::Integer{I...});
+#endif
+}
+
+template <class T, int HALF, int... I>
+inline void exchange_halves(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int W = kWidth<T>;
+  const Vector<T> low = shuffle<T, (I & HALF ? I - HALF + W : I)...>(a, b);
+  b = shuffle<T, (I & HALF ? I + W : I + HALF)...>(a, b);
+  a = low;
+}
+
+// rows become columns: square blocks of HALF x HALF change places, then those within them
+template <class T, int HALF = kWidth<T> / 2> inline void transpose(Vector<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; ++i)
+    if (!(i & HALF)) exchange_halves<T, HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, kWidth<T>>());
+  if constexpr (HALF > 1) transpose<T, HALF / 2>(rows);
 }
 
 // lanes below `count` keep their value, the rest become zero

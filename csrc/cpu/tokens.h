@@ -193,12 +193,18 @@ template <class T> inline void fill(T* out, std::int64_t count, T value) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = value;
 }
 
-// out [width] += sum of the rows of in
-template <class T> inline void add_column_sums(std::int64_t rows, std::int64_t leading, const T* in, T* out) {
-  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
-    Vector<T> sum{};
-    for (std::int64_t i = 0; i < rows; ++i) sum += load(in + i * leading + c);
-    store(out + c, load(out + c) + sum);
+// out [width] += sum of the rows of in, as a sum of sums over a few rows: a smaller rounding error
+template <class T>
+inline void add_column_sums(std::int64_t rows, std::int64_t width, const T* in, std::int64_t leading, T* out) {
+  constexpr std::int64_t kRows = 16;
+  for (std::int64_t c = 0; c < width; c += kWidth<T>) {
+    Vector<T> total{};
+    for (std::int64_t begin = 0; begin < rows; begin += kRows) {
+      Vector<T> sum{};
+      for (std::int64_t i = begin; i < min_of(rows, begin + kRows); ++i) sum += load(in + i * leading + c);
+      total += sum;
+    }
+    store(out + c, load(out + c) + total);
   }
 }
 
