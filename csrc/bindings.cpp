@@ -61,6 +61,7 @@ const std::vector<Variant>& variants() {
 }
 
 Variant current;
+Form form = Form::by_shape;
 
 void set_isa(const std::string& name) {
   std::string known;
@@ -72,6 +73,16 @@ void set_isa(const std::string& name) {
     known += (known.empty() ? "" : ", ") + variant.name;
   }
   throw std::invalid_argument("unknown or unsupported instruction set '" + name + "'; this machine has: " + known);
+}
+
+void set_form(const std::string& name) {
+  const char* names[] = {"by_shape", "many_tokens", "few_tokens"};
+  for (int i = 0; i < 3; ++i)
+    if (name == names[i]) {
+      form = static_cast<Form>(i);
+      return;
+    }
+  throw std::invalid_argument("unknown form '" + name + "'; expected by_shape, many_tokens or few_tokens");
 }
 
 void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -157,6 +168,7 @@ SelfAttentionArguments self_attention_arguments(const py::tuple& sizes, double n
   a.num_threads = sizes[0].cast<int>();
   std::int64_t* fields[] = {&a.batch, &a.tokens, &a.channels, &a.key_channels, &a.value_channels, &a.heads};
   for (py::size_t i = 0; i < 6; ++i) *fields[i] = sizes[i + 1].cast<std::int64_t>();
+  a.form = form;
   a.norm_eps = norm_eps;
   a.residual = residual;
   a.x = activation(x);
@@ -197,6 +209,7 @@ MixFFNArguments mix_ffn_arguments(const py::tuple& sizes, double norm_eps, bool 
   a.num_threads = sizes[0].cast<int>();
   std::int64_t* fields[] = {&a.batch, &a.height, &a.width, &a.channels, &a.hidden};
   for (py::size_t i = 0; i < 5; ++i) *fields[i] = sizes[i + 1].cast<std::int64_t>();
+  a.form = form;
   a.norm_eps = norm_eps;
   a.skip = skip;
   a.residual = residual;
@@ -247,6 +260,7 @@ PYBIND11_MODULE(_native, m) {
     return names;
   });
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("set_form", &set_form, py::arg("name"));
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("self_attention_forward", &self_attention_forward);

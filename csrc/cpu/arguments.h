@@ -23,6 +23,9 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
   std::int64_t batch_stride, token_stride;
 };
 
+// How images are worked on: as measured to be the better way for the shape, or always as images of many or of few tokens.
+enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
+
 // query [B, H, Nq, Dk], key [B, H, N, Dk], value [B, H, N, Dv]
 struct AttentionArguments {
   int num_threads;
@@ -42,6 +45,7 @@ struct AttentionArguments {
 struct SelfAttentionArguments {
   int num_threads;
   std::int64_t batch, tokens, channels, key_channels, value_channels, heads;
+  Form form;
   double norm_eps;
   bool residual;
   Activation x;
@@ -63,6 +67,7 @@ enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
 struct MixFFNArguments {
   int num_threads;
   std::int64_t batch, height, width, channels, hidden;
+  Form form;
   double norm_eps;
   bool skip, residual;
   ActivationFunction activation;

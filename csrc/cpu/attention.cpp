@@ -73,10 +73,19 @@ template <class T> struct Attention {
 
   std::int64_t context_size() const { return keys * value_width; }
 
+  // calls task(pair, first row, last row) for blocks of rows of the contexts, in parallel
+  template <class Task> void for_row_blocks(const Task& task) const {
+    constexpr std::int64_t kRows = 48;
+    const std::int64_t blocks = (keys + kRows - 1) / kRows;
+    parallel_for(pairs * blocks, a.num_threads, 0, [&](std::int64_t i, void*) {
+      task(i / blocks, i % blocks * kRows, min_of(keys, (i % blocks + 1) * kRows));
+    });
+  }
+
   // context with padded rows, from the user's contiguous [B, H, Dk, Dv]
   void load_context(const void* source, T* out) const {
-    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
-      for (std::int64_t row = pair * keys; row < (pair + 1) * keys; ++row)
+    for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
+      for (std::int64_t row = pair * keys + first; row < pair * keys + last; ++row)
         copy_padded(out + row * value_width, static_cast<const T*>(source) + row * values, values);
     });
   }
@@ -97,10 +106,10 @@ template <class T> struct Attention {
             multiply_transposed_add<T>(keys, tokens, value_width, s.keys, key_width, s.values, value_width, chunk.values,
                                        value_width);
         });
-    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
+    for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
       const T* chunks = sums + pair * key_split.count * size;
       const bool kept = count_kept(a.mask, pair / a.heads, a.key_tokens) > 0;
-      for (std::int64_t row = 0; row < keys; ++row) {
+      for (std::int64_t row = first; row < last; ++row) {
         T* max = static_cast<T*>(a.key_max) + pair * keys + row;
         T* sum = static_cast<T*>(a.key_sum) + pair * keys + row;
         T* out = context + (pair * keys + row) * value_width;
@@ -156,12 +165,13 @@ template <class T> struct Attention {
             scale_rows(s.grad_keys, tokens * key_width, query_factor(batch));
           store_tokens(a.grad_query, batch, head, token, tokens, keys, s.grad_keys, key_width);
         });
-    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
+    for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
       T* out = grad_context + pair * size;
-      combine_partials<T>(partials + pair * query_split.count * size, nullptr, query_split.count, size, size, out);
+      combine_partials<T>(partials + pair * query_split.count * size + first * value_width, nullptr, query_split.count, size,
+                          (last - first) * value_width, out + first * value_width);
       if (!a.grad_context) return;
       const T* own = static_cast<const T*>(a.grad_context) + pair * keys * values;
-      for (std::int64_t row = 0; row < keys; ++row)
+      for (std::int64_t row = first; row < last; ++row)
         for (std::int64_t c = 0; c < values; ++c) out[row * value_width + c] += own[row * values + c];
     });
   }

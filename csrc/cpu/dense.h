@@ -60,6 +60,70 @@ inline std::int64_t images_at_once(std::int64_t images, std::int64_t tokens) {
   return max_of<std::int64_t>(1, min_of(images, kGroupTokens / max_of<std::int64_t>(1, tokens)));
 }
 
+// calls task(batch, token in the image, tokens, token in the group, block) for the token blocks of a group of images, cut
+// where an image ends, in parallel over blocks
+template <class Task>
+void for_tokens_of_images(int num_threads, std::int64_t first_image, std::int64_t images, std::int64_t image_tokens,
+                          const Task& task) {
+  for_token_blocks(num_threads, images * image_tokens, [&](std::int64_t first, std::int64_t tokens, std::int64_t block) {
+    for (std::int64_t t = first; t < first + tokens;) {
+      const std::int64_t image = t / image_tokens, count = min_of(first + tokens, (image + 1) * image_tokens) - t;
+      task(first_image + image, t - image * image_tokens, count, t, block);
+      t += count;
+    }
+  });
+}
+
+// Tokens of a group of images -> rows of whole vectors, after the norm; normalized and rstd may be null.
+template <class T>
+void load_images(int num_threads, const Activation& source, const Norm<T>& norm, std::int64_t first_image,
+                 std::int64_t images, std::int64_t image_tokens, std::int64_t channels, T* x, T* normalized, T* rstd) {
+  const std::int64_t width = padded<T>(channels);
+  for_tokens_of_images(num_threads, first_image, images, image_tokens,
+                       [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t) {
+    T* rows = x + at * width;
+    load_tokens(source, batch, 0, token, tokens, channels, rows, width);
+    if (norm.weight)
+      layer_norm(norm, tokens, channels, rows, normalized ? normalized + at * width : rows, rows, width,
+                 rstd ? rstd + at : nullptr);
+  });
+}
+
+// Rows y, plus the residual unless null, -> tokens of a group of images. scratch: as large as y.
+template <class T>
+void store_images(int num_threads, const Activation& target, const Activation* residual, std::int64_t first_image,
+                  std::int64_t images, std::int64_t image_tokens, std::int64_t channels, T* scratch, T* y) {
+  const std::int64_t width = padded<T>(channels);
+  for_tokens_of_images(num_threads, first_image, images, image_tokens,
+                       [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t) {
+    if (residual) {
+      load_tokens(*residual, batch, 0, token, tokens, channels, scratch + at * width, width);
+      add_rows(tokens, width, scratch + at * width, y + at * width);
+    }
+    store_tokens(target, batch, 0, token, tokens, channels, y + at * width, width);
+  });
+}
+
+// The gradient of normed tokens, grad_x, through the norm, plus the residual's unless null, -> tokens of a group of images;
+// the gradients of the norm's parameters are added to. partials: 2 widths a token block.
+template <class T>
+void store_image_gradients(int num_threads, const Activation& target, const Norm<T>& norm, const T* residual,
+                           std::int64_t first_image, std::int64_t images, std::int64_t image_tokens, std::int64_t channels,
+                           const T* normalized, const T* rstd, T* grad_x, T* partials, T* grad_weight, T* grad_bias) {
+  const std::int64_t width = padded<T>(channels), blocks = token_blocks(images * image_tokens);
+  fill(partials, blocks * 2 * width, T(0));
+  for_tokens_of_images(num_threads, first_image, images, image_tokens,
+                       [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t block) {
+    T *grad = grad_x + at * width, *partial = partials + block * 2 * width;
+    if (norm.weight)
+      layer_norm_backward(norm, tokens, channels, normalized + at * width, rstd + at, grad, width, partial, partial + width);
+    if (residual) add_rows(tokens, width, residual + at * width, grad);
+    store_tokens(target, batch, 0, token, tokens, channels, grad, width);
+  });
+  add_column_sums(blocks, width, partials, 2 * width, grad_weight);
+  add_column_sums(blocks, width, partials + width, 2 * width, grad_bias);
+}
+
 // A gradient [rows, columns] that products are summed into: the user's own memory where its rows are whole vectors, else
 // padded rows that are copied at the end.
 template <class T> class WeightGradient {

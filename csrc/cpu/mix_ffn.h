@@ -6,15 +6,10 @@
 // tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
 #pragma once
 
+#include "kernels.h"
 #include "tokens.h"
 
 namespace msformer::MSFORMER_ISA {
-
-// Images of few tokens are worked on as a whole (mix_ffn_whole.cpp), larger ones in strips.
-bool mix_ffn_fits_whole(const MixFFNArguments& a);
-void mix_ffn_whole_forward(const MixFFNArguments& a);
-void mix_ffn_whole_backward(const MixFFNArguments& a);
-constexpr std::int64_t kWholeHidden = 3 << 18;  // tokens x hidden features of one image, at most
 
 // Gradients of the parameters that are not matrices, padded.
 template <class T> struct VectorGradients {

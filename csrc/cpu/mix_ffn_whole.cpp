@@ -62,29 +62,6 @@ template <class T> struct Whole : MixFFN<T> {
     });
   }
 
-  // calls task(batch, token in the image, tokens, token in the group, block) for pieces of token blocks of one image each
-  template <class Task> void for_image_tokens(std::int64_t first_image, std::int64_t images, const Task& task) const {
-    for_token_blocks(a.num_threads, images * image_tokens, [&](std::int64_t first, std::int64_t tokens, std::int64_t block) {
-      for (std::int64_t t = first; t < first + tokens;) {
-        const std::int64_t image = t / image_tokens, count = min_of(first + tokens, (image + 1) * image_tokens) - t;
-        task(first_image + image, t - image * image_tokens, count, t, block);
-        t += count;
-      }
-    });
-  }
-
-  // tokens of a group after the norm; normalized and rstd may be null
-  void load_group(const Norm<T>& norm, std::int64_t first_image, std::int64_t images, T* x, T* normalized, T* rstd) const {
-    for_image_tokens(first_image, images, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at,
-                                              std::int64_t) {
-      T* rows = x + at * width;
-      load_tokens(a.x, batch, 0, token, tokens, channels, rows, width);
-      if (norm.weight)
-        layer_norm(norm, tokens, channels, rows, normalized ? normalized + at * width : rows, rows, width,
-                   rstd ? rstd + at : nullptr);
-    });
-  }
-
   void hidden_tokens(const Weights& w, std::int64_t tokens, const T* x, const std::int64_t* offsets, T* u) const {
     dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias, {u, 0, offsets});
   }
@@ -122,7 +99,7 @@ template <class T> struct Whole : MixFFN<T> {
     clear_border(s.u);
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
-      load_group(s.weights.norm, first, images, s.x, nullptr, nullptr);
+      load_images<T>(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
       hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
       for_rows(images, [&](std::int64_t row) {
         T* z = s.z + row * a.width * hidden_width;
@@ -130,14 +107,7 @@ template <class T> struct Whole : MixFFN<T> {
         this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
       });
       dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
-      for_image_tokens(first, images, [&](std::int64_t batch, std::int64_t token, std::int64_t count, std::int64_t at,
-                                          std::int64_t) {
-        if (a.residual) {
-          load_tokens(a.x, batch, 0, token, count, channels, s.x + at * width, width);
-          add_rows(count, width, s.x + at * width, s.y + at * width);
-        }
-        store_tokens(a.output, batch, 0, token, count, channels, s.y + at * width, width);
-      });
+      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x, s.y);
     });
   }
 
@@ -202,23 +172,6 @@ template <class T> struct Whole : MixFFN<T> {
     });
   }
 
-  // dX from s.grad_x, the gradient of the normed tokens
-  void store_gradients(const BackwardBuffers& s, std::int64_t first, std::int64_t images) const {
-    fill(s.norm_partials, token_blocks(images * image_tokens) * 2 * width, T(0));
-    for_image_tokens(first, images, [&](std::int64_t batch, std::int64_t token, std::int64_t count, std::int64_t at,
-                                        std::int64_t block) {
-      T *grad = s.grad_x + at * width, *partial = s.norm_partials + block * 2 * width;
-      if (s.weights.norm.weight)
-        layer_norm_backward(s.weights.norm, count, channels, s.normalized + at * width, s.rstd + at, grad, width, partial,
-                            partial + width);
-      if (a.residual) add_rows(count, width, s.grad_output + at * width, grad);
-      store_tokens(a.grad_x, batch, 0, token, count, channels, grad, width);
-    });
-    const std::int64_t blocks = token_blocks(images * image_tokens);
-    add_column_sums(blocks, width, s.norm_partials, 2 * width, s.vectors.norm_weight);
-    add_column_sums(blocks, width, s.norm_partials + width, 2 * width, s.vectors.norm_bias);
-  }
-
   void backward() const {
     Arena counter(nullptr);
     BackwardBuffers(counter, *this);
@@ -236,11 +189,8 @@ template <class T> struct Whole : MixFFN<T> {
     clear_border(s.grad_z);
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
-      load_group(s.weights.norm, first, images, s.x, s.normalized, s.rstd);
-      for_image_tokens(first, images, [&](std::int64_t batch, std::int64_t token, std::int64_t count, std::int64_t at,
-                                          std::int64_t) {
-        load_tokens(a.grad_output, batch, 0, token, count, channels, s.grad_output + at * width, width);
-      });
+      load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
+      load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr, nullptr);
       hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
       dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
                       {s.grad_z, 0, s.offsets});
@@ -254,7 +204,9 @@ template <class T> struct Whole : MixFFN<T> {
       });
       add_column_sums(tokens, width, s.grad_output, width, s.vectors.fc2_bias);
       dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc1_transposed, nullptr, {s.grad_x, width});
-      store_gradients(s, first, images);
+      store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
+                            image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.vectors.norm_weight,
+                            s.vectors.norm_bias);
     });
     fc1.finish();
     fc2.finish();
@@ -265,8 +217,10 @@ template <class T> struct Whole : MixFFN<T> {
 }  // namespace
 
 bool mix_ffn_fits_whole(const MixFFNArguments& a) {
+  constexpr std::int64_t kWholeHidden = 3 << 18;  // hidden values of one image; above it, strips measure faster
   const std::int64_t values = a.height * a.width * a.hidden;
-  return a.batch * values > 0 && values <= kWholeHidden;
+  if (a.batch * values == 0) return false;
+  return a.form == Form::by_shape ? values <= kWholeHidden : a.form == Form::few_tokens;
 }
 
 void mix_ffn_whole_forward(const MixFFNArguments& a) {

@@ -5,6 +5,7 @@
 // softmax of a head works on aligned vectors; the padding holds -infinity before the softmax and 0 after it.
 #pragma once
 
+#include "kernels.h"
 #include "softmax.h"
 
 namespace msformer::MSFORMER_ISA {

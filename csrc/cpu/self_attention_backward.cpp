@@ -266,6 +266,7 @@ template <class T> struct Backward : SelfAttention<T> {
 }  // namespace
 
 void self_attention_backward(const SelfAttentionArguments& a) {
+  if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_backward(a);
   a.x.dtype == DType::float64 ? Backward<double>(a).run() : Backward<float>(a).run();
 }
 

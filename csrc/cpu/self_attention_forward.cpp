@@ -121,6 +121,7 @@ template <class T> struct Forward : SelfAttention<T> {
 }  // namespace
 
 void self_attention_forward(const SelfAttentionArguments& a) {
+  if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_forward(a);
   a.x.dtype == DType::float64 ? Forward<double>(a).run() : Forward<float>(a).run();
 }
 

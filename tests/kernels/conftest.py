@@ -9,14 +9,22 @@ import torch
 
 from tests.kernels.cases import require
 
-COMPILED = ["native"]
+COMPILED = ["native-many_tokens", "native-few_tokens"]
 
 
 @pytest.fixture(params=COMPILED)
-def backend(request: pytest.FixtureRequest) -> str:
-    """A backend that is checked against the reference; skipped where it was not built."""
-    require(request.param)
-    return request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend that is checked against the reference; skipped where it was not built.
+
+    The native kernels work on images of many and of few tokens in different ways; every test is for both.
+    """
+    name, _, form = request.param.partition("-")
+    require(name)
+    from msformer_kernels import _native
+
+    _native.set_form(form)
+    yield name
+    _native.set_form("by_shape")
 
 
 @pytest.fixture
