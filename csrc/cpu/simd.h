@@ -45,6 +45,9 @@ template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<
 template <class T> inline Vector<T> load_unaligned(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
 }
+template <class T> inline void store_unaligned(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
 template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<Vector<T>*>(p) = v; }
 template <class T> inline Vector<T> splat(T x) { return Vector<T>{} + x; }
 
@@ -54,26 +57,29 @@ template <class T> inline T min_of(T a, T b) { return a < b ? a : b; }
 // a NaN in b never replaces a: maxima skip NaN, which then comes out through exp(NaN - max)
 template <class T> inline Vector<T> vmax(Vector<T> a, Vector<T> b) { return b > a ? b : a; }
 
-template <class T> inline T horizontal_sum(Vector<T> v) {
-  T lanes[kWidth<T>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = kWidth<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-template <class T> inline T horizontal_max(Vector<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
 template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {  // lanes I of a followed by b
 #ifdef __clang__
   return __builtin_shufflevector(a, b, I...);
 #else
   return __builtin_shuffle(a, b, typename Simd<T>::Integer{I...});
 #endif
+}
+
+template <class T, int HALF, int... I>
+inline Vector<T> exchange_lanes(Vector<T> v, std::integer_sequence<int, I...>) {  // lane i and lane i ^ HALF
+  return shuffle<T, (I ^ HALF)...>(v, v);
+}
+
+template <class T, int HALF = kWidth<T> / 2> inline T horizontal_sum(Vector<T> v) {
+  v += exchange_lanes<T, HALF>(v, std::make_integer_sequence<int, kWidth<T>>());
+  if constexpr (HALF > 1) return horizontal_sum<T, HALF / 2>(v);
+  return v[0];
+}
+
+template <class T, int HALF = kWidth<T> / 2> inline T horizontal_max(Vector<T> v) {
+  v = vmax<T>(v, exchange_lanes<T, HALF>(v, std::make_integer_sequence<int, kWidth<T>>()));
+  if constexpr (HALF > 1) return horizontal_max<T, HALF / 2>(v);
+  return v[0];
 }
 
 template <class T, int HALF, int... I>
@@ -92,10 +98,16 @@ template <class T, int HALF = kWidth<T> / 2> inline void transpose(Vector<T>* ro
   if constexpr (HALF > 1) transpose<T, HALF / 2>(rows);
 }
 
+template <class T, int... I> inline typename Simd<T>::Integer lane_numbers(std::integer_sequence<int, I...>) {
+  return typename Simd<T>::Integer{I...};
+}
+
 // lanes below `count` keep their value, the rest become zero
 template <class T> inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) {
-  for (std::int64_t i = count; i < kWidth<T>; ++i) v[i] = T(0);
-  return v;
+  const auto lanes = lane_numbers<T>(std::make_integer_sequence<int, kWidth<T>>());
+  typename Simd<T>::Integer limit{};
+  limit += static_cast<decltype(limit[0] + 0)>(count);
+  return lanes < limit ? v : Vector<T>{};
 }
 
 // exp for arguments up to 88 (larger ones saturate); range reduction by ln 2 in two parts, degree-6 polynomial

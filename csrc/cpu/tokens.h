@@ -66,6 +66,22 @@ inline void visit_elements(const Activation& x, std::int64_t batch, std::int64_t
   }
 }
 
+// row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
+template <class T, class S> inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = channels / W * W;
+  if constexpr (sizeof(T) == sizeof(S)) {
+    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_unaligned(reinterpret_cast<const T*>(source) + c));
+  } else {
+    for (std::int64_t c = 0; c < whole; ++c) out[c] = convert<T>(source[c]);
+  }
+  for (std::int64_t c = whole; c < leading; c += W) {
+    alignas(64) T last[W] = {};
+    for (std::int64_t i = 0; i < channels - c; ++i) last[i] = convert<T>(source[c + i]);
+    store(out + c, load(last));
+  }
+}
+
 // rows [tokens, channels] of one batch and head -> out [tokens, leading], padding zeroed
 template <class T>
 void load_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
@@ -73,22 +89,32 @@ void load_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std
   visit_elements(x, batch, head, token, [&](const auto* source) {
     const std::int64_t by_token = x.token_stride, by_channel = x.channel_stride;
     if (by_channel == 1) {
-      for (std::int64_t i = 0; i < tokens; ++i)
-        for (std::int64_t c = 0; c < channels; ++c) out[i * leading + c] = convert<T>(source[i * by_token + c]);
-    } else {
-      for (std::int64_t c = 0; c < channels; ++c)
-        for (std::int64_t i = 0; i < tokens; ++i)
-          out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
+      for (std::int64_t i = 0; i < tokens; ++i) load_row<T>(source + i * by_token, channels, out + i * leading, leading);
+      return;
     }
+    for (std::int64_t c = 0; c < channels; ++c)
+      for (std::int64_t i = 0; i < tokens; ++i) out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
+    for (std::int64_t i = 0; i < tokens; ++i)
+      for (std::int64_t c = channels; c < leading; ++c) out[i * leading + c] = T(0);
   });
-  for (std::int64_t i = 0; i < tokens; ++i)
-    for (std::int64_t c = channels; c < leading; ++c) out[i * leading + c] = T(0);
+}
+
+template <class T, class S> inline void store_row(const T* in, std::int64_t channels, S* target) {
+  constexpr std::int64_t W = kWidth<T>;
+  std::int64_t c = 0;
+  if constexpr (sizeof(T) == sizeof(S))
+    for (; c + W <= channels; c += W) store_unaligned(reinterpret_cast<T*>(target) + c, load(in + c));
+  for (; c < channels; ++c) assign(target[c], in[c]);
 }
 
 template <class T>
 void store_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
                   std::int64_t channels, const T* in, std::int64_t leading) {
   visit_elements(x, batch, head, token, [&](auto* target) {
+    if (x.channel_stride == 1) {
+      for (std::int64_t i = 0; i < tokens; ++i) store_row<T>(in + i * leading, channels, target + i * x.token_stride);
+      return;
+    }
     for (std::int64_t i = 0; i < tokens; ++i)
       for (std::int64_t c = 0; c < channels; ++c)
         assign(target[i * x.token_stride + c * x.channel_stride], in[i * leading + c]);
