@@ -28,7 +28,15 @@ from benchmarks.cases import (
 from benchmarks.compare import compare, print_comparison
 from benchmarks.machine import cache_flusher, describe, measure_ceilings
 from benchmarks.measure import Settings, measure_case
-from benchmarks.report import Results, make_console, print_group, print_head, read_results, write_json_file, write_results
+from benchmarks.report import (
+    Results,
+    make_console,
+    print_group,
+    print_head,
+    read_results,
+    write_json_file,
+    write_results,
+)
 from benchmarks.shapes import MSFORMER, Shape, parse_shape
 from msformer.output import OutputError, prepare_folder
 
@@ -64,7 +72,9 @@ class ShapeType(click.ParamType):
     help="published, eager, compile, or a backend; may be repeated.  [default: all]",
 )
 @click.option("--passes", multiple=True, type=click.Choice(PASSES), help="May be repeated.  [default: training]")
-@click.option("--rounds", type=click.IntRange(1), help=f"At most.  [default: {QUICK_ROUNDS}, {FULL_ROUNDS} with --full]")
+@click.option(
+    "--rounds", type=click.IntRange(1), help=f"At most.  [default: {QUICK_ROUNDS}, {FULL_ROUNDS} with --full]"
+)
 @click.option("--threads", type=click.IntRange(1), help="[default: as PyTorch chooses]")
 @click.option(
     "--out",
@@ -140,10 +150,9 @@ def make_plan(
     default_dtypes, default_passes = (tuple(rival_names.DTYPES), PASSES) if full else (("float32",), ("training",))
     plan: Plan = []
     for operation in operations or OPERATIONS:
-        chosen = shapes or (full_shapes(operation) if full else (MSFORMER[1],))
-        plan += [
-            (case, rivals) for case in make_cases([operation], chosen, dtypes or default_dtypes, passes or default_passes)
-        ]
+        sizes = tuple(shapes) or (full_shapes(operation) if full else (MSFORMER[1],))
+        cases = make_cases([operation], sizes, dtypes or default_dtypes, passes or default_passes)
+        plan += [(case, rivals) for case in cases]
     if not plan:
         raise click.UsageError("nothing to measure: step and image have --passes training only, image --dtype float32")
     return plan
@@ -181,7 +190,9 @@ def _measure_all(console: Console, plan: Plan, rounds: int, out: Path, results: 
     with bars:
         task = bars.add_task("", total=sum(_parts(rivals, rounds) for _, rivals in plan))
         done = 0
-        for case, rivals in plan:
+        for number, (case, rivals) in enumerate(plan, start=1):
+            if not console.is_terminal:
+                console.print(f"[{number} of {len(plan)}] {case}: {', '.join(rivals)}", markup=False, soft_wrap=True)
             rows = measure_case(
                 case, rivals, Settings(rounds), results.ceilings, flush, _reporter(bars, task, str(case))
             )

@@ -38,7 +38,11 @@ def attention(shape: Shape, training: bool, item: int) -> Work:
 
 def mix_ffn(shape: Shape, training: bool, item: int) -> Work:
     """Forward: 4 N C hidden. Backward: 10 N C hidden."""
-    product, values, weights = shape.tokens * shape.dim * shape.hidden, shape.tokens * shape.dim, 2 * shape.dim * shape.hidden
+    product, values, weights = (
+        shape.tokens * shape.dim * shape.hidden,
+        shape.tokens * shape.dim,
+        2 * shape.dim * shape.hidden,
+    )
     forward = Work(4 * product, (2 * values + weights) * item)
     return forward + Work(10 * product, (3 * values + 2 * weights) * item) if training else forward
 

@@ -66,7 +66,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    fields = dict((part.strip() for part in line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    parts = (line.partition(":") for line in reversed(lines))
+    fields = {name.strip(): value.strip() for name, _, value in parts}
     name = fields.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     return f"{name} ({', '.join(numbers)})" if numbers else name
@@ -118,6 +119,34 @@ def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+class OtherPrograms:
+    """How busy the machine is with anything but this process, since this was made."""
+
+    SHORTEST = 0.5
+    """Seconds; the system counts in hundredths, so less than this says little."""
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+
+    def seconds(self) -> float:
+        """Since this was made."""
+        return time.perf_counter() - self._started
+
+    def cores(self) -> float | None:
+        """Cores that were busy with other programs, on average; None if it was too short to tell."""
+        seconds = self.seconds()
+        if seconds < self.SHORTEST:
+            return None
+        busy, own = _busy_seconds() - self._busy, time.process_time() - self._own
+        return max(0.0, (busy - own) / seconds)
+
+
+def _busy_seconds() -> float:
+    """Of all cores together, since the machine was started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice")))
 
 
 def cache_flusher() -> Callable[[], object]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks.cases import LAYERS
 from benchmarks.machine import Ceilings
@@ -80,18 +81,20 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], rival: str, rivals:
 
 def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
     """Both axes logarithmic, the tokens marked where there are points, with the shapes that have so many."""
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    names: dict[int, str] = {}
+    axes.set(xscale="log", yscale="log", xlabel="N, tokens of the batch; below it the shapes")
+    names: dict[int, list[str]] = {}
     for row in rows:
-        shape = row.shape.split("x", 1)[1]
-        if shape not in names.setdefault(row.tokens, shape).split("\n"):
-            names[row.tokens] += f"\n{shape}"
-    axes.set_xticks(list(names), list(names.values()), rotation=20, ha="right", fontsize=7)
+        shapes = names.setdefault(row.tokens, [f"{row.tokens}"])
+        if row.shape not in shapes:
+            shapes.append(row.shape)
+    axes.set_xticks(list(names), ["\n".join(shapes) for shapes in names.values()], fontsize=7)
     axes.minorticks_off()
-    axes.tick_params(axis="y", which="minor", left=True)
+    axes.set_xlim(min(names) / 1.5, max(names) * 1.5)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.4, high * 1.4)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
-    axes.set_xlabel("tokens (height x width x channels, heads)")
 
 
 def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dtype: str) -> Figure:
@@ -102,8 +105,12 @@ def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dty
     intensities = [row.flop / row.bytes for row in rows]
     left, right = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
     axes.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], color="black")
-    axes.annotate(f"{peak:.0f} GF/s", (right, peak), ha="right", va="bottom")
-    axes.annotate(f"{bandwidth:.0f} GB/s", (left, left * bandwidth), ha="left", va="bottom")
+    for label, point, offset in (
+        (f"{peak:.0f} GF/s", (right, peak), (-60, 4)),
+        (f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4)),
+    ):
+        axes.annotate(label, point, xytext=offset, textcoords="offset points")
+    axes.set_ylim(top=2 * peak)
     for row, intensity in zip(rows, intensities, strict=True):
         filled = colour(row.rival, rivals) if row.passes == "training" else "none"
         axes.plot(

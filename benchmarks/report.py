@@ -87,8 +87,8 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
         header = text.columns(rivals)
         lines += [f"## {text.title(group[0])}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
         lines += [_markdown_row(text.cells(row, group, rivals)) for row in group]
-        lines += ["", *(f"- {problem}" for problem in text.problems(group))]
-        lines += [""] if text.problems(group) else []
+        found = text.problems(group)
+        lines += ["", *(f"- {problem}" for problem in found), *([""] if found else [])]
     lines += [f"![{Path(name).stem}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
 

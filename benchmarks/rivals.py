@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -71,8 +71,8 @@ def mode(rival: str, dtype: str, whole_model: bool) -> str:
 @contextmanager
 def running(rival: str, dtype: str, whole_model: bool = False) -> Iterator[None]:
     """The backend and autocast that a rival runs under."""
-    cast = torch.autocast("cpu", torch.bfloat16) if uses_autocast(rival, dtype, whole_model) else nullcontext()
-    with msformer_kernels.use_backend(backend_of(rival)), cast:
+    autocast = torch.autocast("cpu", torch.bfloat16) if uses_autocast(rival, dtype, whole_model) else nullcontext()
+    with msformer_kernels.use_backend(backend_of(rival)), autocast:
         yield
 
 
@@ -80,4 +80,4 @@ def compiled(rival: str, function: Function) -> Function:
     """`function`, compiled if that is what the rival is."""
     if rival != "compile":
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[no-any-return, call-overload]
+    return cast(Function, torch.compile(function, fullgraph=True, dynamic=False))

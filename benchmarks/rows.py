@@ -41,6 +41,8 @@ class Row:
     samples: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     share_of_ceiling: float | None = None
+    other_programs: float | None = None
+    """Cores that were busy with something else while the case was timed."""
 
     @property
     def key(self) -> Key:

@@ -60,9 +60,17 @@ def error_text(row: Row, eager: Row | None) -> str:
     return f"{row.error:.1e} ({row.error / eager.error:.2g} x eager)"
 
 
+BUSY = 0.1
+"""Cores taken by other programs, from which on times are called into question."""
+
+
 def problems(group: Sequence[Row]) -> list[str]:
-    """What was not timed, and why."""
-    return [f"{row.rival} is not timed: {row.reason}" for row in group if row.status != MEASURED]
+    """What was not timed, and why; and whether the machine was busy with other things."""
+    found = [f"{row.rival} is not timed: {row.reason}" for row in group if row.status != MEASURED]
+    busy = group[0].other_programs
+    if busy is not None and busy >= BUSY:
+        found.append(f"other programs kept {busy:.1f} cores busy meanwhile: do not rely on these times")
+    return found
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -85,9 +93,9 @@ def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int) -> list[str
 
 LEGEND = (
     "Times are medians of interleaved rounds, with the caches flushed before each sample; the spread is the distance "
-    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster. GF/s count "
-    "the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes allow on "
-    "this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), divided by the "
-    "time. Peak memory is what a call adds. The error is the largest of all results and gradients, against float64; "
-    "nothing is timed whose error is above 1e-3 (float32) or 6e-2 (bfloat16)."
+    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster. GF/s "
+    "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes "
+    "allow on this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), "
+    "divided by the time. Peak memory is what a call adds. The error is the worst of all results and gradients, "
+    "against float64; nothing is timed whose error is above what benchmarks/correctness.py allows."
 )
