@@ -44,6 +44,11 @@ class Case:
         return self.operation in MODELS
 
     @property
+    def joins_gradients(self) -> bool:
+        """Whether results are compared with the gradients of all parameters as one vector; see `correctness`."""
+        return self.is_model or self.dtype == "bfloat16"
+
+    @property
     def training(self) -> bool:
         return self.passes == "training"
 

@@ -99,7 +99,7 @@ def checked(
         candidate = make(case, rival)
         row.mode = candidate.mode
         candidate.run()
-        found = deviation(candidate.results(), dict(exact), case.dtype)
+        found = deviation(candidate.results(), dict(exact), case.dtype, case.joins_gradients)
     except Exception as error:
         row.status, row.reason = FAILED, _reason(error)
         return None

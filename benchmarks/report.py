@@ -100,7 +100,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 def make_console() -> Console:
     """As wide as the terminal, and wide enough for the tables where there is none."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else Console(highlight=False, width=180)
 
 
 def print_head(console: Console, results: Results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.cases import MODELS
 from benchmarks.machine import Ceilings, Machine
 from benchmarks.rivals import PLAIN
 from benchmarks.rows import MEASURED, Row, gain
@@ -23,19 +24,21 @@ def size(count: float) -> str:
 
 
 def title(row: Row) -> str:
-    return f"{row.operation} {row.shape}, {row.dtype}, {'forward' if row.passes == 'forward' else 'forward + backward'}"
+    passes = "" if row.operation in MODELS else ", forward" if row.passes == "forward" else ", forward + backward"
+    return f"{row.operation} {row.shape}, {row.dtype}{passes}"
 
 
 def columns(rivals: Sequence[str]) -> list[str]:
     gains = [f"over {rival}" for rival in rivals]
-    return ["rival", "computes in", "time", "spread", *gains, "of ceiling", "GF/s", "peak memory", "error"]
+    tail = ["of ceiling", "GF/s", "peak memory", "error", "of eager's"]
+    return ["rival", "computes in", "time", "spread", *gains, *tail]
 
 
 def cells(row: Row, group: Sequence[Row], rivals: Sequence[str]) -> list[str]:
     """One row, in the columns of `columns`; empty where there is nothing to say."""
     seconds, spread = row.seconds, row.spread
     if row.status != MEASURED or seconds is None:
-        return [row.rival, row.mode, row.status, *[""] * (5 + len(rivals))]
+        return [row.rival, row.mode, row.status, *[""] * (6 + len(rivals))]
     by_name = {other.rival: other for other in group}
     gains = [gain(row, by_name[rival]) if rival in by_name and rival != row.rival else None for rival in rivals]
     return [
@@ -47,17 +50,16 @@ def cells(row: Row, group: Sequence[Row], rivals: Sequence[str]) -> list[str]:
         "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%}",
         f"{row.flop / seconds / 1e9:.0f}",
         "" if row.peak_memory is None else size(row.peak_memory),
-        error_text(row, by_name.get("eager")),
+        "" if row.error is None else f"{row.error:.1e}",
+        _share_of_error(row, by_name.get("eager")),
     ]
 
 
-def error_text(row: Row, eager: Row | None) -> str:
-    """The error, and how it compares with that of eager PyTorch."""
-    if row.error is None:
+def _share_of_error(row: Row, eager: Row | None) -> str:
+    """How the error compares with that of eager PyTorch."""
+    if row.error is None or eager is None or not eager.error or row is eager:
         return ""
-    if eager is None or not eager.error or row is eager:
-        return f"{row.error:.1e}"
-    return f"{row.error:.1e} ({row.error / eager.error:.2g} x eager)"
+    return f"{row.error / eager.error:.2f} x"
 
 
 BUSY = 0.1
@@ -97,5 +99,5 @@ LEGEND = (
     "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes "
     "allow on this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), "
     "divided by the time. Peak memory is what a call adds. The error is the worst of all results and gradients, "
-    "against float64; nothing is timed whose error is above what benchmarks/correctness.py allows."
+    "against float64, then divided by that of eager PyTorch; nothing is timed whose error is above what benchmarks/correctness.py allows."
 )

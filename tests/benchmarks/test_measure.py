@@ -119,21 +119,23 @@ def test_short_calls_are_repeated() -> None:
 def test_small_gradients_are_measured_against_the_largest() -> None:
     exact = {"output": torch.tensor([2.0]), "grad.a": torch.tensor([100.0]), "grad.b": torch.tensor([1e-12])}
     rounding = exact | {"grad.b": torch.tensor([1e-5])}
-    found = deviation(rounding, exact, "float32")
+    found = deviation(rounding, exact, "float32", joined=False)
     assert found.is_right
     assert (found.error, found.where) == (pytest.approx(1e-5), "grad.b")
-    assert not deviation(exact | {"grad.b": torch.tensor([0.1])}, exact, "float32").is_right
-    assert deviation(exact | {"output": torch.tensor([2.1])}, exact, "float32").error == pytest.approx(0.05)
-    joined = deviation(exact | {"grad.a": torch.tensor([70.0])}, exact, "bfloat16")
+    assert not deviation(exact | {"grad.b": torch.tensor([0.1])}, exact, "float32", joined=False).is_right
+    assert deviation(exact | {"output": torch.tensor([2.1])}, exact, "float32", joined=False).error == pytest.approx(
+        0.05
+    )
+    joined = deviation(exact | {"grad.a": torch.tensor([70.0])}, exact, "bfloat16", joined=True)
     assert (joined.where, joined.error, joined.is_right) == ("parameter gradients", pytest.approx(0.3), False)
 
 
 def test_missing_results_are_an_error() -> None:
     exact = {"output": torch.ones(2), "context": torch.ones(2)}
     with pytest.raises(ValueError, match="expected output, context, got output"):
-        deviation({"output": torch.ones(2)}, exact, "float32")
+        deviation({"output": torch.ones(2)}, exact, "float32", joined=False)
     with pytest.raises(ValueError, match=r"context: expected shape \(2,\), got \(3,\)"):
-        deviation(exact | {"context": torch.ones(3)}, exact, "float32")
+        deviation(exact | {"context": torch.ones(3)}, exact, "float32", joined=False)
 
 
 @LINUX
