@@ -30,7 +30,7 @@ def title(row: Row) -> str:
 
 def columns(rivals: Sequence[str]) -> list[str]:
     gains = [f"over {rival}" for rival in rivals]
-    tail = ["of ceiling", "GF/s", "peak memory", "error", "of eager's"]
+    tail = ["of ceiling", "GF/s", "peak memory", "error", "over eager's"]
     return ["rival", "computes in", "time", "spread", *gains, *tail]
 
 
@@ -99,5 +99,6 @@ LEGEND = (
     "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes "
     "allow on this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), "
     "divided by the time. Peak memory is what a call adds. The error is the worst of all results and gradients, "
-    "against float64, then divided by that of eager PyTorch; nothing is timed whose error is above what benchmarks/correctness.py allows."
+    "against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose error is above "
+    "what benchmarks/correctness.py allows."
 )
