@@ -75,8 +75,11 @@ def against_tokens(rows: Sequence[Row], rivals: Sequence[str], name: str) -> Fig
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], rival: str, rivals: Sequence[str]) -> None:
+    """Points, joined unless some shapes have the same number of tokens."""
     if points:
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour(rival, rivals), label=rival)
+        tokens, values = zip(*points, strict=True)
+        style = "-" if len(set(tokens)) == len(tokens) else ""
+        axes.plot(tokens, values, linestyle=style, marker="o", color=colour(rival, rivals), label=rival)
 
 
 def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
@@ -110,7 +113,6 @@ def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dty
         (f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4)),
     ):
         axes.annotate(label, point, xytext=offset, textcoords="offset points")
-    axes.set_ylim(top=2 * peak)
     for row, intensity in zip(rows, intensities, strict=True):
         filled = colour(row.rival, rivals) if row.passes == "training" else "none"
         axes.plot(
@@ -120,9 +122,11 @@ def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dty
             color=colour(row.rival, rivals),
             markerfacecolor=filled,
         )
+    lowest = min(row.flop / (row.seconds or 1) / 1e9 for row in rows)
+    axes.set_ylim(min(lowest, left * bandwidth) / 1.5, 2 * peak)
     axes.set(xscale="log", yscale="log", xlabel="flop a byte that must move", ylabel="GF/s", title=f"roofline, {dtype}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(handles=_keys(rows, rivals), fontsize=8)
+    axes.legend(handles=_keys(rows, rivals), fontsize=8, loc="lower left")
     return figure
 
 

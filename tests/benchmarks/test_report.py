@@ -14,6 +14,7 @@ from benchmarks import text
 from benchmarks.cases import Case
 from benchmarks.compare import FASTER, SAME, SLOWER, UNKNOWN, compare, print_comparison
 from benchmarks.machine import Ceilings, Machine
+from benchmarks.plots import against_tokens, roofline
 from benchmarks.report import Results, markdown, print_group, read_results, write_results
 from benchmarks.rows import MEASURED, WRONG, Row, new_row
 from benchmarks.shapes import Shape
@@ -55,6 +56,21 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
             assert min(picture.size) > 300
         assert f"]({path.name})" in paths[1].read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 1e-3])
+def test_every_point_is_within_its_plot(seconds: float) -> None:
+    """However far below the ceilings of the roofline."""
+    larger = replace(BLOCK, shape=Shape(8, 30, 20, 8))
+    rows = [row("eager", seconds), row("native", 2 * seconds), row("native", 3 * seconds, case=larger)]
+    names = ["eager", "native"]
+    roof = roofline(rows, names, Ceilings(2e12, "", 3e10, ""), "float32")
+    figures = [against_tokens(rows, names, "block"), roof]
+    for panel in (axes for figure in figures for axes in figure.axes):
+        (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+        for line in panel.lines:
+            assert all(left <= x <= right for x in line.get_xdata())
+            assert all(bottom <= y <= top for y in line.get_ydata())
 
 
 def test_results_without_any_time_can_be_written(tmp_path: Path) -> None:
