@@ -2,6 +2,7 @@
 #
 #   make demo    segments images that the package makes itself; pictures and scores end up in demo/
 #   make test    the tests
+#   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
 #   make lint    ruff and mypy
 #   make build   sdist and wheel in dist/
 #
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test lint build clean
+.PHONY: demo test bench lint build clean
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -24,11 +25,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/typing && ln -sfn ../../kernels build/typing/msformer_kernels
-	MYPYPATH=build/typing $(BIN)/mypy -p msformer_kernels -p msformer
+	MYPYPATH=build/typing $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
@@ -47,6 +51,10 @@ endif
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(PIP) install --editable ".[bench]"
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -1,0 +1,1 @@
+"""What the operators and MS-Former cost, beside their rivals: `python -m benchmarks --help`, or `pytest benchmarks`."""

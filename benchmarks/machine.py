@@ -1,0 +1,155 @@
+"""The machine: what it is, and what it can do at most, measured."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+import torch
+
+import msformer
+import msformer_kernels
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What no program on these threads can exceed."""
+
+    flop_per_second: float
+    flop_source: str
+    bytes_per_second: float
+    bytes_source: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what was measured."""
+
+    processor: str
+    cores: int
+    memory: int
+    """Bytes."""
+    system: str
+    python: str
+    torch: str
+    msformer: str
+    threads: int
+    instruction_set: str
+    backends: tuple[str, ...]
+    date: str
+
+
+def describe() -> Machine:
+    backends = msformer_kernels.available_backends()
+    return Machine(
+        processor=_processor(),
+        cores=psutil.cpu_count() or 0,
+        memory=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        msformer=msformer.__version__,
+        threads=torch.get_num_threads(),
+        instruction_set=_instruction_set(backends),
+        backends=backends,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    parts = (line.partition(":") for line in reversed(lines))
+    fields = {name.strip(): value.strip() for name, _, value in parts}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _instruction_set(backends: tuple[str, ...]) -> str:
+    if "native" not in backends:
+        return f"{torch.backends.cpu.get_cpu_capability()} (of PyTorch)"
+    from msformer_kernels import _native
+
+    return _native.isa()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core; 64 MiB where that is not known."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+    return max(sizes, default=64 * 2**20)
+
+
+def measure_ceilings(attempts: int = 3, size: int = 256 * 2**20, steps: int = 30_000_000) -> Ceilings:
+    """Float32 multiply-adds in registers, and a copy of `size` bytes; the best of several attempts on all threads."""
+    flop, source = _multiply_adds(attempts, steps)
+    origin = torch.ones(size // 4)
+    copy = torch.empty_like(origin)
+    copied = 2 * size / min(_seconds(lambda: copy.copy_(origin)) for _ in range(attempts + 2))
+    return Ceilings(flop, source, copied, f"copy of {size / 2**20:.0f} MiB, reads and writes counted")
+
+
+def _multiply_adds(attempts: int, steps: int) -> tuple[float, str]:
+    threads = torch.get_num_threads()
+    if "native" in msformer_kernels.available_backends():
+        from msformer_kernels import _native
+
+        def attempt() -> float:
+            started = time.perf_counter()
+            flop = _native.multiply_adds(threads, steps)
+            return flop / (time.perf_counter() - started)
+
+        return max(attempt() for _ in range(attempts)), f"float32 multiply-adds in registers, {_native.isa()}"
+    matrix = torch.ones(2048, 2048)
+    seconds = min(_seconds(lambda: matrix @ matrix) for _ in range(attempts + 2))
+    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices, for want of the compiled extension"
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+class OtherPrograms:
+    """How busy the machine is with anything but this process, since this was made."""
+
+    SHORTEST = 0.5
+    """Seconds; the system counts in hundredths, so less than this says little."""
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+
+    def seconds(self) -> float:
+        """Since this was made."""
+        return time.perf_counter() - self._started
+
+    def cores(self) -> float | None:
+        """Cores that were busy with other programs, on average; None if it was too short to tell."""
+        seconds = self.seconds()
+        if seconds < self.SHORTEST:
+            return None
+        busy, own = _busy_seconds() - self._busy, time.process_time() - self._own
+        return max(0.0, (busy - own) / seconds)
+
+
+def _busy_seconds() -> float:
+    """Of all cores together, since the machine was started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice")))
+
+
+def cache_flusher() -> Callable[[], object]:
+    """A function that leaves nothing of what was used before in any cache."""
+    buffer = torch.zeros(2 * last_level_cache() // 4)
+    return lambda: buffer.add_(1.0)

@@ -1,0 +1,195 @@
+"""One case: results are compared, then the rivals take turns, with the caches flushed before each sample."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.correctness import deviation
+from benchmarks.machine import Ceilings, OtherPrograms
+from benchmarks.memory import limited_memory, peak_memory
+from benchmarks.models import make_candidate
+from benchmarks.rivals import EXACT, backend_of, backends
+from benchmarks.rows import FAILED, MEASURED, WRONG, Row, new_row
+from benchmarks.workloads import Candidate
+
+SHORTEST_SAMPLE = 5e-3
+"""Seconds; a call that takes less is repeated within a sample."""
+MOST_CALLS = 1000
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure."""
+
+    rounds: int
+    patience: float = 240.0
+    """Seconds for the rounds of a case; after three rounds the rest is left out when they are over."""
+
+
+def measure_case(
+    case: Case,
+    rivals: Iterable[str],
+    settings: Settings,
+    ceilings: Ceilings,
+    flush: Callable[[], object],
+    report: Report,
+    make: Callable[[Case, str], Candidate] = make_candidate,
+) -> list[Row]:
+    """The rows of a case. `report` is told what is going on."""
+    rows = {rival: new_row(case, rival) for rival in rivals}
+    candidates: dict[str, Candidate] = {}
+    torch.compiler.reset()
+    with limited_memory():
+        report("exact result")
+        source, exact = exact_results(case, make)
+        for rival, row in rows.items():
+            report(f"check {rival}")
+            row.exact = source
+            candidate = checked(case, rival, row, exact, make)
+            if candidate is not None:
+                candidates[rival] = candidate
+        exact.clear()
+        _time(candidates, rows, settings, flush, report)
+        for rival in list(candidates):
+            row, candidate = rows[rival], candidates.pop(rival)
+            if row.seconds is not None:
+                report(f"memory of {rival}")
+                row.peak_memory = _peak(candidate)
+                row.share_of_ceiling = (
+                    case.work().seconds(ceilings.flop_per_second, ceilings.bytes_per_second) / row.seconds
+                )
+    return list(rows.values())
+
+
+def exact_results(case: Case, make: Callable[[Case, str], Candidate]) -> tuple[str, dict[str, Tensor]]:
+    """Results in float64, and what made them. None at all, and the reason, where no form could make them.
+
+    The clean form needs the most memory in float64. Where that is not there, a backend takes its place, which the tests
+    compare with it.
+    """
+    reasons = []
+    for name in (EXACT, *(f"{backend} {EXACT}" for backend in backends())):
+        try:
+            candidate = make(case, name)
+            candidate.run()
+            return f"{backend_of(name)}, float64", candidate.results()
+        except (RuntimeError, MemoryError) as error:
+            reasons.append(_reason(error))
+        gc.collect()
+    return f"no exact result: {'; '.join(reasons)}", {}
+
+
+def checked(
+    case: Case, rival: str, row: Row, exact: Mapping[str, Tensor], make: Callable[[Case, str], Candidate]
+) -> Candidate | None:
+    """The rival, if its results are right; the row says what is wrong otherwise."""
+    if not exact:
+        row.reason = row.exact
+        return None
+    try:
+        candidate = make(case, rival)
+        row.mode = candidate.mode
+        candidate.run()
+        found = deviation(candidate.results(), dict(exact), case.dtype, case.joins_gradients)
+    except Exception as error:
+        row.status, row.reason = FAILED, _reason(error)
+        return None
+    finally:
+        gc.collect()
+    row.error = found.error if math.isfinite(found.error) else None
+    row.error_where = found.where
+    if not found.is_right:
+        row.status = WRONG
+        row.reason = f"{found.where} is off by {found.error:.2g}, allowed is {found.allowed:g}"
+        return None
+    row.status = MEASURED
+    return candidate
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _time(
+    candidates: dict[str, Candidate],
+    rows: Mapping[str, Row],
+    settings: Settings,
+    flush: Callable[[], object],
+    report: Report,
+) -> None:
+    """Fills in the samples. A rival that fails on the way loses those it has."""
+    report("warm up")
+    calls = calls_a_sample(min(_warm_up(candidates, rows), default=1.0))
+    others = OtherPrograms()
+    for number in range(settings.rounds):
+        if number >= 3 and others.seconds() > settings.patience:
+            break
+        report(f"round {number + 1} of {settings.rounds}")
+        for rival in in_turn(list(candidates), number):
+            row = rows[rival]
+            flush()
+            try:
+                row.samples.append(_sample(candidates[rival], calls))
+                row.calls = calls
+            except Exception as error:
+                row.status, row.reason, row.samples = FAILED, _reason(error), []
+                del candidates[rival]
+    for row in rows.values():
+        row.other_programs = others.cores()
+
+
+def _warm_up(candidates: dict[str, Candidate], rows: Mapping[str, Row]) -> list[float]:
+    """Seconds of one more call of each."""
+    found = []
+    for rival, candidate in list(candidates.items()):
+        try:
+            found.append(_sample(candidate, 1))
+        except Exception as error:
+            rows[rival].status, rows[rival].reason = FAILED, _reason(error)
+            del candidates[rival]
+    return found
+
+
+def in_turn(names: list[str], number: int) -> list[str]:
+    """The order of a round: each begins with the next one."""
+    first = number % len(names) if names else 0
+    return names[first:] + names[:first]
+
+
+def calls_a_sample(seconds: float) -> int:
+    """So many that a sample of calls that take this long is not too short."""
+    return min(MOST_CALLS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9)))
+
+
+def _sample(candidate: Candidate, calls: int) -> float:
+    """Seconds a call."""
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for _ in range(calls):
+            candidate.run()
+        return (time.perf_counter() - started) / calls
+    finally:
+        gc.enable()
+        candidate.clear()
+
+
+def _peak(candidate: Candidate) -> int | None:
+    candidate.clear()
+    gc.collect()
+    try:
+        return peak_memory(candidate.run)
+    except (RuntimeError, MemoryError):
+        return None
+    finally:
+        candidate.clear()

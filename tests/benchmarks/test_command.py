@@ -1,0 +1,116 @@
+"""`python -m benchmarks`, in this process and as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from benchmarks import __main__ as command
+from benchmarks.machine import Ceilings
+
+TINY = ["--shape", "1x9x7x8h2", "--op", "block", "--rounds", "1", "--rival", "eager", "--rival", "published"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the machine take seconds to measure; the tests of `measure_ceilings` are elsewhere."""
+    monkeypatch.setattr(command, "measure_ceilings", lambda: Ceilings(1e12, "assumed", 1e10, "assumed"))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command.main, [str(argument) for argument in arguments])
+
+
+def test_a_tiny_run_writes_everything(tmp_path: Path) -> None:
+    found = run(*TINY, "--passes", "forward", "--passes", "training", "--dtype", "bfloat16", "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["complete"]
+    assert {(row["rival"], row["passes"]) for row in content["rows"]} == {
+        (rival, passes) for rival in ("published", "eager") for passes in ("forward", "training")
+    }
+    assert all(row["status"] == "measured" and row["seconds"] > 0 for row in content["rows"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json",
+        "report.md",
+        "block-bfloat16-forward.png",
+        "block-bfloat16-training.png",
+        "roofline-bfloat16.png",
+    }
+    assert f"{torch.get_num_threads()} threads" in found.output
+    assert "over published" in found.output
+    again = run("--compare", tmp_path / "results.json", tmp_path / "results.json")
+    assert again.exit_code == 0
+    assert "too few samples" in again.output
+
+
+def test_an_interruption_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = command.measure_case
+
+    def interrupted(case: object, *arguments: object) -> object:
+        if case.passes == "training":  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return measure(case, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "measure_case", interrupted)
+    found = run(*TINY, "--passes", "forward", "--passes", "training", "--out", tmp_path)
+    assert found.exit_code == 130
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert not content["complete"]
+    assert [row["passes"] for row in content["rows"]] == ["forward", "forward"]
+    assert "Interrupted" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "big"], "'--shape': 'big' is not a shape; expected BATCHxHEIGHTxWIDTHxDIM"),
+        (["--op", "conv"], "'--op': 'conv' is not one of"),
+        (["--rival", "cuda"], "'--rival': 'cuda' is not one of 'published', 'eager', 'compile'"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of"),
+        (["--rounds", "0"], "'--rounds': 0 is not in the range x>=1"),
+        (["--op", "step", "--shape", "1x9x9x8"], "step needs images of at least 33 x 33"),
+        (["--op", "image", "--dtype", "bfloat16"], "nothing to measure"),
+        (["--compare", "nowhere.json", "nowhere.json"], "'nowhere.json' does not exist"),
+    ],
+)
+def test_bad_values_are_named(arguments: list[str], message: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert message in " ".join(found.output.split())
+
+
+def test_files_of_another_kind_cannot_be_compared(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    found = run("--compare", path, path)
+    assert found.exit_code == 1
+    assert "a.json: is not a results.json" in found.output
+
+
+def test_an_output_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = run(*TINY, "--out", tmp_path / "file")
+    assert found.exit_code == 1
+    assert "cannot make the folder" in found.output
+
+
+def test_pytest_benchmark_collects_every_operation_and_plain_pytest_none() -> None:
+    root = Path(__file__).parents[2]
+
+    def collect(*arguments: str) -> str:
+        called = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+        return subprocess.run(called, cwd=root, env=os.environ, capture_output=True, text=True, check=False).stdout
+
+    benches = collect("benchmarks")
+    for name in ("attention", "mix_ffn", "block", "step", "image"):
+        assert f"bench_{name}.py::test_{name}[" in benches
+    assert benches.count("-eager]") == 6
+    assert "bench_" not in collect("tests/benchmarks")
