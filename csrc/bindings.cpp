@@ -20,10 +20,16 @@ using namespace msformer;
   void self_attention_backward(const SelfAttentionArguments&);           \
   void mix_ffn_forward(const MixFFNArguments&);                          \
   void mix_ffn_backward(const MixFFNArguments&);                         \
+  void linear_forward(const LinearArguments&);                           \
+  void linear_backward(const LinearArguments&);                          \
+  void batch_norm_forward(const BatchNormArguments&);                    \
+  void batch_norm_backward(const BatchNormArguments&);                   \
   double multiply_adds(int, std::int64_t, double*);                      \
   constexpr Kernels kernels{attention_forward,       attention_backward, \
                             self_attention_forward,  self_attention_backward, \
                             mix_ffn_forward,         mix_ffn_backward,   \
+                            linear_forward,          linear_backward,    \
+                            batch_norm_forward,      batch_norm_backward, \
                             multiply_adds};                              \
   }
 
@@ -240,6 +246,63 @@ void mix_ffn_backward(const py::tuple& sizes, double norm_eps, bool skip, bool r
   run(current.kernels->mix_ffn_backward, a);
 }
 
+// sizes: threads, batch, tokens, in features, out features
+LinearArguments linear_arguments(const py::tuple& sizes, const py::tuple& x, const py::tuple& parameters) {
+  LinearArguments a{};
+  a.num_threads = sizes[0].cast<int>();
+  std::int64_t* fields[] = {&a.batch, &a.tokens, &a.in_features, &a.out_features};
+  for (py::size_t i = 0; i < 4; ++i) *fields[i] = sizes[i + 1].cast<std::int64_t>();
+  a.x = activation(x);
+  Pointers(parameters).fill(a.weight, a.bias);
+  return a;
+}
+
+void linear_forward(const py::tuple& sizes, const py::tuple& x, const py::tuple& parameters, const py::tuple& output) {
+  LinearArguments a = linear_arguments(sizes, x, parameters);
+  a.output = activation(output);
+  run(current.kernels->linear_forward, a);
+}
+
+void linear_backward(const py::tuple& sizes, const py::tuple& x, const py::tuple& parameters, const py::tuple& grad_output,
+                     const py::tuple& grad_x, const py::tuple& grad_parameters) {
+  LinearArguments a = linear_arguments(sizes, x, parameters);
+  a.grad_output = activation(grad_output);
+  a.grad_x = activation(grad_x);
+  Pointers(grad_parameters).fill(a.grad_weight, a.grad_bias);
+  run(current.kernels->linear_backward, a);
+}
+
+// sizes: threads, batch, tokens, channels; statistics: mean, variance
+BatchNormArguments batch_norm_arguments(const py::tuple& sizes, double eps, const py::tuple& x, const py::tuple& parameters,
+                                        const py::tuple& statistics) {
+  BatchNormArguments a{};
+  a.num_threads = sizes[0].cast<int>();
+  std::int64_t* fields[] = {&a.batch, &a.tokens, &a.channels};
+  for (py::size_t i = 0; i < 3; ++i) *fields[i] = sizes[i + 1].cast<std::int64_t>();
+  a.eps = eps;
+  a.x = activation(x);
+  Pointers(parameters).fill(a.weight, a.bias);
+  Pointers(statistics).fill(a.mean, a.variance);
+  return a;
+}
+
+void batch_norm_forward(const py::tuple& sizes, double eps, const py::tuple& x, const py::tuple& parameters,
+                        const py::tuple& statistics, const py::tuple& output) {
+  BatchNormArguments a = batch_norm_arguments(sizes, eps, x, parameters, statistics);
+  a.output = activation(output);
+  run(current.kernels->batch_norm_forward, a);
+}
+
+void batch_norm_backward(const py::tuple& sizes, double eps, const py::tuple& x, const py::tuple& parameters,
+                         const py::tuple& statistics, const py::tuple& grad_output, const py::tuple& grad_x,
+                         const py::tuple& grad_parameters) {
+  BatchNormArguments a = batch_norm_arguments(sizes, eps, x, parameters, statistics);
+  a.grad_output = activation(grad_output);
+  a.grad_x = activation(grad_x);
+  Pointers(grad_parameters).fill(a.grad_weight, a.grad_bias);
+  run(current.kernels->batch_norm_backward, a);
+}
+
 double multiply_adds(int num_threads, std::int64_t steps) {
   if (num_threads < 1 || steps < 0) throw std::invalid_argument("multiply_adds: expected num_threads >= 1 and steps >= 0");
   double sink = 0;
@@ -267,5 +330,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("self_attention_backward", &self_attention_backward);
   m.def("mix_ffn_forward", &mix_ffn_forward);
   m.def("mix_ffn_backward", &mix_ffn_backward);
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_backward", &linear_backward);
+  m.def("batch_norm_forward", &batch_norm_forward);
+  m.def("batch_norm_backward", &batch_norm_backward);
   m.def("multiply_adds", &multiply_adds, py::arg("num_threads"), py::arg("steps"));
 }

@@ -1,15 +1,18 @@
 """Fused operators and layers for linear efficient attention and MixFFN.
 
-Operators: `efficient_attention`, `efficient_self_attention`, `mix_ffn`. Layers: `EfficientAttention`, `MixFFN`,
-`MixFFNSkip`, `EfficientTransformerBlock`. Backends: `use_backend`, `available_backends`, `explain`.
+Operators: `efficient_attention`, `efficient_self_attention`, `mix_ffn`, `linear`, `batch_norm`. Layers:
+`EfficientAttention`, `MixFFN`, `MixFFNSkip`, `EfficientTransformerBlock`, `TokenLinear`, `TokenBatchNorm`.
+Backends: `use_backend`, `available_backends`, `explain`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from msformer_kernels.backends import BackendError, available_backends, explain, use_backend
+from msformer_kernels.batch_norm import TokenBatchNorm, batch_norm
 from msformer_kernels.block import EfficientTransformerBlock
 from msformer_kernels.efficient_attention import efficient_attention
 from msformer_kernels.efficient_self_attention import EfficientAttention, efficient_self_attention
+from msformer_kernels.linear import TokenLinear, linear
 from msformer_kernels.mix_ffn import MixFFN, MixFFNSkip, mix_ffn
 
 try:
@@ -23,11 +26,15 @@ __all__ = [
     "EfficientTransformerBlock",
     "MixFFN",
     "MixFFNSkip",
+    "TokenBatchNorm",
+    "TokenLinear",
     "__version__",
     "available_backends",
+    "batch_norm",
     "efficient_attention",
     "efficient_self_attention",
     "explain",
+    "linear",
     "mix_ffn",
     "use_backend",
 ]

@@ -11,14 +11,13 @@ concatenation is applied to each half (the concatenation is never made), and on 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from msformer_kernels import EfficientTransformerBlock
+from msformer_kernels import EfficientTransformerBlock, TokenBatchNorm, TokenLinear, linear
 
 PATCH_SIZE = 32
 MINIMUM_SIZE = PATCH_SIZE + 1
@@ -44,21 +43,16 @@ class PatchEmbedding(nn.Module):
     def __init__(self, in_channels: int, embed_dim: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, embed_dim, 3, stride=stride, padding=1)
-        self.norm = nn.BatchNorm2d(embed_dim)
+        self.norm = TokenBatchNorm(embed_dim)
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
-        features = self.norm(self.proj(image.contiguous(memory_format=torch.channels_last)))
-        return as_tokens(features), features.shape[2], features.shape[3]
+        features = self.proj(image.contiguous(memory_format=torch.channels_last))
+        return self.norm(as_tokens(features)), features.shape[2], features.shape[3]
 
 
 def as_tokens(image: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, H * W, C]``, a view of a channels-last image."""
     return image.flatten(2).transpose(1, 2)
-
-
-def as_image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``[B, H * W, C]`` -> ``[B, C, H, W]``, channels-last in memory."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 class MSFormer(nn.Module):
@@ -101,16 +95,16 @@ class MSFormer(nn.Module):
             )
 
         def norms() -> nn.ModuleList:
-            return nn.ModuleList(nn.BatchNorm2d(embed_dim) for _ in range(depth))
+            return nn.ModuleList(TokenBatchNorm(embed_dim) for _ in range(depth))
 
         self.block_s, self.bn2_s = blocks(), norms()
         self.block_l, self.bn2_l = blocks(), norms()
         self.linear_up = nn.Linear(embed_dim, 4 * embed_dim, bias=False)
         self.linear_down = nn.Linear(2 * embed_dim, num_clusters, bias=False)
-        self.bn3 = nn.BatchNorm2d(num_clusters)
+        self.bn3 = TokenBatchNorm(num_clusters)
         # the published model cuts patches in a first, parameterless layer of this sequence
         self.to_patch_embedding = nn.Sequential(
-            nn.Identity(), nn.Linear(PATCH_SIZE * PATCH_SIZE * num_clusters, embed_dim)
+            nn.Identity(), TokenLinear(PATCH_SIZE * PATCH_SIZE * num_clusters, embed_dim)
         )
 
     def forward(self, image: Tensor, *, attention: bool = True) -> MSFormerOutput:
@@ -147,32 +141,57 @@ class MSFormer(nn.Module):
         # linear_up's outputs are ordered (row, column, channel): one C x C matrix for each of the four pixels
         combined = (down_large @ self.linear_up.weight.view(4, dim, dim)).flatten(0, 1)
         upsampled = rearrange(
-            F.linear(large, combined),
+            linear(large, combined),
             "b (h w) (row column k) -> b (h row) (w column) k",
             h=large_size[0],
             row=2,
             column=2,
         )
-        from_small = F.linear(small, down_small).unflatten(1, size)
+        from_small = linear(small, down_small).unflatten(1, size)
         return (from_small + upsampled[:, : size[0], : size[1]]).permute(0, 3, 1, 2)
 
     def _attention_map(self, logits: Tensor) -> Tensor:
-        features = self.bn3(logits).permute(0, 2, 3, 1)
-        query = self._embed_patches(features[:, 1:, 1:])
-        key = self._embed_patches(features[:, :-1, :-1])
+        features = self.bn3(as_tokens(logits)).unflatten(1, logits.shape[2:])
+        patches: Tensor = _ShiftedPatches.apply(features)
+        # one product for both crops: the embedding's weights are larger than the patches
+        query, key = self.to_patch_embedding(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
         return (query @ key.transpose(1, 2) * ATTENTION_SCALE).softmax(-1)
 
-    def _embed_patches(self, features: Tensor) -> Tensor:
-        """``[B, H, W, K]`` -> embeddings ``[B, T, C]`` of the largest grid of patches that fits, from the top left."""
-        rows, columns = features.shape[1] // PATCH_SIZE, features.shape[2] // PATCH_SIZE
-        grid = features[:, : rows * PATCH_SIZE, : columns * PATCH_SIZE]
-        patches = rearrange(grid, "b (h row) (w column) k -> b (h w) (row column k)", row=PATCH_SIZE, column=PATCH_SIZE)
-        return self.to_patch_embedding(patches)
+
+class _ShiftedPatches(torch.autograd.Function):
+    """``[B, H, W, K]`` -> ``[2, B, T, 32 * 32 * K]``: patches of the image without its first row and column, and of
+    that without its last ones, each the largest grid that fits, from the top left.
+
+    Written as one function for the sake of its backward: autograd would make a gradient of the whole image for every
+    crop, and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.shape = features.shape
+        grids = [_ShiftedPatches._grid(features, first).transpose(2, 3) for first in (1, 0)]
+        return torch.stack(grids).flatten(4).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        result = grad.new_zeros(ctx.shape)
+        for first, patches in zip((1, 0), grad, strict=True):
+            grid = _ShiftedPatches._grid(result, first)
+            sizes = {"h": grid.shape[1], "row": PATCH_SIZE, "column": PATCH_SIZE}
+            grid += rearrange(patches, "b (h w) (row column k) -> b h row w column k", **sizes)
+        return result
+
+    @staticmethod
+    def _grid(image: Tensor, first: int) -> Tensor:
+        """``[B, H, W, K]`` -> a view ``[B, h, 32, w, 32, K]`` that begins in row and column `first`."""
+        rows, columns = ((size - 1) // PATCH_SIZE for size in image.shape[1:3])
+        crop = image[:, first : first + rows * PATCH_SIZE, first : first + columns * PATCH_SIZE]
+        return crop.unflatten(2, (columns, PATCH_SIZE)).unflatten(1, (rows, PATCH_SIZE))
 
 
 def _branch(blocks: nn.ModuleList, norms: nn.ModuleList, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Blocks with a BatchNorm after each; returns the tokens and the last context, its heads one below the other."""
     for block, norm in zip(blocks, norms, strict=True):
         x, context = block(x, height, width)
-        x = as_tokens(norm(as_image(x, height, width)))
+        x = norm(x)
     return x, context.flatten(1, 2)

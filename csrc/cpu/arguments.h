@@ -81,6 +81,32 @@ struct MixFFNArguments {
   void *grad_hidden_norm_weight, *grad_hidden_norm_bias, *grad_norm_weight, *grad_norm_bias;
 };
 
+// x [B, N, in]; weight as in torch.nn.Linear: [out, in]
+struct LinearArguments {
+  int num_threads;
+  std::int64_t batch, tokens, in_features, out_features;
+  Activation x;
+  const void *weight, *bias;
+  Activation output;       // forward
+  Activation grad_output;  // backward, from here on
+  Activation grad_x;       // without data where it is not wanted
+  void *grad_weight, *grad_bias;
+};
+
+// x [B, N, C]; mean and variance (biased) [C]
+struct BatchNormArguments {
+  int num_threads;
+  std::int64_t batch, tokens, channels;
+  double eps;
+  Activation x;
+  const void *weight, *bias;
+  void *mean, *variance;
+  Activation output;       // forward
+  Activation grad_output;  // backward, from here on
+  Activation grad_x;
+  void *grad_weight, *grad_bias;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   void (*attention_forward)(const AttentionArguments&);
@@ -89,6 +115,10 @@ struct Kernels {
   void (*self_attention_backward)(const SelfAttentionArguments&);
   void (*mix_ffn_forward)(const MixFFNArguments&);
   void (*mix_ffn_backward)(const MixFFNArguments&);
+  void (*linear_forward)(const LinearArguments&);
+  void (*linear_backward)(const LinearArguments&);
+  void (*batch_norm_forward)(const BatchNormArguments&);
+  void (*batch_norm_backward)(const BatchNormArguments&);
   double (*multiply_adds)(int num_threads, std::int64_t steps, double* sink);
 };
 

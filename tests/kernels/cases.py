@@ -183,6 +183,52 @@ def mix_ffn_case(
     return Case(f"mix_ffn-{name}", make, call)
 
 
+def linear_case(
+    name: str,
+    batch: int = 2,
+    tokens: int = 7,
+    channels: int = 6,
+    out: int = 5,
+    bias: bool = True,
+    layout: str = "contiguous",
+) -> Case:
+    def make() -> Tensors:
+        torch.manual_seed(0)
+        return {
+            "x": strided(_random(batch, tokens, channels), layout),
+            "weight": _random(out, channels, scale=channels**-0.5),
+            "bias": _random(out) if bias else None,
+        }
+
+    def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
+        return (kernels.linear(**tensors, backend=backend),)
+
+    return Case(f"linear-{name}", make, call)
+
+
+def batch_norm_case(
+    name: str,
+    batch: int = 2,
+    tokens: int = 7,
+    channels: int = 6,
+    affine: bool = True,
+    layout: str = "contiguous",
+    eps: float = 1e-5,
+) -> Case:
+    def make() -> Tensors:
+        torch.manual_seed(0)
+        return {
+            "x": strided(_random(batch, tokens, channels) + 3, layout),
+            "weight": _random(channels) + 1 if affine else None,
+            "bias": _random(channels) if affine else None,
+        }
+
+    def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
+        return kernels.batch_norm(**tensors, eps=eps, backend=backend)[:1]
+
+    return Case(f"batch_norm-{name}", make, call)
+
+
 SMALL = [
     attention_case("one", query_tokens=1, tokens=1, key_channels=1, value_channels=1),
     attention_case("cross", batch=2, heads=3, query_tokens=4, tokens=13, key_channels=5, value_channels=9),
@@ -217,6 +263,16 @@ SMALL = [
     self_attention_case("norm_eps", norm_eps=0.3),
     mix_ffn_case("norm_eps", norm_eps=0.3),
     mix_ffn_case("hidden_norm_eps", norm_eps=0.3, norm=False),
+    linear_case("small"),
+    linear_case("one", batch=1, tokens=1, channels=1, out=1),
+    linear_case("transposed", bias=False, layout="transposed"),
+    linear_case("sliced", layout="sliced"),
+    linear_case("expanded", batch=3, layout="expanded"),
+    batch_norm_case("small"),
+    batch_norm_case("plain", affine=False, eps=0.3),
+    batch_norm_case("transposed", layout="transposed"),
+    batch_norm_case("sliced", layout="sliced"),
+    batch_norm_case("expanded", batch=3, layout="expanded"),
 ]
 
 # several chunks, strips, bands and panels, with remainders everywhere
@@ -231,6 +287,11 @@ LARGE = [
     ),
     mix_ffn_case("large", height=71, width=79, channels=20, hidden=80),
     mix_ffn_case("wide", batch=2, height=9, width=150, channels=33, hidden=130, skip=False, hidden_norm=False),
+    mix_ffn_case("groups", batch=5, height=21, width=23, channels=20, hidden=40),
+    self_attention_case("groups", batch=5, tokens=400, channels=40, key_channels=24, value_channels=40, heads=2),
+    linear_case("many_tokens", batch=2, tokens=2501, channels=33, out=150),
+    linear_case("many_features", batch=1, tokens=20, channels=5003, out=21),
+    batch_norm_case("long", batch=2, tokens=3001, channels=37),
 ]
 
 EMPTY = [

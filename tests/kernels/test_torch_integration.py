@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import msformer_kernels as kernels
-from tests.kernels.cases import SMALL, Case, attention_case, cast, mix_ffn_case, require, run, self_attention_case
+from tests.kernels.cases import (
+    SMALL,
+    Case,
+    attention_case,
+    batch_norm_case,
+    cast,
+    linear_case,
+    mix_ffn_case,
+    require,
+    run,
+    self_attention_case,
+)
 
 CASES = [
     attention_case("masked", batch=2, heads=2, mask="random"),
@@ -21,6 +32,10 @@ CASES = [
     self_attention_case("bare", norm=False, biases=False, mask="random"),
     mix_ffn_case("skip"),
     mix_ffn_case("bare", norm=False, hidden_norm=False, biases=False),
+    linear_case("small"),
+    linear_case("bare", bias=False),
+    batch_norm_case("small"),
+    batch_norm_case("plain", affine=False),
 ]
 
 
