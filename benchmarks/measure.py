@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.models import make_candidate
 from benchmarks.rivals import EXACT, backend_of, backends
 from benchmarks.rows import FAILED, MEASURED, WRONG, Row, new_row
 from benchmarks.workloads import Candidate
+from msformer.memory import kept_memory
 
 SHORTEST_SAMPLE = 5e-3
 """Seconds; a call that takes less is repeated within a sample."""
@@ -48,7 +50,9 @@ def measure_case(
     rows = {rival: new_row(case, rival) for rival in rivals}
     candidates: dict[str, Candidate] = {}
     torch.compiler.reset()
-    with limited_memory():
+    # as `msformer.segment` does; for every rival
+    allocation = kept_memory() if case.operation == "step" else nullcontext()
+    with limited_memory(), allocation:
         report("exact result")
         source, exact = exact_results(case, make)
         for rival, row in rows.items():

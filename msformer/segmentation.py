@@ -24,6 +24,7 @@ from torch import Tensor
 import msformer_kernels
 from msformer.data import prepare_image, resize_image, resize_labels
 from msformer.losses import LossWeights, total_loss
+from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer_kernels.backends import resolve
 
@@ -112,6 +113,7 @@ def segment(
     with (
         torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []),
         msformer_kernels.use_backend(backend) if backend is not None else nullcontext(),
+        kept_memory(),
     ):
         used = resolve(None, chosen_device.type, torch.float32)
         torch.manual_seed(seed)
