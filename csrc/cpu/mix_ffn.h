@@ -6,6 +6,8 @@
 // tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "tokens.h"
 
@@ -155,93 +157,125 @@ template <class T> struct MixFFN {
 
   // hidden norm and activation of rows, in place
   void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
-    for (T* row = z; row < z + tokens * hidden_width; row += hidden_width) {
-      T mean = T(0), rstd = T(1);
-      if (norm.weight) row_statistics(row, hidden, norm.eps, mean, rstd);
-      for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
-        Vector<T> n = load(row + c);
-        if (norm.weight) n = (n - mean) * rstd * load(norm.weight + c) + load(norm.bias + c);
-        store(row + c, activate<T>(a.activation, n).value);
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      activate_rows<count()>(norm, z + first * hidden_width);
+    });
+  }
+
+  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null weight_sum and
+  // bias_sum take up the gradients of the norm's parameters.
+  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* activated, T* grad, T* weight_sum,
+                           T* bias_sum) const {
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      const std::int64_t at = first * hidden_width;
+      if (norm.weight)
+        norm_activation_backward_rows<count()>(norm, z + at, activated + at, grad + at, weight_sum, bias_sum);
+      else
+        activation_backward_rows<count()>(z + at, activated + at, grad + at);
+    });
+  }
+
+ private:
+  // calls task(first row, how many) for four rows at a time, and then one: the rows share the loads of what they are
+  // multiplied with, and their long chains of arithmetic overlap
+  template <class Task> static void for_few_rows(std::int64_t rows, const Task& task) {
+    std::int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) task(i, std::integral_constant<int, 4>());
+    for (; i < rows; ++i) task(i, std::integral_constant<int, 1>());
+  }
+
+  template <int ROWS> void activate_rows(const Norm<T>& norm, T* z) const {
+    T mean[ROWS] = {}, rstd[ROWS] = {};
+    if (norm.weight)
+      for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
+    for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        Vector<T> n = load(z + r * hidden_width + c);
+        if (norm.weight) n = (n - mean[r]) * rstd[r] * load(norm.weight + c) + load(norm.bias + c);
+        store(z + r * hidden_width + c, activate<T>(a.activation, n).value);
       }
     }
   }
 
-  // One token: from z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
-  // weight_sum and bias_sum take up the gradients of the norm's parameters.
-  void activation_backward(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum, T* bias_sum) const {
-    constexpr int W = kWidth<T>;
-    if (!norm.weight) {
-      for (std::int64_t c = 0; c < hidden_width; c += W) {
-        const Activated<T> f = activate<T>(a.activation, load(z + c));
-        store(activated + c, f.value);
-        store(grad + c, load(grad + c) * f.slope);
-      }
-      return;
+  template <int ROWS> void activation_backward_rows(const T* z, T* activated, T* grad) const {
+    for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
+      const Activated<T> f = activate<T>(a.activation, load(z + i));
+      store(activated + i, f.value);
+      store(grad + i, load(grad + i) * f.slope);
     }
-    T mean, rstd;
-    row_statistics(z, hidden, norm.eps, mean, rstd);
-    Vector<T> sum{}, dot{};
+  }
+
+  template <int ROWS>
+  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum, T* bias_sum) const {
+    constexpr int W = kWidth<T>;
+    T mean[ROWS], rstd[ROWS];
+    for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
+    Vector<T> sum[ROWS] = {}, dot[ROWS] = {};
     for (std::int64_t c = 0; c < hidden_width; c += W) {
-      const Vector<T> x = (load(z + c) - mean) * rstd, weight = load(norm.weight + c);
-      const Activated<T> f = activate<T>(a.activation, x * weight + load(norm.bias + c));
-      const Vector<T> g = load(grad + c) * f.slope, scaled = g * weight;
-      if (weight_sum) {
-        store(weight_sum + c, load(weight_sum + c) + g * x);
-        store(bias_sum + c, load(bias_sum + c) + g);
+      const Vector<T> weight = load(norm.weight + c), bias = load(norm.bias + c);
+      Vector<T> weight_gradient{}, bias_gradient{};
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const std::int64_t at = r * hidden_width + c;
+        const Vector<T> x = (load(z + at) - mean[r]) * rstd[r];
+        const Activated<T> f = activate<T>(a.activation, x * weight + bias);
+        const Vector<T> g = load(grad + at) * f.slope, scaled = g * weight;
+        weight_gradient += g * x;
+        bias_gradient += g;
+        store(z + at, x);
+        store(activated + at, f.value);
+        store(grad + at, scaled);
+        sum[r] += scaled;
+        dot[r] += scaled * x;
       }
-      store(z + c, x);
-      store(activated + c, f.value);
-      store(grad + c, scaled);
-      sum += scaled;
-      dot += scaled * x;
+      if (weight_sum) {
+        store(weight_sum + c, load(weight_sum + c) + weight_gradient);
+        store(bias_sum + c, load(bias_sum + c) + bias_gradient);
+      }
     }
     const T inverse = T(1) / static_cast<T>(hidden);
-    const T mean_grad = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
-    for (std::int64_t c = 0; c < hidden_width; c += W) {
-      Vector<T> g = (load(grad + c) - mean_grad - load(z + c) * mean_dot) * rstd;
-      if (c + W > hidden) g = keep_lanes<T>(g, hidden - c);
-      store(grad + c, g);
+    for (int r = 0; r < ROWS; ++r) {
+      const T mean_grad = horizontal_sum<T>(sum[r]) * inverse, mean_dot = horizontal_sum<T>(dot[r]) * inverse;
+      for (std::int64_t at = r * hidden_width; at < (r + 1) * hidden_width; at += W) {
+        Vector<T> g = (load(grad + at) - mean_grad - load(z + at) * mean_dot) * rstd[r];
+        const std::int64_t left = hidden - (at - r * hidden_width);
+        store(grad + at, left < W ? keep_lanes<T>(g, left) : g);
+      }
     }
   }
 };
 
 // out [tokens, leading] = depthwise 3x3 of three rows plus bias; rows[i] points at the token left of the first output.
-// Four tokens at a time share the weights in registers; FLIP applies the transposed convolution.
-template <class T, bool FLIP, int TOKENS>
-inline void depthwise_tokens(const T* const rows[3], const T* taps, const T* bias, std::int64_t leading, T* out) {
-  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
-    Vector<T> sum[TOKENS];
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t) sum[t] = bias ? load(bias + c) : Vector<T>{};
-#pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r) {
-      const T* row = rows[r] + c;
-      Vector<T> weight[3];
-#pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) weight[k] = load(taps + (FLIP ? 8 - 3 * r - k : 3 * r + k) * leading + c);
-#pragma GCC unroll 10
-      for (int j = 0; j < TOKENS + 2; ++j) {
-        const Vector<T> u = load(row + j * leading);
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; ++k)
-          if (j - k >= 0 && j - k < TOKENS) sum[j - k] += weight[k] * u;
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t) store(out + t * leading + c, sum[t]);
-  }
-}
-
+// One vector of channels at a time goes along the row: its weights and the last two columns stay in registers.
+// FLIP applies the transposed convolution.
 template <class T, bool FLIP>
 void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading, T* out) {
-  std::int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) {
-    const T* shifted[3] = {rows[0] + t * leading, rows[1] + t * leading, rows[2] + t * leading};
-    depthwise_tokens<T, FLIP, 4>(shifted, taps, bias, leading, out + t * leading);
-  }
-  for (; t < tokens; ++t) {
-    const T* shifted[3] = {rows[0] + t * leading, rows[1] + t * leading, rows[2] + t * leading};
-    depthwise_tokens<T, FLIP, 1>(shifted, taps, bias, leading, out + t * leading);
+  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
+    Vector<T> weight[9], left[3], middle[3];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) weight[k] = load(taps + (FLIP ? 8 - k : k) * leading + c);
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      left[r] = load(rows[r] + c);
+      middle[r] = load(rows[r] + leading + c);
+    }
+    const Vector<T> start = bias ? load(bias + c) : Vector<T>{};
+    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
+    T* to = out + c;
+    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, to += leading) {
+      const Vector<T> right[3] = {load(above), load(at), load(below)};
+      Vector<T> sum[3];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        sum[r] = left[r] * weight[3 * r];
+        sum[r] += middle[r] * weight[3 * r + 1];
+        sum[r] += right[r] * weight[3 * r + 2];
+        left[r] = middle[r];
+        middle[r] = right[r];
+      }
+      store(to, (sum[0] + start) + (sum[1] + sum[2]));
+    }
   }
 }
 
@@ -250,21 +284,30 @@ void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_
 template <class T>
 void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, std::int64_t leading,
                                Range columns, T* taps, T* bias) {
-  constexpr std::int64_t kTokens = 8;
-  for (std::int64_t begin = 0; begin < tokens; begin += kTokens) {
-    const std::int64_t end = min_of(tokens, begin + kTokens);
-    for (std::int64_t c = columns.begin; c < columns.end; c += kWidth<T>) {
-      Vector<T> tap[9] = {}, sum{};
-      for (std::int64_t t = begin; t < end; ++t) {
-        const Vector<T> g = load(grad_z + t * leading + c);
-        sum += g;
-#pragma GCC unroll 9
-        for (int k = 0; k < 9; ++k) tap[k] += g * load(rows[k / 3] + (t + k % 3) * leading + c);
-      }
-      store(bias + c, load(bias + c) + sum);
-#pragma GCC unroll 9
-      for (int k = 0; k < 9; ++k) store(taps + k * leading + c, load(taps + k * leading + c) + tap[k]);
+  for (std::int64_t c = columns.begin; c < columns.end; c += kWidth<T>) {
+    Vector<T> tap[9] = {}, sum{}, left[3], middle[3];
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      left[r] = load(rows[r] + c);
+      middle[r] = load(rows[r] + leading + c);
     }
+    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
+    const T* from = grad_z + c;
+    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, from += leading) {
+      const Vector<T> g = load(from), right[3] = {load(above), load(at), load(below)};
+      sum += g;
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        tap[3 * r] += g * left[r];
+        tap[3 * r + 1] += g * middle[r];
+        tap[3 * r + 2] += g * right[r];
+        left[r] = middle[r];
+        middle[r] = right[r];
+      }
+    }
+    store(bias + c, load(bias + c) + sum);
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) store(taps + k * leading + c, load(taps + k * leading + c) + tap[k]);
   }
 }
 

@@ -78,15 +78,19 @@ template <class T> struct Backward : MixFFN<T> {
     const bool own_row = row >= p.row_begin && row < p.row_end;
     fill(s.hidden_weight, hidden_width, T(0));
     fill(s.hidden_bias, hidden_width, T(0));
-    for (std::int64_t i = 0; i < last - first; ++i) {
-      const bool own = own_row && first + i >= p.column_begin && first + i < p.column_end;
-      this->activation_backward(w.hidden_norm, s.z + i * hidden_width, s.activated + i * hidden_width, grad + i * hidden_width,
+    // the columns left and right of the piece are another one's to sum up
+    const std::int64_t skip = p.column_begin - first;
+    const auto activate_columns = [&](std::int64_t begin, std::int64_t end, bool own) {
+      const std::int64_t at = begin * hidden_width;
+      this->activation_backward(w.hidden_norm, end - begin, s.z + at, s.activated + at, grad + at,
                                 own ? s.hidden_weight : nullptr, s.hidden_bias);
-    }
+    };
+    activate_columns(0, skip, false);
+    activate_columns(skip, skip + columns, own_row);
+    activate_columns(skip + columns, last - first, false);
     if (!own_row) return;
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
-    const std::int64_t skip = p.column_begin - first;
     const T* own_grad_output = s.grad_output + skip * width;
     multiply_transposed_add<T>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,
                                hidden_width,

@@ -150,8 +150,7 @@ template <class T> struct Whole : MixFFN<T> {
       T* partial = s.hidden_partials + row * 2 * hidden_width;
       depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
       fill(partial, 2 * hidden_width, T(0));
-      for (std::int64_t i = 0; i < a.width * hidden_width; i += hidden_width)
-        this->activation_backward(s.weights.hidden_norm, z + i, activated + i, grad_z + i, partial, partial + hidden_width);
+      this->activation_backward(s.weights.hidden_norm, a.width, z, activated, grad_z, partial, partial + hidden_width);
     });
   }
 

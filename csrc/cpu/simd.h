@@ -49,7 +49,8 @@ template <class T> inline void store_unaligned(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<Vector<T>*>(p) = v; }
-template <class T> inline Vector<T> splat(T x) { return Vector<T>{} + x; }
+// x in every lane; x - 0 is x for every x, which the compiler knows, so that nothing is calculated
+template <class T> inline Vector<T> splat(T x) { return x - Vector<T>{}; }
 
 template <class T> inline T max_of(T a, T b) { return a > b ? a : b; }
 template <class T> inline T min_of(T a, T b) { return a < b ? a : b; }
@@ -110,19 +111,16 @@ template <class T> inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) 
   return lanes < limit ? v : Vector<T>{};
 }
 
-// exp for arguments up to 88 (larger ones saturate); range reduction by ln 2 in two parts, degree-6 polynomial
-// (S. L. Moshier, Cephes), within 2 ulp. Below -87.3 the result is 0; NaN stays NaN.
-inline Vector<float> vexp(Vector<float> x) {
+// exp for arguments that are not far above 0 (up to 88): range reduction by ln 2 in two parts, degree-6 polynomial
+// (S. L. Moshier, Cephes), within 2 ulp. Below -87.3 the result is 0, whatever the steps in between make of it; NaN stays NaN.
+inline Vector<float> vexp_small(Vector<float> x) {
   typedef Simd<float>::Integer Integer;
-  const float lowest = -87.33654f;
-  Vector<float> clamped = x < lowest ? splat(lowest) : x;
-  clamped = clamped > 88.0f ? splat(88.0f) : clamped;
   // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
   const Vector<float> magic = splat(12582912.0f);
-  const Vector<float> shifted = clamped * 1.44269504088896341f + magic;
-  const Integer exponent = (reinterpret_cast<Integer>(shifted) - reinterpret_cast<Integer>(magic) + 127) << 23;
+  const Vector<float> shifted = x * 1.44269504088896341f + magic;
+  const Integer power = (reinterpret_cast<Integer>(shifted) + 127) << 23;  // 2^n
   const Vector<float> n = shifted - magic;
-  Vector<float> r = clamped - n * 0.693359375f;
+  Vector<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -130,14 +128,19 @@ inline Vector<float> vexp(Vector<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  p = p * reinterpret_cast<Vector<float>>(exponent);
-  return x < lowest ? Vector<float>{} : p;
+  p = p * reinterpret_cast<Vector<float>>(power);
+  return x < -87.33654f ? Vector<float>{} : p;
 }
+
+// exp; arguments above 88 saturate
+inline Vector<float> vexp(Vector<float> x) { return vexp_small(x > 88.0f ? splat(88.0f) : x); }
 
 inline Vector<double> vexp(Vector<double> x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+inline Vector<double> vexp_small(Vector<double> x) { return vexp(x); }
 
 inline Vector<float> vabs(Vector<float> x) {
   typedef Simd<float>::Integer Integer;
@@ -149,7 +152,7 @@ inline Vector<float> vabs(Vector<float> x) {
 // complementary error function for |x| <= 13.5, relative error 1.4e-8, so that small tails keep their digits.
 inline void normal_distribution(Vector<float> x, Vector<float>& cdf, Vector<float>& pdf) {
   const Vector<float> t = 1.0f / (vabs(x) * 0.21f + 1.0f);
-  const Vector<float> e = vexp(x * x * -0.5f);
+  const Vector<float> e = vexp_small(x * x * -0.5f);
   Vector<float> p = t * -0.0720338448882103f + 0.2854527533054352f;
   p = p * t - 0.3341883718967438f;
   p = p * t + 0.3540322184562683f;

@@ -18,7 +18,7 @@ template <class T> void softmax_rows(T* x, std::int64_t rows, std::int64_t segme
     const T shift = horizontal_max<T>(largest);
     Vector<T> sum{};
     for (std::int64_t c = 0; c < width; c += W) {
-      const Vector<T> e = vexp(load(row + c) - shift);
+      const Vector<T> e = vexp_small(load(row + c) - shift);
       store(row + c, e);
       sum += e;
     }
@@ -77,10 +77,10 @@ void accumulate_keys(std::int64_t tokens, std::int64_t keys, T* logits, const T*
     const Vector<T> before = load(sums.max + c);
     Vector<T> largest = before;
     for (std::int64_t i = 0; i < tokens; ++i) largest = vmax<T>(largest, load(logits + i * width + c));
-    const Vector<T> shift = safe_shift<T>(largest), rescale = vexp(before - shift);
+    const Vector<T> shift = safe_shift<T>(largest), rescale = vexp_small(before - shift);
     Vector<T> sum = load(sums.sum + c) * rescale;
     for (std::int64_t i = 0; i < tokens; ++i) {
-      const Vector<T> e = vexp(load(logits + i * width + c) - shift);
+      const Vector<T> e = vexp_small(load(logits + i * width + c) - shift);
       store(logits + i * width + c, e);
       sum += e;
     }
@@ -98,7 +98,7 @@ void key_softmax(std::int64_t tokens, std::int64_t width, T* logits, const T* ma
   for (std::int64_t c = 0; c < width; c += kWidth<T>) {
     const Vector<T> shift = safe_shift<T>(load(max + c)), inverse = load(inverse_sum + c);
     for (std::int64_t i = 0; i < tokens; ++i)
-      store(logits + i * width + c, vexp(load(logits + i * width + c) - shift) * inverse);
+      store(logits + i * width + c, vexp_small(load(logits + i * width + c) - shift) * inverse);
   }
 }
 
