@@ -77,7 +77,7 @@ template <class T> struct MixFFN {
   const std::int64_t channels = a.channels, hidden = a.hidden;
   const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
 
-  static constexpr std::int64_t kStripColumns = 36, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
+  static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
   const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
   const std::int64_t bands = count_bands();
   const std::int64_t pieces = a.batch * strips * bands;

@@ -21,6 +21,7 @@ template <class T> struct SelfAttention {
   const std::int64_t head_keys = keys / heads, head_values = values / heads;
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys);
   const std::int64_t head_width = padded<T>(head_keys), query_width = heads * head_width;
+  const std::int64_t query_rows = heads == 1 ? keys : query_width;  // with one head all padding comes last, and can be left out
   const std::int64_t head_value_width = padded<T>(head_values);
   const Split split = split_tokens(a.tokens, a.batch);
 

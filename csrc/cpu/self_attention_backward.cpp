@@ -104,7 +104,7 @@ template <class T> struct Backward : SelfAttention<T> {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.queries);
         load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
-        multiply_transposed_add<T>(query_width, tokens, width, s.queries, query_width, s.grad_output, width, sum, width);
+        multiply_transposed_add<T>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum, width);
       });
     });
     parallel_for(a.batch * query_width, a.num_threads, 64, [&](std::int64_t i, void*) {
@@ -196,8 +196,8 @@ template <class T> struct Backward : SelfAttention<T> {
     multiply<T>(tokens, channels, query_width, s.grad_output, width, {m.folded_packed + batch * channels * query_width, 0},
                 s.grad_queries, query_width);
     softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
-    multiply<T>(tokens, query_width, width, s.grad_queries, query_width, {w.query_rows, width}, s.grad_x, width);
-    multiply_transposed_add<T>(query_width, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width);
+    multiply<T>(tokens, this->query_rows, width, s.grad_queries, query_width, {w.query_rows, width}, s.grad_x, width);
+    multiply_transposed_add<T>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width);
     add_column_sums(tokens, query_width, s.grad_queries, query_width, sums.query_bias);
     add_column_sums(tokens, width, s.grad_output, width, sums.output_bias);
 

@@ -85,7 +85,7 @@ template <class T> struct Forward : SelfAttention<T> {
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.features);
-        multiply<T>(tokens, query_width, width, s.features, query_width, {folded + batch * query_width * width, width},
+        multiply<T>(tokens, this->query_rows, width, s.features, query_width, {folded + batch * query_width * width, width},
                     t.features, width, output_bias);
         if (a.residual) {
           load_tokens(a.x, batch, 0, token, tokens, channels, s.x, width);
