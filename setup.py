@@ -40,6 +40,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
+    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
 
 
 class BuildFailed(Exception):

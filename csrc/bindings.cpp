@@ -37,6 +37,7 @@ MSFORMER_DECLARE(plain)
 #ifdef MSFORMER_X86_VARIANTS
 MSFORMER_DECLARE(avx2)
 MSFORMER_DECLARE(avx512)
+MSFORMER_DECLARE(avx512_bf16)
 #endif
 
 namespace {
@@ -52,9 +53,10 @@ std::vector<Variant> usable_variants() {
 #ifdef MSFORMER_X86_VARIANTS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    variants.push_back({"avx512", &avx512::kernels});
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) variants.push_back({"avx512_bf16", &avx512_bf16::kernels});
+  if (avx512) variants.push_back({"avx512", &avx512::kernels});
   if (avx2) variants.push_back({"avx2", &avx2::kernels});
 #endif
   variants.push_back({"plain", &plain::kernels});

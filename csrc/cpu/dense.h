@@ -25,7 +25,7 @@ void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_pa
     const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
     const Range panel_range{panels.count * group / groups, panels.count * (group + 1) / groups};
     for (std::int64_t p = 0; p == 0 || p < k; p += kDepthBlock)
-      gemm_part<T>(row_range, panel_range, {p, min_of(k, p + kDepthBlock)}, k, panels, a, b, p ? Start::output : start, bias, c);
+      gemm_part<Values<T>>(row_range, panel_range, {p, min_of(k, p + kDepthBlock)}, k, panels, a, b, p ? Start::output : start, bias, c);
   });
 }
 

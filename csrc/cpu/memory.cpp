@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "pairs.h"
 #include "parallel.h"
 
 namespace msformer {
@@ -30,16 +31,24 @@ struct ThreadScratch {
   ~ThreadScratch() { std::free(data); }
 };
 
-thread_local ThreadScratch scratch;
+thread_local ThreadScratch scratch, pairs;
 
-}  // namespace
-
-void* thread_scratch(std::size_t bytes) {
+void* at_least(ThreadScratch& scratch, std::size_t bytes) {
   if (scratch.data && bytes <= scratch.bytes) return scratch.data;
   std::free(scratch.data);
   scratch.data = allocate(bytes);
   scratch.bytes = scratch.data ? bytes : 0;
   return scratch.data;
+}
+
+}  // namespace
+
+void* thread_scratch(std::size_t bytes) { return at_least(scratch, bytes); }
+
+std::uint32_t* pair_scratch(std::int64_t count) {
+  void* data = at_least(pairs, sizeof(std::uint32_t) * static_cast<std::size_t>(count));
+  if (!data) throw_out_of_memory();
+  return static_cast<std::uint32_t*>(data);
 }
 
 void throw_out_of_memory() { throw std::bad_alloc(); }

@@ -77,6 +77,8 @@ template <class T> struct MixFFN {
   const std::int64_t channels = a.channels, hidden = a.hidden;
   const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
 
+  const bool in_pairs = kHasPairs && a.x.dtype == DType::bfloat16 && !mix_ffn_fits_whole(a);
+
   static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
   const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
   const std::int64_t bands = count_bands();
@@ -102,13 +104,14 @@ template <class T> struct MixFFN {
   }
 
   struct Weights {
-    T *fc1, *fc1_bias;           // packed [C, hidden_width]
+    PackedWeights<T> fc1;        // [C, hidden_width]
+    T* fc1_bias;
     T *taps, *dw_bias;           // [9, hidden_width]; the skip connection is part of the centre tap
     T *hidden_weight, *hidden_bias, *norm_weight, *norm_bias;
     Norm<T> norm, hidden_norm;
 
     Weights(Arena& arena, const MixFFN& m)
-        : fc1(arena.take<T>(m.channels * m.hidden_width)),
+        : fc1{arena.take<T>(m.channels * m.hidden_width), m.in_pairs},
           fc1_bias(arena.take<T>(m.hidden_width)),
           taps(arena.take<T>(9 * m.hidden_width)),
           dw_bias(arena.take<T>(m.hidden_width)),
@@ -119,7 +122,7 @@ template <class T> struct MixFFN {
 
     void fill_in(const MixFFN& m) {
       const MixFFNArguments& a = m.a;
-      pack(a.num_threads, fc1, static_cast<const T*>(a.fc1_weight), 1, m.channels, m.channels, m.hidden);
+      pack_weights(a.num_threads, fc1, static_cast<const T*>(a.fc1_weight), 1, m.channels, m.channels, m.hidden);
       copy_padded(fc1_bias, a.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.dw_bias, m.hidden);
       fill(taps, 9 * m.hidden_width, T(0));
@@ -151,7 +154,7 @@ template <class T> struct MixFFN {
     fill(out, (first - begin) * hidden_width, T(0));
     fill(out + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
     load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
-    multiply<T>(last - first, channels, hidden_width, x, width, {w.fc1, 0}, out + (first - begin) * hidden_width,
+    multiply<T>(last - first, channels, hidden_width, x, width, w.fc1.matrix(), out + (first - begin) * hidden_width,
                 hidden_width, w.fc1_bias);
   }
 

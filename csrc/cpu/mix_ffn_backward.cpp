@@ -17,10 +17,10 @@ template <class T> struct Backward : MixFFN<T> {
 
   explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
 
-  struct Products {     // weights as the backward products want them
-    T *fc1_rows, *fc2;  // W_1 [hidden, width]; W_2 packed [C, hidden_width]
+  struct Products {  // weights as the backward products want them
+    PackedWeights<T> fc1, fc2;  // W_1 [hidden, width], W_2 [C, hidden_width]
     Products(Arena& arena, const Backward& b)
-        : fc1_rows(arena.take<T>(b.hidden * b.width)), fc2(arena.take<T>(b.channels * b.hidden_width)) {}
+        : fc1{arena.take<T>(b.hidden * b.width), b.in_pairs}, fc2{arena.take<T>(b.channels * b.hidden_width), b.in_pairs} {}
   };
 
   struct Rows {
@@ -70,7 +70,7 @@ template <class T> struct Backward : MixFFN<T> {
     T* grad = grad_z + (first - begin) * hidden_width;
 
     load_tokens(a.grad_output, p.batch, 0, row * a.width + first, last - first, channels, s.grad_output, width);
-    multiply<T>(last - first, channels, hidden_width, s.grad_output, width, {products.fc2, 0}, grad, hidden_width);
+    multiply<T>(last - first, channels, hidden_width, s.grad_output, width, products.fc2.matrix(), grad, hidden_width);
     // u starts two columns left of the piece, its row at the token left of `first` is one before
     const std::int64_t offset = (first - 1 - (p.column_begin - 2)) * hidden_width;
     const T* const rows[3] = {s.u[(row + 2) % 3] + offset, s.u[row % 3] + offset, s.u[(row + 1) % 3] + offset};
@@ -93,8 +93,7 @@ template <class T> struct Backward : MixFFN<T> {
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const T* own_grad_output = s.grad_output + skip * width;
     multiply_transposed_add<T>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,
-                               hidden_width,
-                               sums.fc2, hidden_width);
+                               hidden_width, sums.fc2, hidden_width, this->in_pairs);
     add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
     const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width, rows[2] + skip * hidden_width};
     depthwise_weight_backward<T>(own_rows, grad_z + hidden_width, columns, hidden_width, {0, hidden_width}, sums.taps,
@@ -109,8 +108,9 @@ template <class T> struct Backward : MixFFN<T> {
     depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
     add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
-    multiply_transposed_add<T>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1, hidden_width);
-    multiply<T>(columns, hidden, width, s.grad_u, hidden_width, {products.fc1_rows, width}, s.grad_x, width);
+    multiply_transposed_add<T>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1, hidden_width,
+                               this->in_pairs);
+    multiply<T>(columns, hidden, width, s.grad_u, hidden_width, products.fc1.matrix(), s.grad_x, width);
     if (w.norm.weight)
       layer_norm_backward(w.norm, columns, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight, sums.norm_bias);
     if (a.residual) {
@@ -150,9 +150,8 @@ template <class T> struct Backward : MixFFN<T> {
     Weights w(arena, *this);
     w.fill_in(*this);
     Products products(arena, *this);
-    for (std::int64_t j = 0; j < hidden; ++j)
-      copy_padded(products.fc1_rows + j * width, static_cast<const T*>(a.fc1_weight) + j * channels, channels);
-    pack(a.num_threads, products.fc2, static_cast<const T*>(a.fc2_weight), hidden, 1, channels, hidden);
+    pack_weights(a.num_threads, products.fc1, static_cast<const T*>(a.fc1_weight), channels, 1, hidden, channels);
+    pack_weights(a.num_threads, products.fc2, static_cast<const T*>(a.fc2_weight), hidden, 1, channels, hidden);
     T* partials = arena.take<T>((groups + 1) * size);
 
     parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {

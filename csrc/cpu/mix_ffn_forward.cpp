@@ -24,7 +24,7 @@ template <class T> struct Forward : MixFFN<T> {
     }
   };
 
-  void walk(const Weights& w, const T* fc2, const T* fc2_bias, const typename Base::Piece& p, Rows& s) const {
+  void walk(const Weights& w, const PackedWeights<T>& fc2, const T* fc2_bias, const typename Base::Piece& p, Rows& s) const {
     const std::int64_t columns = p.column_end - p.column_begin;
     for (std::int64_t row = p.row_begin - 1; row <= p.row_end; ++row) {
       this->hidden_row(w, p.batch, row, p.column_begin - 1, p.column_end + 1, s.x, s.u[(row + 3) % 3]);
@@ -33,7 +33,7 @@ template <class T> struct Forward : MixFFN<T> {
       const T* const rows[3] = {s.u[(center + 2) % 3], s.u[center % 3], s.u[(center + 1) % 3]};
       depthwise<T, false>(rows, w.taps, w.dw_bias, columns, hidden_width, s.z);
       this->normalize_and_activate(w.hidden_norm, columns, s.z);
-      multiply<T>(columns, hidden, width, s.z, hidden_width, {fc2, 0}, s.y, width, fc2_bias);
+      multiply<T>(columns, hidden, width, s.z, hidden_width, fc2.matrix(), s.y, width, fc2_bias);
       const std::int64_t token = center * a.width + p.column_begin;
       if (a.residual) {
         load_tokens(a.x, p.batch, 0, token, columns, channels, s.x, width);
@@ -53,9 +53,9 @@ template <class T> struct Forward : MixFFN<T> {
     Arena arena(memory.data());
     Weights w(arena, *this);
     w.fill_in(*this);
-    T* fc2 = arena.take<T>(hidden * width);
+    const PackedWeights<T> fc2{arena.take<T>(hidden * width), this->in_pairs};
     T* fc2_bias = arena.take<T>(width);
-    pack(a.num_threads, fc2, static_cast<const T*>(a.fc2_weight), 1, hidden, hidden, channels);
+    pack_weights(a.num_threads, fc2, static_cast<const T*>(a.fc2_weight), 1, hidden, hidden, channels);
     copy_padded(fc2_bias, a.fc2_bias, channels);
     parallel_for(this->pieces, a.num_threads, row_counter.used(), [&](std::int64_t i, void* scratch) {
       Arena rows_arena(scratch);

@@ -63,7 +63,7 @@ template <class T> struct Whole : MixFFN<T> {
   }
 
   void hidden_tokens(const Weights& w, std::int64_t tokens, const T* x, const std::int64_t* offsets, T* u) const {
-    dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias, {u, 0, offsets});
+    dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1.data, w.fc1_bias, {u, 0, offsets});
   }
 
   template <class Task> void for_groups(const Task& task) const {

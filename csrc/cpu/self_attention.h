@@ -23,6 +23,7 @@ template <class T> struct SelfAttention {
   const std::int64_t head_width = padded<T>(head_keys), query_width = heads * head_width;
   const std::int64_t query_rows = heads == 1 ? keys : query_width;  // with one head all padding comes last, and can be left out
   const std::int64_t head_value_width = padded<T>(head_values);
+  const bool in_pairs = kHasPairs && a.x.dtype == DType::bfloat16;
   const Split split = split_tokens(a.tokens, a.batch);
 
   static constexpr std::int64_t kRowBlock = 48;  // rows of one task in the small products
@@ -38,15 +39,16 @@ template <class T> struct SelfAttention {
   bool any_kept(std::int64_t batch) const { return count_kept(a.mask, batch, a.tokens) > 0; }
 
   struct Weights {
-    T *query, *query_bias, *key;   // packed [C, query_width], [query_width], packed [C, key_width]
+    PackedWeights<T> query, key;   // [C, query_width], [C, key_width]
+    T* query_bias;                 // [query_width]
     T *query_rows, *key_rows;      // the same as rows [query_width, width], [keys, width]
     T *norm_weight, *norm_bias;
     Norm<T> norm;
 
     Weights(Arena& arena, const SelfAttention& s)
-        : query(arena.take<T>(s.channels * s.query_width)),
+        : query{arena.take<T>(s.channels * s.query_width), s.in_pairs},
+          key{arena.take<T>(s.channels * s.key_width), s.in_pairs},
           query_bias(arena.take<T>(s.query_width)),
-          key(arena.take<T>(s.channels * s.key_width)),
           query_rows(arena.take<T>(s.query_width * s.width)),
           key_rows(arena.take<T>(s.keys * s.width)),
           norm_weight(arena.take<T>(s.width)),
@@ -60,8 +62,8 @@ template <class T> struct SelfAttention {
         query_bias[s.query_row(row)] = s.a.query_bias ? s.parameter(s.a.query_bias)[row] : T(0);
       }
       stage(key_rows, s.parameter(s.a.key_weight), s.keys, s.channels);
-      pack(s.a.num_threads, query, query_rows, 1, s.width, s.channels, s.query_width);
-      pack(s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
+      pack_weights(s.a.num_threads, query, query_rows, 1, s.width, s.channels, s.query_width);
+      pack_weights(s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
       if (!s.a.norm_weight) return;
       norm = {copy_padded(norm_weight, s.a.norm_weight, s.channels), copy_padded(norm_bias, s.a.norm_bias, s.channels),
               static_cast<T>(s.a.norm_eps)};
@@ -76,8 +78,15 @@ template <class T> struct SelfAttention {
   }
 
   void load_queries(const Weights& w, std::int64_t tokens, const T* x, T* queries) const {
-    multiply<T>(tokens, channels, query_width, x, width, {w.query, 0}, queries, query_width, w.query_bias);
+    multiply<T>(tokens, channels, query_width, x, width, w.query.matrix(), queries, query_width, w.query_bias);
     softmax_rows(queries, tokens, heads, head_width);
+  }
+
+  // rows [images, k rows of width] -> packed as the right-hand side of products with k rows each
+  void pack_rows(T* packed, const T* rows, std::int64_t images, std::int64_t k, std::int64_t stride) const {
+    parallel_for(images, a.num_threads, 0, [&](std::int64_t n, void*) {
+      pack_weights<T>(a.num_threads, {packed + n * stride, in_pairs}, rows + n * stride, width, 1, k, channels);
+    });
   }
 
   // calls task(batch, head, first row, rows) for blocks of rows of the Dk x ... matrices, in parallel

@@ -21,6 +21,7 @@ template <class T> struct Backward : SelfAttention<T> {
   struct Matrices {
     T *context, *key_tokens, *folded, *grad_folded, *grad_context, *grad_key_tokens;  // row-major
     T *folded_packed, *grad_key_tokens_packed;                                        // transposed: [C, ...]
+    T *grad_key_tokens_right, *query_right, *key_right;                               // packed as they are
     T *max, *inverse_sum, *delta;                                                     // [key_width]
     Matrices(Arena& arena, const Backward& b) {
       const std::int64_t n = b.a.batch;
@@ -32,6 +33,9 @@ template <class T> struct Backward : SelfAttention<T> {
       grad_key_tokens = arena.take<T>(n * b.rows_size);
       folded_packed = arena.take<T>(n * b.channels * b.query_width);
       grad_key_tokens_packed = arena.take<T>(n * b.channels * b.key_width);
+      grad_key_tokens_right = arena.take<T>(n * b.rows_size);
+      query_right = arena.take<T>(b.folded_size);
+      key_right = arena.take<T>(b.rows_size);
       max = arena.take<T>(n * b.key_width);
       inverse_sum = arena.take<T>(n * b.key_width);
       delta = arena.take<T>(n * b.key_width);
@@ -80,7 +84,7 @@ template <class T> struct Backward : SelfAttention<T> {
     });
     this->fold(m.context, m.folded);
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
-      pack(a.num_threads, m.folded_packed + n * channels * query_width, m.folded + n * folded_size, 1, width, channels,
+      pack_weights<T>(a.num_threads, {m.folded_packed + n * channels * query_width, this->in_pairs}, m.folded + n * folded_size, 1, width, channels,
            query_width);
       copy_padded(m.max + n * key_width, parameter(a.key_max) + n * keys, keys);
       fill(m.inverse_sum + n * key_width, key_width, T(0));
@@ -104,7 +108,8 @@ template <class T> struct Backward : SelfAttention<T> {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.queries);
         load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
-        multiply_transposed_add<T>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum, width);
+        multiply_transposed_add<T>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum, width,
+                                   this->in_pairs);
       });
     });
     parallel_for(a.batch * query_width, a.num_threads, 64, [&](std::int64_t i, void*) {
@@ -144,7 +149,7 @@ template <class T> struct Backward : SelfAttention<T> {
             key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
     });
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
-      pack(a.num_threads, m.grad_key_tokens_packed + n * channels * key_width, m.grad_key_tokens + n * rows_size, 1, width,
+      pack_weights<T>(a.num_threads, {m.grad_key_tokens_packed + n * channels * key_width, this->in_pairs}, m.grad_key_tokens + n * rows_size, 1, width,
            channels, keys);
     });
   }
@@ -193,23 +198,25 @@ template <class T> struct Backward : SelfAttention<T> {
     load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
 
     this->load_queries(w, tokens, s.x, s.queries);
-    multiply<T>(tokens, channels, query_width, s.grad_output, width, {m.folded_packed + batch * channels * query_width, 0},
+    multiply<T>(tokens, channels, query_width, s.grad_output, width, {m.folded_packed + batch * channels * query_width, 0, this->in_pairs},
                 s.grad_queries, query_width);
     softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
-    multiply<T>(tokens, this->query_rows, width, s.grad_queries, query_width, {w.query_rows, width}, s.grad_x, width);
-    multiply_transposed_add<T>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width);
+    multiply<T>(tokens, this->query_rows, width, s.grad_queries, query_width, {m.query_right, 0, this->in_pairs}, s.grad_x, width);
+    multiply_transposed_add<T>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width,
+                               this->in_pairs);
     add_column_sums(tokens, query_width, s.grad_queries, query_width, sums.query_bias);
     add_column_sums(tokens, width, s.grad_output, width, sums.output_bias);
 
-    multiply<T>(tokens, channels, key_width, s.x, width, {w.key, 0}, s.keys, key_width);
+    multiply<T>(tokens, channels, key_width, s.x, width, w.key.matrix(), s.keys, key_width);
     apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.keys, key_width, s.x, width);
     key_softmax(tokens, key_width, s.keys, m.max + batch * key_width, m.inverse_sum + batch * key_width);
-    multiply_add<T>(tokens, keys, width, s.keys, key_width, {m.grad_key_tokens + batch * rows_size, width}, s.grad_x, width);
-    multiply<T>(tokens, channels, key_width, s.x, width, {m.grad_key_tokens_packed + batch * channels * key_width, 0},
+    multiply_add<T>(tokens, keys, width, s.keys, key_width, {m.grad_key_tokens_right + batch * rows_size, 0, this->in_pairs}, s.grad_x,
+                    width);
+    multiply<T>(tokens, channels, key_width, s.x, width, {m.grad_key_tokens_packed + batch * channels * key_width, 0, this->in_pairs},
                 s.grad_keys, key_width);
     key_softmax_backward(tokens, key_width, s.keys, m.delta + batch * key_width, s.grad_keys);
-    multiply_add<T>(tokens, keys, width, s.grad_keys, key_width, {w.key_rows, width}, s.grad_x, width);
-    multiply_transposed_add<T>(keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight, width);
+    multiply_add<T>(tokens, keys, width, s.grad_keys, key_width, {m.key_right, 0, this->in_pairs}, s.grad_x, width);
+    multiply_transposed_add<T>(keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight, width, this->in_pairs);
 
     if (w.norm.weight)
       layer_norm_backward(w.norm, tokens, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight, sums.norm_bias);
@@ -258,6 +265,9 @@ template <class T> struct Backward : SelfAttention<T> {
     load_state(m);
     reduce_grad_folded(w, m.grad_folded);
     small_products(m);
+    this->pack_rows(m.grad_key_tokens_right, m.grad_key_tokens, a.batch, keys, rows_size);
+    this->pack_rows(m.query_right, w.query_rows, 1, this->query_rows, folded_size);
+    this->pack_rows(m.key_right, w.key_rows, 1, keys, rows_size);
     small_gradients(m);
     write_grad_x(w, m);
   }

@@ -41,9 +41,9 @@ template <class T> struct Forward : SelfAttention<T> {
       reset(chunk_sums, keys, width);
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
-        multiply<T>(tokens, channels, key_width, s.x, width, {w.key, 0}, s.features, key_width);
+        multiply<T>(tokens, channels, key_width, s.x, width, w.key.matrix(), s.features, key_width);
         apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.features, key_width, s.x, width);
-        accumulate_keys(tokens, keys, s.features, s.x, width, chunk_sums);
+        accumulate_keys(tokens, keys, s.features, s.x, width, chunk_sums, this->in_pairs);
       });
     });
     parallel_for(a.batch * keys, a.num_threads, 64, [&](std::int64_t i, void*) {
@@ -85,7 +85,8 @@ template <class T> struct Forward : SelfAttention<T> {
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.features);
-        multiply<T>(tokens, this->query_rows, width, s.features, query_width, {folded + batch * query_width * width, width},
+        multiply<T>(tokens, this->query_rows, width, s.features, query_width,
+                    {folded + batch * query_width * width, 0, this->in_pairs},
                     t.features, width, output_bias);
         if (a.residual) {
           load_tokens(a.x, batch, 0, token, tokens, channels, s.x, width);
@@ -101,7 +102,7 @@ template <class T> struct Forward : SelfAttention<T> {
     Weights(counter, *this);
     const std::int64_t row_count = a.batch * keys;
     const std::size_t matrices = sizeof(T) * static_cast<std::size_t>(
-        row_count * width + row_count * head_value_width + a.batch * query_width * width + width);
+        row_count * width + row_count * head_value_width + 2 * a.batch * query_width * width + width);
     Workspace memory(counter.used() + matrices);
     Arena arena(memory.data());
     Weights w(arena, *this);
@@ -109,12 +110,14 @@ template <class T> struct Forward : SelfAttention<T> {
     T* key_tokens = static_cast<T*>(memory.data()) + counter.used() / sizeof(T);
     T* context = key_tokens + row_count * width;
     T* folded = context + row_count * head_value_width;
-    T* output_bias = folded + a.batch * query_width * width;
+    T* folded_packed = folded + a.batch * query_width * width;
+    T* output_bias = folded_packed + a.batch * query_width * width;
     copy_padded(output_bias, a.output_bias, channels);
     reduce_tokens(w, key_tokens);
     make_context(key_tokens, context);
     this->fold(context, folded);
-    write_output(w, folded, output_bias);
+    this->pack_rows(folded_packed, folded, a.batch, this->query_rows, query_width * width);
+    write_output(w, folded_packed, output_bias);
   }
 };
 

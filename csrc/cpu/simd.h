@@ -1,6 +1,6 @@
 // Vectors of the instruction set that this file is compiled for, through the compiler's vector types: no intrinsics, so
 // the same sources give AVX-512, AVX2 and plain (SSE2, NEON) code. Arithmetic is done in float or double; bfloat16 and
-// float16 exist in memory only (tokens.h).
+// float16 exist in memory only (tokens.h), but for products of bfloat16 pairs where the processor has them (pairs.h).
 //
 // Everything here lives in a namespace named after the instruction set, and uses nothing from the standard library that
 // could be emitted as a shared inline function: otherwise the linker might hand AVX-512 code to a machine without it.
@@ -11,7 +11,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define MSFORMER_VECTOR_BYTES 64
+#define MSFORMER_ISA avx512_bf16
+#elif defined(__AVX512F__)
 #define MSFORMER_VECTOR_BYTES 64
 #define MSFORMER_ISA avx512
 #elif defined(__AVX2__)

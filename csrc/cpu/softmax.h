@@ -70,7 +70,7 @@ template <class T> inline Vector<T> safe_shift(Vector<T> max) { return max == -k
 // Adds one block of tokens: logits [tokens, padded(keys)] become exp(logit - max), values [tokens, leading].
 template <class T>
 void accumulate_keys(std::int64_t tokens, std::int64_t keys, T* logits, const T* values, std::int64_t leading,
-                     KeySums<T> sums) {
+                     KeySums<T> sums, bool in_pairs = false) {
   constexpr int W = kWidth<T>;
   const std::int64_t width = padded<T>(keys);
   for (std::int64_t c = 0; c < width; c += W) {
@@ -89,7 +89,7 @@ void accumulate_keys(std::int64_t tokens, std::int64_t keys, T* logits, const T*
     for (int lane = 0; lane < W && c + lane < keys; ++lane)
       if (before[lane] != largest[lane]) scale_rows(sums.values + (c + lane) * leading, leading, T(rescale[lane]));
   }
-  multiply_transposed_add<T>(keys, tokens, leading, logits, width, values, leading, sums.values, leading);
+  multiply_transposed_add<T>(keys, tokens, leading, logits, width, values, leading, sums.values, leading, in_pairs);
 }
 
 // softmax weights of one block in the backward pass, from the saved max and sum; logits are overwritten
