@@ -77,6 +77,12 @@ class ShapeType(click.ParamType):
 )
 @click.option("--threads", type=click.IntRange(1), help="[default: as PyTorch chooses]")
 @click.option(
+    "--default-allocator",
+    is_flag=True,
+    help="In fitting steps, every rival returns freed memory to the system as the C library has it by default. "
+    "Otherwise it stays with the process, as msformer.segment arranges it, for every rival.",
+)
+@click.option(
     "--out",
     default="benchmark-results",
     show_default=True,
@@ -99,6 +105,7 @@ def main(
     passes: tuple[str, ...],
     rounds: int | None,
     threads: int | None,
+    default_allocator: bool,
     out: Path,
     compared: tuple[Path, Path] | None,
 ) -> None:
@@ -119,7 +126,8 @@ def main(
     plan = make_plan(full, operations, shapes, dtypes, order_rivals(rivals or rival_names.all_rivals()), passes)
     try:
         prepare_folder(out)
-        complete = run(console, plan, rounds or (FULL_ROUNDS if full else QUICK_ROUNDS), out)
+        settings = Settings(rounds or (FULL_ROUNDS if full else QUICK_ROUNDS), keep_memory=not default_allocator)
+        complete = run(console, plan, settings, out)
     except OutputError as error:
         raise click.ClickException(str(error)) from error
     if not complete:
@@ -158,13 +166,13 @@ def make_plan(
     return plan
 
 
-def run(console: Console, plan: Plan, rounds: int, out: Path) -> bool:
+def run(console: Console, plan: Plan, settings: Settings, out: Path) -> bool:
     """Measures, prints and writes; whether it came to the end. After each case the JSON file is whole."""
     with console.status("measuring what this machine can do"):
-        results = Results(describe(), measure_ceilings(), rounds, [])
+        results = Results(describe(), measure_ceilings(), settings.rounds, [], keep_memory=settings.keep_memory)
     print_head(console, results)
     try:
-        _measure_all(console, plan, rounds, out, results)
+        _measure_all(console, plan, settings, out, results)
         results.complete = True
     except KeyboardInterrupt:
         console.print("interrupted; writing what was measured")
@@ -173,7 +181,7 @@ def run(console: Console, plan: Plan, rounds: int, out: Path) -> bool:
     return results.complete
 
 
-def _measure_all(console: Console, plan: Plan, rounds: int, out: Path, results: Results) -> None:
+def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, results: Results) -> None:
     flush = cache_flusher()
     bars = Progress(
         TextColumn("{task.description}"),
@@ -188,15 +196,14 @@ def _measure_all(console: Console, plan: Plan, rounds: int, out: Path, results: 
         speed_estimate_period=600,
     )
     with bars:
-        task = bars.add_task("", total=sum(_parts(rivals, rounds) for _, rivals in plan))
+        task = bars.add_task("", total=sum(_parts(rivals, settings.rounds) for _, rivals in plan))
         done = 0
         for number, (case, rivals) in enumerate(plan, start=1):
             if not console.is_terminal:
                 console.print(f"[{number} of {len(plan)}] {case}: {', '.join(rivals)}", markup=False, soft_wrap=True)
-            rows = measure_case(
-                case, rivals, Settings(rounds), results.ceilings, flush, _reporter(bars, task, str(case))
-            )
-            done += _parts(rivals, rounds)
+            report = _reporter(bars, task, str(case))
+            rows = measure_case(case, rivals, settings, results.ceilings, flush, report)
+            done += _parts(rivals, settings.rounds)
             bars.update(task, completed=done)
             results.rows += rows
             print_group(console, rows)

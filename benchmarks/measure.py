@@ -35,6 +35,8 @@ class Settings:
     rounds: int
     patience: float = 240.0
     """Seconds for the rounds of a case; after three rounds the rest is left out when they are over."""
+    keep_memory: bool = True
+    """Whether freed memory stays with the process between fitting steps, as in `msformer.segment`; for every rival."""
 
 
 def measure_case(
@@ -50,8 +52,7 @@ def measure_case(
     rows = {rival: new_row(case, rival) for rival in rivals}
     candidates: dict[str, Candidate] = {}
     torch.compiler.reset()
-    # as `msformer.segment` does; for every rival
-    allocation = kept_memory() if case.operation == "step" else nullcontext()
+    allocation = kept_memory() if settings.keep_memory and case.operation == "step" else nullcontext()
     with limited_memory(), allocation:
         report("exact result")
         source, exact = exact_results(case, make)

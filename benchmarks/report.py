@@ -31,6 +31,8 @@ class Results:
     rows: list[Row]
     complete: bool = False
     """False if the run was interrupted."""
+    keep_memory: bool = True
+    """As `Settings.keep_memory`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -39,6 +41,7 @@ class Results:
             "machine": asdict(self.machine),
             "ceilings": asdict(self.ceilings),
             "rounds": self.rounds,
+            "keep_memory": self.keep_memory,
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -56,7 +59,14 @@ def read_results(path: Path) -> Results:
             raise ValueError(f"{path}: has version {content['version']}, expected {VERSION}")
         machine = Machine(**content["machine"] | {"backends": tuple(content["machine"]["backends"])})
         rows = [Row.from_json(row) for row in content["rows"]]
-        return Results(machine, Ceilings(**content["ceilings"]), content["rounds"], rows, content["complete"])
+        return Results(
+            machine,
+            Ceilings(**content["ceilings"]),
+            content["rounds"],
+            rows,
+            content["complete"],
+            content["keep_memory"],
+        )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is not a {JSON_NAME} of this program") from error
 
@@ -80,7 +90,10 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     lines = ["# Benchmarks", ""]
     if not results.complete:
         lines += ["**Interrupted: some cases are missing.**", ""]
-    lines += [f"- {line}" for line in text.machine_lines(results.machine, results.ceilings, results.rounds)]
+    lines += [
+        f"- {line}"
+        for line in text.machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory)
+    ]
     lines += ["", text.LEGEND, ""]
     rivals = text.columns_of(results.rows)
     for group in groups(results.rows):
@@ -104,7 +117,7 @@ def make_console() -> Console:
 
 
 def print_head(console: Console, results: Results) -> None:
-    for line in text.machine_lines(results.machine, results.ceilings, results.rounds):
+    for line in text.machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory):
         console.print(line, markup=False, soft_wrap=True)
 
 
