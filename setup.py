@@ -1,7 +1,7 @@
 """Builds `msformer_kernels._native` with ninja; everything else about the package is in pyproject.toml.
 
 The extension is a pybind11 module that does not link torch, so one build works with every torch. The CPU kernels are
-compiled once per instruction set (on x86-64: AVX-512, AVX2 with FMA, and the baseline) and picked at run time.
+compiled once per instruction set (on x86-64: AVX-512 with and without BF16, AVX2 with FMA, and the baseline) and picked at run time.
 
 Without a working compiler the install goes on: the reason is kept in `msformer_kernels/_native_error.txt`, which
 `msformer_kernels.explain()` shows, and the package works on plain PyTorch. MSFORMER_REQUIRE_NATIVE=1 makes it an error.
@@ -57,6 +57,21 @@ def find_compiler() -> list[str]:
     raise BuildFailed(f"no C++ compiler: {names} not found on PATH (on Debian: apt install g++)")
 
 
+def supported_variants(compiler: list[str], temporary: Path) -> dict[str, list[str]]:
+    """The variants that the compiler knows; older ones have never heard of AVX-512 BF16."""
+    if "avx512_bf16" not in VARIANTS:
+        return VARIANTS
+    probe = temporary / "bf16.cpp"
+    probe.write_text(
+        "#include <immintrin.h>\n"
+        "__m512 add(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }\n"
+        'int main() { __builtin_cpu_init(); return __builtin_cpu_supports("avx512bf16"); }\n'
+    )
+    command = [*compiler, *VARIANTS["avx512_bf16"], "-c", str(probe), "-o", str(temporary / "bf16.o")]
+    known = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return {name: flags for name, flags in VARIANTS.items() if known or name != "avx512_bf16"}
+
+
 def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:
     """What switches OpenMP on; nothing where the compiler has none, and the kernels then run on one thread."""
     probe = temporary / "openmp.cpp"
@@ -65,21 +80,30 @@ def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
 
 
-def write_ninja_file(script: Path, compiler: list[str], openmp: list[str], includes: list[str], output: Path) -> None:
+def write_ninja_file(
+    script: Path,
+    compiler: list[str],
+    variants: dict[str, list[str]],
+    openmp: list[str],
+    includes: list[str],
+    output: Path,
+) -> None:
     """Object files are named relative to the folder of the script."""
     from ninja.ninja_syntax import Writer
 
     flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes]), *openmp]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    if len(VARIANTS) > 1:
+    if len(variants) > 1:
         flags.append("-DMSFORMER_X86_VARIANTS")
+    if "avx512_bf16" in variants:
+        flags.append("-DMSFORMER_BF16_VARIANT")
     with script.open("w") as file:
         ninja = Writer(file)
         compile_command = f"{shlex.join([*compiler, *flags])} $extra -MD -MF $out.d -c $in -o $out"
         ninja.rule("compile", compile_command, description="compile $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"{shlex.join([*compiler, *link, *openmp])} $in -o $out", description="link")
         sources = [(source, "", []) for source in COMMON]
-        sources += [(source, f"{variant}/", extra) for variant, extra in VARIANTS.items() for source in KERNELS]
+        sources += [(source, f"{variant}/", extra) for variant, extra in variants.items() for source in KERNELS]
         built = []
         for source, folder, extra in sources:
             built.append(f"{folder}{Path(source).stem}.o")
@@ -99,7 +123,8 @@ def compile_native(output: Path, temporary: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     script = temporary / "build.ninja"
-    write_ninja_file(script, compiler, openmp_flags(compiler, temporary), includes, output)
+    variants, openmp = supported_variants(compiler, temporary), openmp_flags(compiler, temporary)
+    write_ninja_file(script, compiler, variants, openmp, includes, output)
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(temporary)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(result.stdout)

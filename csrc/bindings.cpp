@@ -37,7 +37,9 @@ MSFORMER_DECLARE(plain)
 #ifdef MSFORMER_X86_VARIANTS
 MSFORMER_DECLARE(avx2)
 MSFORMER_DECLARE(avx512)
+#ifdef MSFORMER_BF16_VARIANT
 MSFORMER_DECLARE(avx512_bf16)
+#endif
 #endif
 
 namespace {
@@ -55,7 +57,9 @@ std::vector<Variant> usable_variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef MSFORMER_BF16_VARIANT
   if (avx512 && __builtin_cpu_supports("avx512bf16")) variants.push_back({"avx512_bf16", &avx512_bf16::kernels});
+#endif
   if (avx512) variants.push_back({"avx512", &avx512::kernels});
   if (avx2) variants.push_back({"avx2", &avx2::kernels});
 #endif

@@ -33,6 +33,8 @@ template <> struct Simd<float> {
   typedef float Vector __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef std::int32_t Integer __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(MSFORMER_VECTOR_BYTES), aligned(4), may_alias));
+  typedef std::uint32_t Bits __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
+  typedef std::uint16_t Halves __attribute__((vector_size(MSFORMER_VECTOR_BYTES / 2), aligned(2), may_alias));
 };
 
 template <> struct Simd<double> {

@@ -3,6 +3,8 @@
 // gradient on the way out.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "gemm.h"
 
@@ -66,12 +68,27 @@ inline void visit_elements(const Activation& x, std::int64_t batch, std::int64_t
   }
 }
 
+// whole vectors of bfloat16, the same as to_float and to_bfloat16
+inline Vector<float> load_bfloat16(const BFloat16* p) {
+  typedef Simd<float>::Bits Bits;
+  const Bits bits = __builtin_convertvector(*reinterpret_cast<const Simd<float>::Halves*>(p), Bits);
+  return reinterpret_cast<Vector<float>>(bits << 16);
+}
+inline void store_bfloat16(BFloat16* p, Vector<float> x) {
+  typedef Simd<float>::Bits Bits;
+  const Bits bits = reinterpret_cast<Bits>(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  *reinterpret_cast<Simd<float>::Halves*>(p) = __builtin_convertvector(kept, Simd<float>::Halves);
+}
+
 // row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
 template <class T, class S> inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
   constexpr std::int64_t W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
   if constexpr (sizeof(T) == sizeof(S)) {
     for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_unaligned(reinterpret_cast<const T*>(source) + c));
+  } else if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value) {
+    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_bfloat16(source + c));
   } else {
     for (std::int64_t c = 0; c < whole; ++c) out[c] = convert<T>(source[c]);
   }
@@ -104,6 +121,8 @@ template <class T, class S> inline void store_row(const T* in, std::int64_t chan
   std::int64_t c = 0;
   if constexpr (sizeof(T) == sizeof(S))
     for (; c + W <= channels; c += W) store_unaligned(reinterpret_cast<T*>(target) + c, load(in + c));
+  if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value)
+    for (; c + W <= channels; c += W) store_bfloat16(target + c, load(in + c));
   for (; c < channels; ++c) assign(target[c], in[c]);
 }
 
