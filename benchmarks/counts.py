@@ -1,7 +1,7 @@
 """How much work a case is at the least, whoever does it: the flop of the folded form, and the bytes that must move.
 
 A form that does more, as the published one does, is not credited for it. Counted are the products; the backward
-recomputes what it needs. Bytes are inputs, outputs and weights, moved once (see docs/kernels.md).
+recomputes what it needs. Bytes are inputs, outputs and weights, moved once (see docs/performance.md).
 """
 
 from __future__ import annotations
