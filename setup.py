@@ -1,7 +1,8 @@
 """Builds `msformer_kernels._native` with ninja; everything else about the package is in pyproject.toml.
 
 The extension is a pybind11 module that does not link torch, so one build works with every torch. The CPU kernels are
-compiled once per instruction set (on x86-64: AVX-512 with and without BF16, AVX2 with FMA, and the baseline) and picked at run time.
+compiled once per instruction set (on x86-64: AVX-512 with and without BF16, AVX2 with FMA, and the baseline) and
+picked at run time.
 
 Without a working compiler the install goes on: the reason is kept in `msformer_kernels/_native_error.txt`, which
 `msformer_kernels.explain()` shows, and the package works on plain PyTorch. MSFORMER_REQUIRE_NATIVE=1 makes it an error.
