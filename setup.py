@@ -89,10 +89,11 @@ def write_ninja_file(
     includes: list[str],
     output: Path,
 ) -> None:
-    """Object files are named relative to the folder of the script."""
+    """Object files are named relative to the folder of the script. The includes are for the bindings alone: their folders
+    differ from one isolated build to the next, and what does not need them is then not compiled again."""
     from ninja.ninja_syntax import Writer
 
-    flags = [*FLAGS, *(f"-I{path}" for path in [str(ROOT / "csrc"), *includes]), *openmp]
+    flags = [*FLAGS, f"-I{ROOT / 'csrc'}", *openmp]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     if len(variants) > 1:
         flags.append("-DMSFORMER_X86_VARIANTS")
@@ -103,12 +104,12 @@ def write_ninja_file(
         compile_command = f"{shlex.join([*compiler, *flags])} $extra -MD -MF $out.d -c $in -o $out"
         ninja.rule("compile", compile_command, description="compile $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"{shlex.join([*compiler, *link, *openmp])} $in -o $out", description="link")
-        sources = [(source, "", []) for source in COMMON]
+        sources = [(source, "", [f"-I{path}" for path in includes]) for source in COMMON]
         sources += [(source, f"{variant}/", extra) for variant, extra in variants.items() for source in KERNELS]
         built = []
         for source, folder, extra in sources:
             built.append(f"{folder}{Path(source).stem}.o")
-            ninja.build(built[-1], "compile", str(ROOT / source), variables={"extra": " ".join(extra)})
+            ninja.build(built[-1], "compile", str(ROOT / source), variables={"extra": shlex.join(extra)})
         ninja.build(str(output), "link", built)
 
 
@@ -143,7 +144,9 @@ class BuildNative(build_ext):
         reason = output.parent / "_native_error.txt"
         reason.unlink(missing_ok=True)
         try:
-            compile_native(output, Path(self.build_temp).resolve())
+            # an editable install is repeated after every change, and compiles what has changed
+            temporary = ROOT / "build" / "native" if self.editable_mode else Path(self.build_temp)
+            compile_native(output, temporary.resolve())
         except BuildFailed as error:
             if os.environ.get("MSFORMER_REQUIRE_NATIVE") == "1":
                 raise
