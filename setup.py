@@ -89,8 +89,9 @@ def write_ninja_file(
     includes: list[str],
     output: Path,
 ) -> None:
-    """Object files are named relative to the folder of the script. The includes are for the bindings alone: their folders
-    differ from one isolated build to the next, and what does not need them is then not compiled again."""
+    """Object files are named relative to the folder of the script. The includes are for the bindings alone: their
+    folders differ from one isolated build to the next, and what does not need them is then not compiled again."""
+""
     from ninja.ninja_syntax import Writer
 
     flags = [*FLAGS, f"-I{ROOT / 'csrc'}", *openmp]
