@@ -91,7 +91,6 @@ def write_ninja_file(
 ) -> None:
     """Object files are named relative to the folder of the script. The includes are for the bindings alone: their
     folders differ from one isolated build to the next, and what does not need them is then not compiled again."""
-""
     from ninja.ninja_syntax import Writer
 
     flags = [*FLAGS, f"-I{ROOT / 'csrc'}", *openmp]
