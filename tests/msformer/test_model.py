@@ -119,3 +119,19 @@ def test_switched_off_losses_are_not_computed() -> None:
         LossWeights(intra=-1)
     with pytest.raises(ValueError, match="ce is nan"):
         LossWeights(ce=float("nan"))
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_compile_fullgraph(backend: str) -> None:
+    torch.manual_seed(0)
+    model, image = MSFormer(embed_dim=8, depth=1), torch.rand(1, 3, 65, 50)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def gradients(call: torch.nn.Module) -> tuple[Tensor, ...]:
+        output = call(image)
+        loss = total_loss(output, output.logits.argmax(1), LossWeights())
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    with kernels.use_backend(backend):
+        for found, expected in zip(gradients(compiled), gradients(model), strict=True):
+            torch.testing.assert_close(found, expected)
