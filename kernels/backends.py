@@ -4,7 +4,9 @@ A backend is one implementation of the operators:
 
 - ``reference``: plain PyTorch, any device and dtype, differentiable any number of times; the specification.
 - ``native``: compiled CPU kernels, float32, float64, bfloat16, float16.
-- ``triton``, ``cuda``: GPU kernels; not part of this version.
+- ``triton``: GPU kernels, float32, bfloat16, float16. With ``TRITON_INTERPRET=1`` in the environment when
+  msformer_kernels is first imported, they run on CPU tensors through Triton's interpreter, for tests.
+- ``cuda``: not part of this version.
 
 A call takes the first of: its ``backend`` argument, the innermost `use_backend`, the environment variable
 ``MSFORMER_BACKEND``, the fastest backend for the device. The first three are explicit: if that backend cannot be had,
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,7 +47,17 @@ def _import_native() -> tuple[bool, str]:
     return True, ""
 
 
+def _find_triton() -> str:
+    """Why Triton cannot be had; empty if it can. It is imported with the first kernel."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (on Linux: pip install 'msformer[triton]')"
+    return ""
+
+
 _native_imported, _native_reason = _import_native()
+_triton_reason = _find_triton()
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 # read by torch.compile as a guarded value, which a ContextVar cannot be
 _override = threading.local()
 _warned = threading.Event()
@@ -60,6 +73,12 @@ def why_not(name: str, device_type: str = "cpu", dtype: torch.dtype = torch.floa
         if not _native_imported:
             return _native_reason
         return None if dtype in _FLOATING else f"it has no kernels for {dtype}"
+    if name == "triton":
+        if device_type != "cuda" and not (device_type == "cpu" and _interpreted):
+            return f"it serves GPU tensors, these are on {device_type} (its interpreter serves the CPU: TRITON_INTERPRET=1)"
+        if _triton_reason:
+            return _triton_reason
+        return None if dtype in _TRITON_DTYPES else f"it has no kernels for {dtype}"
     return "its kernels are not part of this version"
 
 
@@ -100,6 +119,8 @@ def resolve(argument: str | None, device_type: str, dtype: torch.dtype) -> str:
 
 
 def _default(device_type: str, dtype: torch.dtype) -> str:
+    if device_type == "cuda" and why_not("triton", device_type, dtype) is None:
+        return "triton"
     if device_type != "cpu" or dtype not in _FLOATING:
         return "reference"
     if _native_imported:

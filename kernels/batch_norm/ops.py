@@ -11,7 +11,7 @@ from torch import Tensor
 from msformer_kernels.library import LIBRARY, Implementations, optional, refuse_second_derivative, register
 from msformer_kernels.precision import arithmetic_dtype
 
-IMPLEMENTATIONS = Implementations("msformer_kernels.batch_norm", {"native": "native"})
+IMPLEMENTATIONS = Implementations("msformer_kernels.batch_norm", {"native": "native", "triton": "triton_calls"})
 
 _SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor, Tensor)"
 _BACKWARD_SCHEMA = (

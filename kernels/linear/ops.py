@@ -17,7 +17,7 @@ from msformer_kernels.library import (
 )
 from msformer_kernels.precision import arithmetic_dtype
 
-IMPLEMENTATIONS = Implementations("msformer_kernels.linear", {"native": "native"})
+IMPLEMENTATIONS = Implementations("msformer_kernels.linear", {"native": "native", "triton": "triton_calls"})
 
 _SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor"
 _BACKWARD_SCHEMA = (

@@ -17,7 +17,7 @@ from msformer_kernels.library import (
 )
 from msformer_kernels.precision import arithmetic_dtype
 
-IMPLEMENTATIONS = Implementations("msformer_kernels.mix_ffn", {"native": "native"})
+IMPLEMENTATIONS = Implementations("msformer_kernels.mix_ffn", {"native": "native", "triton": "triton_calls"})
 
 _ARGUMENTS = (
     "Tensor x, SymInt height, SymInt width, Tensor fc1_weight, Tensor? fc1_bias, Tensor dw_weight, Tensor? dw_bias,"

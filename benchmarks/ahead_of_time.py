@@ -1,0 +1,228 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and checks what came out.
+
+    python -m benchmarks.ahead_of_time [--target sm_90 ...] [--dtype bfloat16 ...] [--dim 100 ...] [--out FILE]
+
+The operators run on CPU tensors with launches replaced by compilation, so that what is compiled is what would be launched:
+the same tile sizes, constants, and specialisations of sizes and strides. A kernel fails if it does not compile, spills
+more than `SPILL_BUDGET` bytes a thread, wants more shared memory than the device has, or holds a product but no matrix
+instruction. The table has registers, stack (spills) and shared memory of each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+DTYPES = ("bfloat16", "float32", "tf32")
+"""float32 as PyTorch has it by default, and with tf32 allowed."""
+DIMS = (32, 64, 100, 160, 256)
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+"""Bytes of shared memory that one block can have."""
+SPILL_BUDGET = 64
+"""Bytes of stack a thread may have, most of which are spilled registers."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled for one target."""
+
+    target: str
+    dtype: str
+    dims: tuple[int, ...]
+    name: str
+    tile: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    matrix: str
+    """The matrix instructions that it uses."""
+    products: int
+    """Products in its intermediate code."""
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.stack > SPILL_BUDGET:
+            found.append(f"{self.stack} bytes of stack, {SPILL_BUDGET} allowed")
+        if self.shared > SHARED_LIMIT[self.target]:
+            found.append(f"{self.shared} bytes of shared memory, the device has {SHARED_LIMIT[self.target]}")
+        if self.products and not self.matrix:
+            found.append("products without matrix instructions")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.tile} ({self.dtype}, C = {self.dims[0]}) for {self.target}"
+
+
+class _Driver:
+    """Stands for the driver of a device that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _gpu_target(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+
+
+@contextmanager
+def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
+    """Within the block, launching a kernel compiles it for `target` and adds it, by the hash of its code, to the result."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = launch(self, *args, grid=grid, warmup=True, **options)
+        found.setdefault(compiled.hash, (compiled, options))
+        return compiled
+
+    active = driver._active
+    driver.set_active(_Driver(_gpu_target(target)))
+    hip = None if target.startswith("sm_") else "6"
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch.version, "hip", hip):
+            yield found
+    finally:
+        driver._active = active
+
+
+def launch_everything(dim: int, dtype: torch.dtype) -> None:
+    """Calls every operator, forward and backward, with the triton backend."""
+    import msformer_kernels as kernels
+    from msformer_kernels import backends
+
+    heads = {32: 1, 64: 2, 100: 1, 160: 5, 256: 8}.get(dim, 1)
+    block = kernels.EfficientTransformerBlock(dim, num_heads=heads).to(dtype)
+    mix_ffn = kernels.MixFFN(dim, 4 * dim).to(dtype)
+    x = torch.randn(1, 256, dim, dtype=dtype, requires_grad=True)
+    mask = torch.ones(1, 256, dtype=torch.bool)
+    q = torch.randn(1, heads, 256, dim // heads, dtype=dtype, requires_grad=True)
+    with mock.patch.object(backends, "_interpreted", True), kernels.use_backend("triton"):
+        output, context = block(x, 16, 16)
+        (output.sum() + context.sum()).backward()
+        block.attn(x, mask=mask)[0].sum().backward()
+        mix_ffn(x, 16, 16).sum().backward()
+        kernels.efficient_attention(q, q, q, mask=mask)[0].sum().backward()
+        kernels.batch_norm(x)[0].sum().backward()
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _nvidia(compiled: Any) -> tuple[int, int, str]:
+    """Registers, stack and matrix instructions of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage.stdout)}
+    return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b[HQ]?G?MMA\b", code))))
+
+
+def _amd(compiled: Any) -> tuple[int, int, str]:
+    code = compiled.asm["amdgcn"]
+    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+    stack = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", code)[0])
+    return registers, stack, ", ".join(sorted(set(re.findall(r"\bv_mfma_[a-z0-9]+_[0-9x]+[a-z0-9_]*", code))))
+
+
+def compile_all(target: str, dtype: str, dims: tuple[int, ...] = DIMS) -> list[Compiled]:
+    """Every kernel that the operators launch for these channels, each once."""
+    found: dict[str, tuple[Any, dict[str, Any], list[int]]] = {}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        for dim in dims:
+            with recorded_launches(target) as launches:
+                launch_everything(dim, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+            for key, (compiled, options) in launches.items():
+                found.setdefault(key, (compiled, options, []))[2].append(dim)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return [_measured(target, dtype, tuple(dims), *rest) for *rest, dims in found.values()]
+
+
+def _measured(target: str, dtype: str, dims: tuple[int, ...], compiled: Any, options: dict[str, Any]) -> Compiled:
+    registers, stack, matrix = _nvidia(compiled) if target.startswith("sm_") else _amd(compiled)
+    tile = " ".join(f"{k}={v}" for k, v in options.items() if re.fullmatch(r"B[A-Z]", k))
+    products = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Compiled(target, dtype, dims, compiled.name, tile, warps, registers, stack, shared, matrix, products)
+
+
+def table(kernels: list[Compiled]) -> str:
+    """Markdown."""
+    lines = [
+        "| target | dtype | C | kernel | tile | warps | registers | stack | shared | matrix instructions |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    lines += [
+        f"| {k.target} | {k.dtype} | {', '.join(map(str, k.dims))} | {k.name} | {k.tile} | {k.warps} | {k.registers}"
+        f" | {k.stack} | {k.shared} | {k.matrix} |"
+        for k in sorted(kernels, key=lambda k: (k.target, k.dtype, k.name, k.dims))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--target", "targets", type=click.Choice(TARGETS), multiple=True, default=TARGETS, show_default=True)
+@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, default=DTYPES, show_default=True)
+@click.option("--dim", "dims", type=click.IntRange(1), multiple=True, default=DIMS, show_default=True, help="Channels.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark-results/ahead-of-time.md")
+def main(targets: tuple[str, ...], dtypes: tuple[str, ...], dims: tuple[int, ...], out: Path) -> None:
+    """Compiles every Triton kernel without a GPU; writes a table of registers, spills and shared memory."""
+    import triton
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise click.ClickException("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    kernels: list[Compiled] = []
+    for target in targets:
+        for dtype in dtypes:
+            found = compile_all(target, dtype, dims)
+            kernels += found
+            faults = sum(bool(k.faults()) for k in found)
+            click.echo(f"{target} {dtype}: {len(found)} kernels, {faults} with faults")
+    for kernel in kernels:
+        for fault in kernel.faults():
+            click.echo(f"{kernel}: {fault}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"Triton {triton.__version__}\n\n{table(kernels)}")
+    click.echo(f"wrote {out}")
+    if any(k.faults() for k in kernels):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

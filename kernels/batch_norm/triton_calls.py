@@ -1,0 +1,95 @@
+"""BatchNorm of tokens through Triton kernels (triton_kernels.py), for validated tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from msformer_kernels.batch_norm.triton_kernels import (
+    combine_statistics_kernel,
+    gradient_kernel,
+    gradient_sums_kernel,
+    normalize_kernel,
+    statistics_kernel,
+)
+from msformer_kernels.triton_common import block_size, split_tokens
+
+_TILE = 4096  # values of a program
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    columns = block_size(channels, most=128)
+    return {"BN": _TILE // columns, "BC": columns, "num_warps": 4}
+
+
+def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> output `[B, N, C]`, mean and biased variance `[C]` in float32."""
+    batch, tokens, channels = x.shape
+    blocks = _blocks(channels)
+    tiles = triton.cdiv(channels, blocks["BC"])
+    splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
+    partials = x.new_empty(batch * splits, 3, channels, dtype=torch.float32)
+    statistics_kernel[(batch, splits, tiles)](x, partials, tokens, channels, size, *x.stride(), **blocks)
+    mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    combine_statistics_kernel[(triton.cdiv(channels, 16),)](
+        partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4
+    )
+    output = x.new_empty(x.shape)
+    normalize_kernel[(batch * triton.cdiv(tokens, blocks["BN"]), tiles)](
+        x,
+        mean,
+        variance,
+        mean if weight is None else weight.contiguous(),
+        mean if bias is None else bias.contiguous(),
+        output,
+        tokens,
+        channels,
+        eps,
+        *x.stride(),
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        **blocks,
+    )
+    return output, mean, variance
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x, weight and bias; zero-size for an absent one."""
+    batch, tokens, channels = x.shape
+    blocks = _blocks(channels)
+    tiles = triton.cdiv(channels, blocks["BC"])
+    splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
+    partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
+    strides = *grad_output.stride(), *x.stride()
+    gradient_sums_kernel[(batch, splits, tiles)](
+        grad_output, x, mean, variance, partials, tokens, channels, size, eps, *strides, **blocks
+    )
+    sums = partials.sum(0)
+    grad_x = x.new_empty(x.shape)
+    gradient_kernel[(batch * triton.cdiv(tokens, blocks["BN"]), tiles)](
+        grad_output,
+        x,
+        mean,
+        variance,
+        mean if weight is None else weight.contiguous(),
+        sums,
+        grad_x,
+        tokens,
+        channels,
+        1.0 / (batch * tokens),
+        eps,
+        *strides,
+        WEIGHT=weight is not None,
+        **blocks,
+    )
+    given = ((sums[1], weight), (sums[0], bias))
+    return grad_x, *(x.new_empty(0, dtype=torch.float32) if p is None else g.to(p.dtype) for g, p in given)

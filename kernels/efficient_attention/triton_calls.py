@@ -1,0 +1,330 @@
+"""Efficient attention on query, key, value through the Triton kernels (triton_kernels.py).
+
+Tensors are validated by the caller, of any strides. The context and the statistics of the key softmax are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from msformer_kernels.efficient_attention.triton_kernels import (
+    combine_gradient_kernel,
+    combine_kernel,
+    context_gradient_kernel,
+    context_kernel,
+    key_gradient_kernel,
+    output_kernel,
+    query_gradient_kernel,
+)
+from msformer_kernels.triton_common import block_size, dot_precision, mask_arguments, split_tokens
+
+
+def _query_blocks(key_channels: int, value_channels: int) -> dict[str, int]:
+    """Tiles of the kernels that hold all key features of a token: the wider these, the fewer tokens and values."""
+    features = block_size(key_channels)
+    return {
+        "BN": max(16, min(64, 8192 // features)),
+        "BD": features,
+        "BV": block_size(value_channels, most=max(16, min(64, 8192 // features))),
+        "num_warps": 4 if features <= 256 else 8,
+    }
+
+
+def _context_blocks(key_channels: int, value_channels: int) -> dict[str, int]:
+    """Tiles of the kernels that reduce over tokens."""
+    return {"BN": 32, "BD": block_size(key_channels, most=64), "BV": block_size(value_channels, most=64), "num_warps": 4}
+
+
+def kept_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """`[B]`: how many tokens are kept."""
+    if mask is None:
+        return torch.full((batch,), tokens, dtype=torch.int32, device=device)
+    return mask.sum(1, dtype=torch.int32)
+
+
+def combine(
+    maxima: Tensor, sums: Tensor, partials: Tensor, lengths: Tensor, heads: int, softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the splits of ``[groups, splits, D, V]``; -> result `[groups, D, V]`, maximum and sum `[groups, D]`."""
+    groups, splits, key_channels, value_channels = partials.shape
+    result = partials.new_empty(groups, key_channels, value_channels)
+    largest, total = (partials.new_empty(groups, key_channels) for _ in range(2))
+    combine_kernel[(groups, key_channels)](
+        maxima,
+        sums,
+        partials,
+        lengths,
+        result,
+        largest,
+        total,
+        heads,
+        splits,
+        key_channels,
+        value_channels,
+        SOFTMAX=softmax,
+        BS=16,
+        BV=block_size(value_channels),
+        num_warps=4,
+    )
+    return result, largest, total
+
+
+def combine_gradient(partials: Tensor, added: Tensor | None, context: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the sum over splits of ``[groups, splits, D, V]`` (plus `added`), and <context, sum> of each key feature."""
+    groups, splits, key_channels, value_channels = partials.shape
+    total = partials.new_empty(groups, key_channels, value_channels)
+    delta = partials.new_empty(groups, key_channels)
+    combine_gradient_kernel[(groups, key_channels)](
+        partials,
+        context if added is None else added,
+        context,
+        total,
+        delta,
+        splits,
+        key_channels,
+        value_channels,
+        ADDED=added is not None,
+        BS=16,
+        BV=block_size(value_channels),
+        num_warps=4,
+    )
+    return total, delta
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How queries and keys are normalised and scaled."""
+
+    query_scale: float = 1.0
+    key_scale: float = 1.0
+    output_scale: float = 1.0
+    normalize_query: bool = True
+    normalization: str = "softmax"
+
+    @property
+    def softmax(self) -> bool:
+        return self.normalization == "softmax"
+
+    @property
+    def query_softmax(self) -> bool:
+        return self.softmax and self.normalize_query
+
+    @property
+    def query_by_length(self) -> bool:
+        return self.normalize_query and not self.softmax
+
+
+def make_context(
+    key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> context `[B * heads, Dk, Dv]`, key_max and key_sum `[B * heads, Dk]`."""
+    batch, heads, tokens, key_channels = key.shape
+    value_channels, groups = value.shape[3], batch * heads
+    blocks = _context_blocks(key_channels, value_channels)
+    tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
+    splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, key.device)
+    maxima, sums = (key.new_empty(groups, splits, key_channels, dtype=torch.float32) for _ in range(2))
+    partials = key.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
+    mask_bytes, *mask_strides = mask_arguments(mask, lengths)
+    context_kernel[(groups, splits, tiles)](
+        key,
+        value,
+        mask_bytes,
+        maxima,
+        sums,
+        partials,
+        heads,
+        tokens,
+        key_channels,
+        value_channels,
+        size,
+        rules.key_scale,
+        *key.stride(),
+        *value.stride(),
+        *mask_strides,
+        SOFTMAX=rules.softmax,
+        MASKED=mask is not None,
+        PRECISION=dot_precision(key.dtype, exact=True),
+        **blocks,
+    )
+    return combine(maxima, sums, partials, lengths, heads, rules.softmax)
+
+
+def write_output(query: Tensor, context: Tensor, lengths: Tensor, output: Tensor, rules: Rules) -> None:
+    """Fills output `[B, heads, N, V]`, of any strides."""
+    batch, heads, tokens, key_channels = query.shape
+    if tokens == 0:
+        return
+    blocks = _query_blocks(key_channels, output.shape[3])
+    output_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]),)](
+        query,
+        context,
+        lengths,
+        output,
+        heads,
+        tokens,
+        key_channels,
+        output.shape[3],
+        rules.query_scale,
+        rules.output_scale,
+        *query.stride(),
+        *output.stride(),
+        SOFTMAX=rules.query_softmax,
+        BY_LENGTH=rules.query_by_length,
+        PRECISION=dot_precision(query.dtype),
+        **blocks,
+    )
+
+
+def query_gradients(
+    grad_output: Tensor,
+    grad_context: Tensor | None,
+    query: Tensor,
+    context: Tensor,
+    lengths: Tensor,
+    grad_query: Tensor,
+    rules: Rules,
+) -> tuple[Tensor, Tensor]:
+    """Fills grad_query; -> gradient of the context, `[B * heads, Dk, Dv]`, and its product with the context, by rows."""
+    batch, heads, tokens, key_channels = query.shape
+    value_channels, groups = grad_output.shape[3], batch * heads
+    options = {"SOFTMAX": rules.query_softmax, "PRECISION": dot_precision(query.dtype)}
+    shift, factor = (query.new_empty(groups, tokens, dtype=torch.float32) for _ in range(2))
+    blocks = _query_blocks(key_channels, value_channels)
+    if tokens:
+        query_gradient_kernel[(groups * triton.cdiv(tokens, blocks["BN"]),)](
+            query,
+            grad_output,
+            context,
+            lengths,
+            grad_query,
+            shift,
+            factor,
+            heads,
+            tokens,
+            key_channels,
+            value_channels,
+            rules.query_scale,
+            rules.output_scale,
+            *query.stride(),
+            *grad_output.stride(),
+            *grad_query.stride(),
+            BY_LENGTH=rules.query_by_length,
+            **options,
+            **blocks,
+        )
+    blocks = _context_blocks(key_channels, value_channels)
+    tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
+    splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, query.device)
+    partials = query.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
+    context_gradient_kernel[(groups, splits, tiles)](
+        query,
+        grad_output,
+        shift,
+        factor,
+        partials,
+        heads,
+        tokens,
+        key_channels,
+        value_channels,
+        size,
+        rules.query_scale,
+        rules.output_scale,
+        *query.stride(),
+        *grad_output.stride(),
+        **options,
+        **blocks,
+    )
+    added = None if grad_context is None else grad_context.to(torch.float32).contiguous()
+    return combine_gradient(partials, added, context)
+
+
+def key_gradients(
+    grad_context: Tensor,
+    delta: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_max: Tensor,
+    key_sum: Tensor,
+    grads: tuple[Tensor, Tensor],
+    rules: Rules,
+) -> None:
+    """Fills the gradients of key and value."""
+    batch, heads, tokens, key_channels = key.shape
+    if tokens == 0:
+        return
+    blocks = _query_blocks(key_channels, value.shape[3])
+    mask_bytes, *mask_strides = mask_arguments(mask, key_max)
+    key_gradient_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]),)](
+        key,
+        value,
+        mask_bytes,
+        key_max,
+        key_sum,
+        grad_context,
+        delta,
+        *grads,
+        heads,
+        tokens,
+        key_channels,
+        value.shape[3],
+        rules.key_scale,
+        *key.stride(),
+        *value.stride(),
+        *mask_strides,
+        *grads[0].stride(),
+        *grads[1].stride(),
+        SOFTMAX=rules.softmax,
+        MASKED=mask is not None,
+        PRECISION=dot_precision(key.dtype),
+        **blocks,
+    )
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> output `[B, heads, Nq, Dv]`, context `[B, heads, Dk, Dv]`, key_max and key_sum `[B, heads, Dk]`.
+
+    `options` are the fields of `Rules`.
+    """
+    batch, heads, tokens, key_channels = key.shape
+    output = query.new_empty(batch, heads, query.shape[2], value.shape[3])
+    shape = batch, heads, key_channels, value.shape[3]
+    if min(shape) == 0:
+        zeros = query.new_zeros(shape, dtype=torch.float32)
+        return output.zero_(), zeros, zeros.new_zeros(shape[:3]), zeros.new_zeros(shape[:3])
+    rules, lengths = Rules(*options), kept_tokens(mask, batch, tokens, query.device)
+    context, key_max, key_sum = make_context(key, value, mask, lengths, rules)
+    write_output(query, context, lengths, output, rules)
+    return output, context.view(shape), key_max.view(shape[:3]), key_sum.view(shape[:3])
+
+
+def backward(
+    grad_output: Tensor,
+    grad_context: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    context: Tensor,
+    key_max: Tensor,
+    key_sum: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of query, key and value, in their dtypes. `options` are the fields of `Rules`."""
+    batch, _, tokens, _ = key.shape
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    if context.numel() == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    rules, lengths = Rules(*options), kept_tokens(mask, batch, tokens, query.device)
+    context, key_max, key_sum = (x.contiguous() for x in (context, key_max, key_sum))
+    total, delta = query_gradients(grad_output, grad_context, query, context, lengths, grad_query, rules)
+    key_gradients(total, delta, key, value, mask, key_max, key_sum, (grad_key, grad_value), rules)
+    return grad_query, grad_key, grad_value
