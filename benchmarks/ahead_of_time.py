@@ -2,10 +2,10 @@
 
     python -m benchmarks.ahead_of_time [--target sm_90 ...] [--dtype bfloat16 ...] [--dim 100 ...] [--out FILE]
 
-The operators run on CPU tensors with launches replaced by compilation, so that what is compiled is what would be launched:
-the same tile sizes, constants, and specialisations of sizes and strides. A kernel fails if it does not compile, spills
-more than `SPILL_BUDGET` bytes a thread, wants more shared memory than the device has, or holds a product but no matrix
-instruction. The table has registers, stack (spills) and shared memory of each.
+The operators run on CPU tensors with launches replaced by compilation, so that what is compiled is what would be
+launched: the same tile sizes, constants, and specialisations of sizes and strides. A kernel fails if it does not
+compile, spills more than `SPILL_BUDGET` bytes a thread, wants more shared memory than the device has, or holds a
+product but no matrix instruction. The table has registers, stack (spills) and shared memory of each.
 """
 
 from __future__ import annotations
@@ -91,9 +91,12 @@ def _gpu_target(target: str) -> Any:
 
 @contextmanager
 def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
-    """Within the block, launching a kernel compiles it for `target` and adds it, by the hash of its code, to the result."""
+    """Within the block, launching a kernel compiles it for `target` and adds it, by the hash of its code, to the
+    result."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from msformer_kernels.triton_table import architecture
 
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     launch = JITFunction.run
@@ -105,12 +108,13 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
 
     active = driver._active
     driver.set_active(_Driver(_gpu_target(target)))
-    hip = None if target.startswith("sm_") else "6"
+    architecture.cache_clear()
     try:
-        with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch.version, "hip", hip):
+        with mock.patch.object(JITFunction, "run", compile_only):
             yield found
     finally:
         driver._active = active
+        architecture.cache_clear()
 
 
 def launch_everything(dim: int, dtype: torch.dtype) -> None:
@@ -144,10 +148,12 @@ def _nvidia(compiled: Any) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage.stdout)}
-    return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b[HQ]?G?MMA\b", code))))
+    return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b[HQ]G?MMA\b", code))))
 
 
 def _amd(compiled: Any) -> tuple[int, int, str]:

@@ -75,7 +75,8 @@ def why_not(name: str, device_type: str = "cpu", dtype: torch.dtype = torch.floa
         return None if dtype in _FLOATING else f"it has no kernels for {dtype}"
     if name == "triton":
         if device_type != "cuda" and not (device_type == "cpu" and _interpreted):
-            return f"it serves GPU tensors, these are on {device_type} (its interpreter serves the CPU: TRITON_INTERPRET=1)"
+            here = f"these are on {device_type} (its interpreter serves the CPU: TRITON_INTERPRET=1)"
+            return f"it serves GPU tensors, {here}"
         if _triton_reason:
             return _triton_reason
         return None if dtype in _TRITON_DTYPES else f"it has no kernels for {dtype}"

@@ -13,7 +13,7 @@ from msformer_kernels.batch_norm.triton_kernels import (
     normalize_kernel,
     statistics_kernel,
 )
-from msformer_kernels.triton_common import block_size, split_tokens
+from msformer_kernels.triton_common import alignment, block_size, placed, split_tokens
 
 _TILE = 4096  # values of a program
 
@@ -30,7 +30,9 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     tiles = triton.cdiv(channels, blocks["BC"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 3, channels, dtype=torch.float32)
-    statistics_kernel[(batch, splits, tiles)](x, partials, tokens, channels, size, *x.stride(), **blocks)
+    statistics_kernel[(batch, splits, tiles)](
+        x, partials, tokens, channels, size, *x.stride(), ALIGN=alignment(x), **blocks
+    )
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     combine_statistics_kernel[(triton.cdiv(channels, 16),)](
         partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4
@@ -49,6 +51,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
         *x.stride(),
         WEIGHT=weight is not None,
         BIAS=bias is not None,
+        ALIGN=alignment(x),
         **blocks,
     )
     return output, mean, variance
@@ -62,7 +65,7 @@ def backward(
     mean: Tensor,
     variance: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """-> gradients of x, weight and bias; zero-size for an absent one."""
     batch, tokens, channels = x.shape
     blocks = _blocks(channels)
@@ -70,8 +73,9 @@ def backward(
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
     strides = *grad_output.stride(), *x.stride()
+    align = alignment(grad_output, x)
     gradient_sums_kernel[(batch, splits, tiles)](
-        grad_output, x, mean, variance, partials, tokens, channels, size, eps, *strides, **blocks
+        grad_output, x, mean, variance, partials, tokens, channels, size, eps, *strides, ALIGN=align, **blocks
     )
     sums = partials.sum(0)
     grad_x = x.new_empty(x.shape)
@@ -89,7 +93,7 @@ def backward(
         eps,
         *strides,
         WEIGHT=weight is not None,
+        ALIGN=align,
         **blocks,
     )
-    given = ((sums[1], weight), (sums[0], bias))
-    return grad_x, *(x.new_empty(0, dtype=torch.float32) if p is None else g.to(p.dtype) for g, p in given)
+    return grad_x, *placed((sums[1], sums[0]), (weight, bias), x)

@@ -1,8 +1,8 @@
 """BatchNorm of tokens in Triton: two passes forward, two backward, each reading the tokens once from device memory.
 
-Forward: `statistics_kernel` makes mean and sum of squared deviations of every split of the tokens (its second look at them
-finds them in the cache); `combine_statistics_kernel` merges the splits (Chan, Golub, LeVeque, "Updating formulae and a
-pairwise algorithm for computing sample variances", 1979), so that a large mean does not swallow the variance;
+Forward: `statistics_kernel` makes mean and sum of squared deviations of every split of the tokens (its second look at
+them finds them in the cache); `combine_statistics_kernel` merges the splits (Chan, Golub, LeVeque, "Updating formulae
+and a pairwise algorithm for computing sample variances", 1979), so that a large mean does not swallow the variance;
 `normalize_kernel` writes the output. Backward: `gradient_sums_kernel`, then `gradient_kernel`.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msformer_kernels.triton_common import load_tile, load_vector, store_tile
+from msformer_kernels.triton_tiles import aligned, load_tile, load_vector, store_tile
 
 
 @triton.jit
@@ -19,14 +19,17 @@ def statistics_kernel(
     x_ptr,  # [B, N, C], strided
     partial_ptr,  # [B, splits, 3, C]: count, mean, sum of squared deviations
     tokens,
-    channels,
+    channels: tl.constexpr,
     split_size,
     stride_b,
     stride_n,
     stride_c,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    stride_b = aligned(stride_b, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     columns = tl.program_id(2) * BC + tl.arange(0, BC)
@@ -57,7 +60,7 @@ def combine_statistics_kernel(
     mean_ptr,  # [C]
     variance_ptr,
     parts,
-    channels,
+    channels: tl.constexpr,
     BS: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -90,7 +93,7 @@ def normalize_kernel(
     bias_ptr,
     output_ptr,  # [B, N, C]
     tokens,
-    channels,
+    channels: tl.constexpr,
     eps,
     stride_b,
     stride_n,
@@ -99,7 +102,10 @@ def normalize_kernel(
     BIAS: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    stride_b = aligned(stride_b, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
     token_tiles = tl.cdiv(tokens, BN)
     batch = (tl.program_id(0) // token_tiles).to(tl.int64)
     rows = tl.program_id(0) % token_tiles * BN + tl.arange(0, BN)
@@ -121,7 +127,7 @@ def gradient_sums_kernel(
     variance_ptr,
     partial_ptr,  # [B, splits, 2, C]: sums of grad and of grad times normalised x
     tokens,
-    channels,
+    channels: tl.constexpr,
     split_size,
     eps,
     grad_stride_b,
@@ -132,7 +138,12 @@ def gradient_sums_kernel(
     stride_c,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    grad_stride_b = aligned(grad_stride_b, ALIGN)
+    grad_stride_n = aligned(grad_stride_n, ALIGN)
+    stride_b = aligned(stride_b, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     columns = tl.program_id(2) * BC + tl.arange(0, BC)
@@ -164,7 +175,7 @@ def gradient_kernel(
     sums_ptr,  # [2, C]
     grad_x_ptr,  # [B, N, C]
     tokens,
-    channels,
+    channels: tl.constexpr,
     inverse_count,
     eps,
     grad_stride_b,
@@ -176,7 +187,12 @@ def gradient_kernel(
     WEIGHT: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    grad_stride_b = aligned(grad_stride_b, ALIGN)
+    grad_stride_n = aligned(grad_stride_n, ALIGN)
+    stride_b = aligned(stride_b, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
     token_tiles = tl.cdiv(tokens, BN)
     batch = (tl.program_id(0) // token_tiles).to(tl.int64)
     rows = tl.program_id(0) % token_tiles * BN + tl.arange(0, BN)

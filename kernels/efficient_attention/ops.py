@@ -13,7 +13,9 @@ from torch import Tensor
 from msformer_kernels.library import LIBRARY, Implementations, refuse_second_derivative, register, register_autocast
 from msformer_kernels.precision import arithmetic_dtype
 
-IMPLEMENTATIONS = Implementations("msformer_kernels.efficient_attention", {"native": "native", "triton": "triton_calls"})
+IMPLEMENTATIONS = Implementations(
+    "msformer_kernels.efficient_attention", {"native": "native", "triton": "triton_calls"}
+)
 
 _OPTIONS = (
     "float query_scale, float key_scale, float output_scale, bool normalize_query, str normalization, str backend"

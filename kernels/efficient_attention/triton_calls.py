@@ -21,23 +21,14 @@ from msformer_kernels.efficient_attention.triton_kernels import (
     output_kernel,
     query_gradient_kernel,
 )
-from msformer_kernels.triton_common import block_size, dot_precision, mask_arguments, split_tokens
+from msformer_kernels.triton_common import alignment, block_size, dot_precision, mask_arguments, split_tokens
+from msformer_kernels.triton_table import launch_options
 
 
-def _query_blocks(key_channels: int, value_channels: int) -> dict[str, int]:
-    """Tiles of the kernels that hold all key features of a token: the wider these, the fewer tokens and values."""
-    features = block_size(key_channels)
-    return {
-        "BN": max(16, min(64, 8192 // features)),
-        "BD": features,
-        "BV": block_size(value_channels, most=max(16, min(64, 8192 // features))),
-        "num_warps": 4 if features <= 256 else 8,
-    }
-
-
-def _context_blocks(key_channels: int, value_channels: int) -> dict[str, int]:
-    """Tiles of the kernels that reduce over tokens."""
-    return {"BN": 32, "BD": block_size(key_channels, most=64), "BV": block_size(value_channels, most=64), "num_warps": 4}
+def _blocks(kernel: str, key_channels: int, value: Tensor) -> dict[str, int]:
+    """Tiles of at most 64 features, so that products of three tf32 terms need no more registers than there are."""
+    features, values = (block_size(size, most=64) for size in (key_channels, value.shape[3]))
+    return {"BD": features, "BV": values, **launch_options(kernel, key_channels, value)}
 
 
 def kept_tokens(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
@@ -125,7 +116,7 @@ def make_context(
     """-> context `[B * heads, Dk, Dv]`, key_max and key_sum `[B * heads, Dk]`."""
     batch, heads, tokens, key_channels = key.shape
     value_channels, groups = value.shape[3], batch * heads
-    blocks = _context_blocks(key_channels, value_channels)
+    blocks = _blocks("attention_reduction", key_channels, value)
     tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
     splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, key.device)
     maxima, sums = (key.new_empty(groups, splits, key_channels, dtype=torch.float32) for _ in range(2))
@@ -149,6 +140,7 @@ def make_context(
         *mask_strides,
         SOFTMAX=rules.softmax,
         MASKED=mask is not None,
+        ALIGN=alignment(key, value),
         PRECISION=dot_precision(key.dtype, exact=True),
         **blocks,
     )
@@ -160,8 +152,8 @@ def write_output(query: Tensor, context: Tensor, lengths: Tensor, output: Tensor
     batch, heads, tokens, key_channels = query.shape
     if tokens == 0:
         return
-    blocks = _query_blocks(key_channels, output.shape[3])
-    output_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]),)](
+    blocks = _blocks("attention_output", key_channels, output)
+    output_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]), triton.cdiv(output.shape[3], blocks["BV"]))](
         query,
         context,
         lengths,
@@ -176,6 +168,7 @@ def write_output(query: Tensor, context: Tensor, lengths: Tensor, output: Tensor
         *output.stride(),
         SOFTMAX=rules.query_softmax,
         BY_LENGTH=rules.query_by_length,
+        ALIGN=alignment(query, output),
         PRECISION=dot_precision(query.dtype),
         **blocks,
     )
@@ -190,12 +183,13 @@ def query_gradients(
     grad_query: Tensor,
     rules: Rules,
 ) -> tuple[Tensor, Tensor]:
-    """Fills grad_query; -> gradient of the context, `[B * heads, Dk, Dv]`, and its product with the context, by rows."""
+    """Fills grad_query; -> gradient of the context, `[B * heads, Dk, Dv]`, and its product with the context, by
+    rows."""
     batch, heads, tokens, key_channels = query.shape
     value_channels, groups = grad_output.shape[3], batch * heads
     options = {"SOFTMAX": rules.query_softmax, "PRECISION": dot_precision(query.dtype)}
     shift, factor = (query.new_empty(groups, tokens, dtype=torch.float32) for _ in range(2))
-    blocks = _query_blocks(key_channels, value_channels)
+    blocks = _blocks("attention_query_gradient", key_channels, grad_output)
     if tokens:
         query_gradient_kernel[(groups * triton.cdiv(tokens, blocks["BN"]),)](
             query,
@@ -215,10 +209,11 @@ def query_gradients(
             *grad_output.stride(),
             *grad_query.stride(),
             BY_LENGTH=rules.query_by_length,
+            ALIGN=alignment(query, grad_output, grad_query),
             **options,
             **blocks,
         )
-    blocks = _context_blocks(key_channels, value_channels)
+    blocks = _blocks("attention_reduction", key_channels, grad_output)
     tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
     splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, query.device)
     partials = query.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
@@ -237,6 +232,7 @@ def query_gradients(
         rules.output_scale,
         *query.stride(),
         *grad_output.stride(),
+        ALIGN=alignment(query, grad_output),
         **options,
         **blocks,
     )
@@ -259,9 +255,10 @@ def key_gradients(
     batch, heads, tokens, key_channels = key.shape
     if tokens == 0:
         return
-    blocks = _query_blocks(key_channels, value.shape[3])
+    blocks = _blocks("attention_output", key_channels, value)
     mask_bytes, *mask_strides = mask_arguments(mask, key_max)
-    key_gradient_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]),)](
+    tiles = triton.cdiv(key_channels, blocks["BD"]) + triton.cdiv(value.shape[3], blocks["BV"])
+    key_gradient_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]), tiles)](
         key,
         value,
         mask_bytes,
@@ -282,6 +279,7 @@ def key_gradients(
         *grads[1].stride(),
         SOFTMAX=rules.softmax,
         MASKED=mask is not None,
+        ALIGN=alignment(key, value, *grads),
         PRECISION=dot_precision(key.dtype),
         **blocks,
     )

@@ -22,7 +22,9 @@ from msformer_kernels.library import (
 )
 from msformer_kernels.precision import arithmetic_dtype
 
-IMPLEMENTATIONS = Implementations("msformer_kernels.efficient_self_attention", {"native": "native", "triton": "triton_calls"})
+IMPLEMENTATIONS = Implementations(
+    "msformer_kernels.efficient_self_attention", {"native": "native", "triton": "triton_calls"}
+)
 
 _PARAMETERS = (
     "Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor value_weight, Tensor? value_bias,"

@@ -1,7 +1,9 @@
 """Efficient self-attention through Triton kernels: which form a shape gets, and its launches.
 
-Up to 128 channels and key features the folded form (triton_kernels.py). Wider, its tiles no longer fit the registers, and
-queries, keys and values are made by the vendor's matrix products and go through the kernels of efficient_attention.
+Up to 128 channels and key features, in a dtype that tensor cores take, the folded form (triton_kernels.py). Wider,
+its tiles no longer fit the registers, nor do they in full float32, of which a product takes three terms (measured by
+`python -m benchmarks.ahead_of_time`); then queries, keys and values are made by the vendor's matrix products and go
+through the kernels of efficient_attention.
 
 Tensors are validated by the caller. The key bias is not needed: the softmax over tokens cancels it.
 """
@@ -31,16 +33,19 @@ from msformer_kernels.efficient_self_attention.triton_kernels import (
     output_kernel,
     query_backward_kernel,
     token_backward_kernel,
+    weight_gradient_kernel,
 )
 from msformer_kernels.triton_common import (
     DTYPES,
+    alignment,
     block_size,
     dot_precision,
-    launch_options,
     layer_norm_backward,
     mask_arguments,
+    placed,
     split_tokens,
 )
+from msformer_kernels.triton_table import launch_options
 
 MOST_FOLDED = 128
 _PLAIN = Rules()
@@ -98,7 +103,7 @@ def forward(
     lengths = kept_tokens(mask, batch, tokens, x.device)
     if min(batch, x.shape[2], query_weight.shape[0], value_weight.shape[0]) == 0:
         return _nothing(x, given, options)
-    make = _folded_forward if _folds(given) else _unfolded_forward
+    make = _folded_forward if _folds(x, given) else _unfolded_forward
     output, state = make(x, given, options, lengths)
     return output, *state
 
@@ -136,22 +141,16 @@ def backward(
     state = State(*(s.contiguous() for s in (context, key_max, key_sum, key_tokens)))
     if grad_context is not None:
         grad_context = grad_context.to(torch.float32).contiguous()
-    make = _folded_backward if _folds(given) else _unfolded_backward
+    make = _folded_backward if _folds(x, given) else _unfolded_backward
     grad_x, gradients = make(grad_output, grad_context, x, given, options, state, lengths)
-    return grad_x, *_placed(gradients, given, x)
+    return grad_x, *placed(gradients, given, x)
 
 
-def _folds(given: Parameters) -> bool:
-    channels, keys, values = given.query_weight.shape[1], given.query_weight.shape[0], given.value_weight.shape[0]
-    return max(channels, keys, values) <= MOST_FOLDED
-
-
-def _placed(gradients: Parameters, given: Parameters, x: Tensor) -> tuple[Tensor, ...]:
-    """In the dtypes and shapes of the parameters; zero-size for absent ones."""
-    return tuple(
-        x.new_empty(0, dtype=torch.float32) if p is None else g.to(p.dtype).reshape(p.shape)
-        for g, p in zip(gradients, given, strict=True)
-    )
+def _folds(x: Tensor, given: Parameters) -> bool:
+    if x.dtype == torch.float32 and dot_precision(x.dtype) != "tf32":
+        return False
+    keys, values = given.query_weight.shape[0], given.value_weight.shape[0]
+    return max(x.shape[2], keys, values) <= MOST_FOLDED
 
 
 def _nothing(x: Tensor, given: Parameters, options: Options) -> tuple[Tensor, ...]:
@@ -168,8 +167,9 @@ def _no_gradients(x: Tensor, given: Parameters) -> tuple[Tensor, ...]:
     return x.new_zeros(x.shape), *zeros
 
 
-def _contiguous(given: Parameters) -> Parameters:
-    return Parameters(*(None if p is None else p.contiguous() for p in given))
+def _prepared(given: Parameters, x: Tensor) -> Parameters:
+    """Contiguous and in the dtype of x, as the kernels take them."""
+    return Parameters._make(None if p is None else p.to(x.dtype).contiguous() for p in given)
 
 
 def _norm_arguments(given: Parameters, x: Tensor) -> tuple[Tensor, Tensor, dict[str, bool]]:
@@ -198,7 +198,7 @@ def _fold(x: Tensor, given: Parameters, state: State, lengths: Tensor, make_cont
         VALUE_BIAS=given.value_bias is not None,
         BR=16,
         BC=block_size(channels),
-        BV=block_size(head_values),
+        BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
         num_warps=4,
     )
@@ -206,10 +206,14 @@ def _fold(x: Tensor, given: Parameters, state: State, lengths: Tensor, make_cont
 
 
 def _folded_forward(x: Tensor, given: Parameters, options: Options, lengths: Tensor) -> tuple[Tensor, State]:
-    given = _contiguous(given)
+    given = _prepared(given, x)
     batch, tokens, channels = x.shape
     heads, keys, values = options.num_heads, given.query_weight.shape[0], given.value_weight.shape[0]
-    common: dict[str, Any] = {"OPERAND": DTYPES[x.dtype], "PRECISION": dot_precision(x.dtype), "BC": block_size(channels)}
+    common: dict[str, Any] = {
+        "OPERAND": DTYPES[x.dtype],
+        "PRECISION": dot_precision(x.dtype),
+        "BC": block_size(channels),
+    }
     norm_weight, norm_bias, norm = _norm_arguments(given, x)
     mask, *mask_strides = mask_arguments(options.mask, lengths)
 
@@ -237,6 +241,7 @@ def _folded_forward(x: Tensor, given: Parameters, options: Options, lengths: Ten
         *mask_strides,
         MASKED=options.mask is not None,
         BD=features,
+        ALIGN=alignment(x),
         **norm,
         **common,
         **blocks,
@@ -267,6 +272,7 @@ def _folded_forward(x: Tensor, given: Parameters, options: Options, lengths: Ten
             OUTPUT_BIAS=given.output_bias is not None,
             RESIDUAL=options.residual,
             BD=block_size(keys // heads),
+            ALIGN=alignment(x),
             **norm,
             **common,
             **blocks,
@@ -283,19 +289,22 @@ def _folded_backward(
     state: State,
     lengths: Tensor,
 ) -> tuple[Tensor, Parameters]:
-    given = _contiguous(given)
+    given = _prepared(given, x)
     batch, tokens, channels = x.shape
     heads, keys = options.num_heads, given.query_weight.shape[0]
     _, _, head_keys, head_values = state.context.shape
-    operand = DTYPES[x.dtype]
-    common: dict[str, Any] = {"OPERAND": operand, "PRECISION": dot_precision(x.dtype), "BC": block_size(channels)}
+    common: dict[str, Any] = {
+        "OPERAND": DTYPES[x.dtype],
+        "PRECISION": dot_precision(x.dtype),
+        "BC": block_size(channels),
+    }
     norm_weight, norm_bias, norm = _norm_arguments(given, x)
     folded = _fold(x, given, state, lengths, make_context=False)
 
     blocks = launch_options("query_backward", channels, x)
     splits, size = split_tokens(tokens, blocks["BN"], batch * heads, x.device)
-    grad_query = x.new_empty(batch, tokens, keys)
-    sizes = [keys * channels, keys * channels, keys, channels]
+    grad_projected = x.new_empty(batch, tokens, 2 * keys)
+    sizes = [keys * channels, channels]
     partials = x.new_empty(batch, splits, sum(sizes), dtype=torch.float32)
     query_backward_kernel[(batch, splits, heads)](
         x,
@@ -305,7 +314,7 @@ def _folded_backward(
         given.query_weight,
         x if given.query_bias is None else given.query_bias,
         folded,
-        grad_query,
+        grad_projected,
         partials,
         tokens,
         channels,
@@ -316,14 +325,18 @@ def _folded_backward(
         *grad_output.stride(),
         QUERY_BIAS=given.query_bias is not None,
         BD=block_size(head_keys),
+        ALIGN=alignment(x, grad_output),
         **norm,
         **common,
         **blocks,
     )
     by_image = partials.sum(1)
-    grad_folded, grad_query_weight, grad_query_bias, grad_output_bias = by_image.split(sizes, 1)
+    grad_folded, grad_output_bias = by_image.split(sizes, 1)
 
-    grad_context_sum, grad_key_tokens = torch.empty_like(state.context), torch.empty_like(state.key_tokens)
+    # sums over all tokens may overflow float16
+    sum_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    grad_context_sum = torch.empty_like(state.context)
+    grad_key_tokens = torch.empty_like(state.key_tokens, dtype=sum_dtype)
     delta = torch.empty_like(state.key_max)
     fold_backward_kernel[(batch, heads, triton.cdiv(head_keys, 16))](
         grad_folded,
@@ -341,7 +354,7 @@ def _folded_backward(
         GRAD_CONTEXT=grad_context is not None,
         BR=16,
         BC=block_size(channels),
-        BV=block_size(head_values),
+        BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
         num_warps=4,
     )
@@ -349,13 +362,12 @@ def _folded_backward(
     blocks = launch_options("token_backward", channels, x)
     splits, size = split_tokens(tokens, blocks["BN"], batch, x.device)
     grad_x = x.new_empty(x.shape)
-    token_sizes = [keys * channels, channels, channels]
-    partials = x.new_empty(batch * splits, sum(token_sizes), dtype=torch.float32)
+    norm_partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
     mask, *mask_strides = mask_arguments(options.mask, lengths)
     token_backward_kernel[(batch, splits)](
         x,
         grad_output,
-        grad_query,
+        grad_projected,
         norm_weight,
         norm_bias,
         given.query_weight,
@@ -366,7 +378,7 @@ def _folded_backward(
         state.key_sum,
         mask,
         grad_x,
-        partials,
+        norm_partials,
         tokens,
         channels,
         keys,
@@ -377,13 +389,39 @@ def _folded_backward(
         *mask_strides,
         RESIDUAL=options.residual,
         MASKED=options.mask is not None,
-        SUM_OPERAND=DTYPES[torch.float32] if x.dtype == torch.float16 else operand,
-        BD=block_size(keys),
+        SUM_OPERAND=DTYPES[sum_dtype],
+        ALIGN=alignment(x, grad_output),
         **norm,
         **common,
         **blocks,
     )
-    grad_key_weight, grad_norm_weight, grad_norm_bias = partials.sum(0).split(token_sizes)
+    grad_norm_weight, grad_norm_bias = norm_partials.sum(0)
+
+    blocks = launch_options("weight_gradient", channels, x)
+    tiles = triton.cdiv(2 * keys, blocks["BD"])
+    splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
+    partials = x.new_empty(batch * splits, 2 * keys * (channels + 1), dtype=torch.float32)
+    weight_gradient_kernel[(batch, splits, tiles)](
+        x,
+        grad_projected,
+        norm_weight,
+        norm_bias,
+        partials,
+        tokens,
+        channels,
+        2 * keys,
+        size,
+        options.norm_eps,
+        *x.stride(),
+        ALIGN=alignment(x),
+        **norm,
+        **common,
+        **blocks,
+    )
+    weight_size = keys * channels
+    grad_query_weight, grad_key_weight, grad_query_bias, _ = partials.sum(0).split(
+        [weight_size, weight_size, keys, keys]
+    )
 
     # W_o, W_v and b_v: small products, summed over images
     by_head = grad_folded.unflatten(1, (heads, head_keys, channels))
@@ -392,8 +430,8 @@ def _folded_backward(
     grad_value_weight = torch.einsum("bhdv,bhdc->hvc", grad_context_sum, key_tokens)
     kept = (lengths > 0).view(batch, 1, 1)
     gradients = Parameters(
-        grad_query_weight.sum(0),
-        grad_query_bias.sum(0),
+        grad_query_weight,
+        grad_query_bias,
         grad_key_weight,
         grad_value_weight,
         (grad_context_sum.sum(2) * kept).sum(0),

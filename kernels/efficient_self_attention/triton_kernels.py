@@ -6,15 +6,18 @@ With X the layer-normed tokens of an image:
     Y = rho_q(X W_q + b_q) M + b_o [+ x]
 
 Forward: `key_tokens_kernel` reads x and makes the partial A of a split with an online softmax; `combine_kernel` (of
-efficient_attention) adds the splits; `fold_kernel` makes G and M, which are small; `output_kernel` reads x again and writes Y.
-3NC values are moved, 8NC^2 flop done. Queries, keys and both softmaxes live in registers.
+efficient_attention) adds the splits; `fold_kernel` makes G and M, which are small; `output_kernel` reads x again and
+writes Y. 3NC values are moved, 8NC^2 flop done. Queries, keys and both softmaxes live in registers.
 
-Backward: `query_backward_kernel` recomputes P = rho_q, writes the gradient of the queries and reduces dM = P^T dY and dW_q over
-a split; `fold_backward_kernel` turns dM into dG, dA and delta_j = <A_j, dA_j>, the closed form of sum_n S_nj dS_nj;
-`token_backward_kernel` recomputes S and writes dx (through LayerNorm and residual), and reduces dW_k.
+Backward: `query_backward_kernel` recomputes P = rho_q, writes the gradient of the queries and reduces dM = P^T dY
+over a split; `fold_backward_kernel` turns dM into dG, dA and delta_j = <A_j, dA_j>, the closed form of sum_n S_nj
+dS_nj; `token_backward_kernel` recomputes S, writes the gradient of the keys and dx (through LayerNorm and residual);
+`weight_gradient_kernel` reduces dW_q and dW_k from the two gradients. Summed up in the kernels before it, each would
+hold a second C x C accumulator, for which there are no registers (at C = 100 both spilled).
 
-Operands of products are rounded to the dtype of x (float32: see `dot_precision`); sums, statistics, A and G are float32.
-Where gradients are summed over all tokens (dA), float16 could overflow: products with those take float32 operands then.
+Operands of products are rounded to the dtype of x (float32: see `dot_precision`); sums, statistics, A and G are
+float32. Where gradients are summed over all tokens (dA), float16 could overflow: products with those take float32
+operands then.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msformer_kernels.triton_common import (
+from msformer_kernels.triton_tiles import (
+    aligned,
     dot,
+    load_operand,
     load_tile,
     load_vector,
     normalize_rows,
@@ -73,7 +78,7 @@ def head_softmax(x, weight_ptr, bias_ptr, head, features, columns, head_keys, ch
                  OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """rho_q of one head: [BN, BD], zeros in the padding."""
     weight_ptr += head * head_keys * channels
-    weight = load_tile(weight_ptr, features, columns, channels, 1, head_keys, channels)
+    weight = load_operand(weight_ptr, features, columns, channels, 1, head_keys, channels)
     logits = dot(x, tl.trans(weight), OPERAND, PRECISION)
     logits += load_vector(bias_ptr + head * head_keys, features, head_keys, BIAS, 0.0)[None, :]
     logits = tl.where((features < head_keys)[None, :], logits, float("-inf"))
@@ -92,8 +97,8 @@ def key_tokens_kernel(
     sum_ptr,
     partial_ptr,  # [B, splits, D, C]
     tokens,
-    channels,
-    keys,
+    channels: tl.constexpr,
+    keys: tl.constexpr,
     split_size,
     eps,
     x_stride_b,
@@ -109,14 +114,17 @@ def key_tokens_kernel(
     BD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    x_stride_b = aligned(x_stride_b, ALIGN)
+    x_stride_n = aligned(x_stride_n, ALIGN)
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     features = tl.program_id(2) * BD + tl.arange(0, BD)
     columns = tl.arange(0, BC)
     x_ptr += batch * x_stride_b
     mask_ptr += batch * mask_stride_b
-    key_weight = tl.trans(load_tile(key_weight_ptr, features, columns, channels, 1, keys, channels))  # [BC, BD]
+    key_weight = tl.trans(load_operand(key_weight_ptr, features, columns, channels, 1, keys, channels))  # [BC, BD]
     largest = tl.full([BD], float("-inf"), tl.float32)
     total = tl.zeros([BD], tl.float32)
     key_tokens = tl.zeros([BD, BC], tl.float32)
@@ -152,9 +160,9 @@ def fold_kernel(
     length_ptr,  # [B]: tokens that are kept
     context_ptr,  # [B, D, V / heads], made from key_tokens, or given
     folded_ptr,  # [B, D, C]
-    channels,
-    head_keys,
-    head_values,
+    channels: tl.constexpr,
+    head_keys: tl.constexpr,
+    head_values: tl.constexpr,
     MAKE_CONTEXT: tl.constexpr,
     VALUE_BIAS: tl.constexpr,
     BR: tl.constexpr,
@@ -168,24 +176,26 @@ def fold_kernel(
     heads = tl.num_programs(1)
     rows = tl.program_id(2) * BR + tl.arange(0, BR)
     columns = tl.arange(0, BC)
-    values = tl.arange(0, BV)
     row = (batch * heads + head) * head_keys
     context_ptr += row * head_values
-    if MAKE_CONTEXT:
-        key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
-        value_weight_ptr += head * head_values * channels
-        value_weight = load_tile(value_weight_ptr, values, columns, channels, 1, head_values, channels)  # [BV, BC]
-        context = dot(key_tokens, tl.trans(value_weight), tl.float32, PRECISION)
-        bias = load_vector(value_bias_ptr + head * head_values, values, head_values, VALUE_BIAS, 0.0)
-        # the columns of S sum to 1, or, without tokens, to 0
-        context += tl.where(tl.load(length_ptr + batch) > 0, bias, 0.0)[None, :]
-        store_tile(context_ptr, context, rows, values, head_values, 1, head_keys, head_values)
-    else:
-        context = load_tile(context_ptr, rows, values, head_values, 1, head_keys, head_values)
+    key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
+    value_weight_ptr += head * head_values * channels
     output_weight_ptr += head * head_values
-    all_values = heads * head_values
-    output_weight = load_tile(output_weight_ptr, values, columns, 1, all_values, head_values, channels)  # [BV, BC]
-    folded = dot(context, output_weight, tl.float32, PRECISION)
+    any_kept = tl.load(length_ptr + batch) > 0
+    folded = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, head_values, BV):
+        values = first + tl.arange(0, BV)
+        if MAKE_CONTEXT:
+            value_weight = load_tile(value_weight_ptr, columns, values, 1, channels, channels, head_values)  # [BC, BV]
+            context = dot(key_tokens, value_weight, tl.float32, PRECISION)
+            bias = load_vector(value_bias_ptr + head * head_values, values, head_values, VALUE_BIAS, 0.0)
+            # the columns of S sum to 1, or, without tokens, to 0
+            context += tl.where(any_kept, bias, 0.0)[None, :]
+            store_tile(context_ptr, context, rows, values, head_values, 1, head_keys, head_values)
+        else:
+            context = load_tile(context_ptr, rows, values, head_values, 1, head_keys, head_values)
+        output_weight = load_tile(output_weight_ptr, values, columns, 1, heads * head_values, head_values, channels)
+        folded += dot(context, output_weight, tl.float32, PRECISION)
     store_tile(folded_ptr + row * channels, folded, rows, columns, channels, 1, head_keys, channels)
 
 
@@ -200,9 +210,9 @@ def output_kernel(
     output_bias_ptr,  # [C]
     output_ptr,  # [B, N, C]
     tokens,
-    channels,
+    channels: tl.constexpr,
     heads,
-    head_keys,
+    head_keys: tl.constexpr,
     eps,
     x_stride_b,
     x_stride_n,
@@ -217,7 +227,10 @@ def output_kernel(
     BD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    x_stride_b = aligned(x_stride_b, ALIGN)
+    x_stride_n = aligned(x_stride_n, ALIGN)
     token_tiles = tl.cdiv(tokens, BN)
     batch = (tl.program_id(0) // token_tiles).to(tl.int64)
     rows = tl.program_id(0) % token_tiles * BN + tl.arange(0, BN)
@@ -231,7 +244,7 @@ def output_kernel(
         weights = head_softmax(x, query_weight_ptr, query_bias_ptr, head, features, columns, head_keys, channels,
                                   QUERY_BIAS, OPERAND, PRECISION)  # fmt: skip
         folded = folded_ptr + (batch * heads + head) * head_keys * channels
-        folded = load_tile(folded, features, columns, channels, 1, head_keys, channels)  # [BD, BC]
+        folded = load_operand(folded, features, columns, channels, 1, head_keys, channels)  # [BD, BC]
         output += dot(weights, folded, OPERAND, PRECISION)
     if RESIDUAL:  # read again: the tile need not stay in registers
         output += load_tile(x_ptr, rows, columns, x_stride_n, x_stride_c, tokens, channels)
@@ -247,11 +260,11 @@ def query_backward_kernel(
     query_weight_ptr,  # [D, C]
     query_bias_ptr,
     folded_ptr,  # [B, D, C]
-    grad_query_ptr,  # [B, N, D]
-    partial_ptr,  # [B, splits, size]: dM [D, C], dW_q [D, C], db_q [D], db_o [C]
+    grad_projected_ptr,  # [B, N, 2D]: gradients of queries and keys
+    partial_ptr,  # [B, splits, size]: dM [D, C], db_o [C]
     tokens,
-    channels,
-    head_keys,
+    channels: tl.constexpr,
+    head_keys: tl.constexpr,
     split_size,
     eps,
     x_stride_b,
@@ -268,7 +281,12 @@ def query_backward_kernel(
     BD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    x_stride_b = aligned(x_stride_b, ALIGN)
+    x_stride_n = aligned(x_stride_n, ALIGN)
+    grad_stride_b = aligned(grad_stride_b, ALIGN)
+    grad_stride_n = aligned(grad_stride_n, ALIGN)
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     head = tl.program_id(2)
@@ -278,11 +296,9 @@ def query_backward_kernel(
     x_ptr += batch * x_stride_b
     grad_output_ptr += batch * grad_stride_b
     folded_ptr += (batch * keys + head * head_keys) * channels
-    folded = tl.trans(load_tile(folded_ptr, features, columns, channels, 1, head_keys, channels))  # [BC, BD]
-    grad_query_ptr += batch * tokens * keys + head * head_keys
+    folded = tl.trans(load_operand(folded_ptr, features, columns, channels, 1, head_keys, channels))  # [BC, BD]
+    grad_projected_ptr += batch * tokens * 2 * keys + head * head_keys
     grad_folded = tl.zeros([BD, BC], tl.float32)
-    grad_weight = tl.zeros([BD, BC], tl.float32)
-    grad_query_bias = tl.zeros([BD], tl.float32)
     grad_output_bias = tl.zeros([BC], tl.float32)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, tokens), BN):
@@ -295,19 +311,13 @@ def query_backward_kernel(
         grad_folded += dot(tl.trans(weights), grad_output, OPERAND, PRECISION)
         grad_weights = dot(grad_output, folded, OPERAND, PRECISION)  # [BN, BD]
         grad_query = softmax_rows_backward(weights, grad_weights)
-        store_tile(grad_query_ptr, grad_query, rows, features, keys, 1, tokens, head_keys)
-        grad_weight += dot(tl.trans(grad_query), x, OPERAND, PRECISION)
-        grad_query_bias += tl.sum(grad_query, 0)
+        store_tile(grad_projected_ptr, grad_query, rows, features, 2 * keys, 1, tokens, head_keys)
         grad_output_bias += tl.sum(grad_output, 0)
-    partial = partial_ptr + (batch * tl.num_programs(1) + split) * (2 * keys * channels + keys + channels)
+    partial = partial_ptr + (batch * tl.num_programs(1) + split) * (keys * channels + channels)
     head_rows = head * head_keys * channels
     store_tile(partial + head_rows, grad_folded, features, columns, channels, 1, head_keys, channels)
-    partial += keys * channels
-    store_tile(partial + head_rows, grad_weight, features, columns, channels, 1, head_keys, channels)
-    partial += keys * channels
-    tl.store(partial + head * head_keys + features, grad_query_bias, mask=features < head_keys)
     if head == 0:
-        tl.store(partial + keys + columns, grad_output_bias, mask=columns < channels)
+        tl.store(partial + keys * channels + columns, grad_output_bias, mask=columns < channels)
 
 
 @triton.jit
@@ -321,9 +331,9 @@ def fold_backward_kernel(
     grad_key_tokens_ptr,  # [B, D, C]
     delta_ptr,  # [B, D]
     batch_stride,
-    channels,
-    head_keys,
-    head_values,
+    channels: tl.constexpr,
+    head_keys: tl.constexpr,
+    head_values: tl.constexpr,
     GRAD_CONTEXT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -336,22 +346,23 @@ def fold_backward_kernel(
     heads = tl.num_programs(1)
     rows = tl.program_id(2) * BR + tl.arange(0, BR)
     columns = tl.arange(0, BC)
-    values = tl.arange(0, BV)
     row = (batch * heads + head) * head_keys
     grad_folded_ptr += batch * batch_stride + head * head_keys * channels
     grad_folded = load_tile(grad_folded_ptr, rows, columns, channels, 1, head_keys, channels)  # [BR, BC]
     output_weight_ptr += head * head_values
-    all_values = heads * head_values
-    output_weight = load_tile(output_weight_ptr, columns, values, all_values, 1, channels, head_values)  # [BC, BV]
-    grad_context = dot(grad_folded, output_weight, tl.float32, PRECISION)  # [BR, BV]
-    if GRAD_CONTEXT:
-        given = grad_context_ptr + row * head_values
-        grad_context += load_tile(given, rows, values, head_values, 1, head_keys, head_values)
-    at = grad_context_sum_ptr + row * head_values
-    store_tile(at, grad_context, rows, values, head_values, 1, head_keys, head_values)
     value_weight_ptr += head * head_values * channels
-    value_weight = load_tile(value_weight_ptr, values, columns, channels, 1, head_values, channels)  # [BV, BC]
-    grad_key_tokens = dot(grad_context, value_weight, tl.float32, PRECISION)  # [BR, BC]
+    grad_context_ptr += row * head_values
+    grad_context_sum_ptr += row * head_values
+    grad_key_tokens = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, head_values, BV):
+        values = first + tl.arange(0, BV)
+        output_weight = load_tile(output_weight_ptr, columns, values, heads * head_values, 1, channels, head_values)
+        grad_context = dot(grad_folded, output_weight, tl.float32, PRECISION)  # [BR, BV]
+        if GRAD_CONTEXT:
+            grad_context += load_tile(grad_context_ptr, rows, values, head_values, 1, head_keys, head_values)
+        store_tile(grad_context_sum_ptr, grad_context, rows, values, head_values, 1, head_keys, head_values)
+        value_weight = load_tile(value_weight_ptr, values, columns, channels, 1, head_values, channels)  # [BV, BC]
+        grad_key_tokens += dot(grad_context, value_weight, tl.float32, PRECISION)
     key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
     at = grad_key_tokens_ptr + row * channels
     store_tile(at, grad_key_tokens, rows, columns, channels, 1, head_keys, channels)
@@ -362,21 +373,21 @@ def fold_backward_kernel(
 def token_backward_kernel(
     x_ptr,  # [B, N, C], strided
     grad_output_ptr,  # [B, N, C], strided
-    grad_query_ptr,  # [B, N, D]
+    grad_projected_ptr,  # [B, N, 2D]: gradients of the queries; those of the keys are written
     norm_weight_ptr,
     norm_bias_ptr,
     query_weight_ptr,  # [D, C]
     key_weight_ptr,  # [D, C]
-    grad_key_tokens_ptr,  # [B, D, C]
+    grad_key_tokens_ptr,  # [B, D, C], in SUM_OPERAND
     delta_ptr,  # [B, D]
     max_ptr,  # [B, D]
     sum_ptr,
     mask_ptr,  # [B, N] bytes
     grad_x_ptr,  # [B, N, C]
-    partial_ptr,  # [B * splits, size]: dW_k [D, C], gradients of the norm's weight and bias [C]
+    partial_ptr,  # [B * splits, 2, C]: gradients of the norm's weight and bias
     tokens,
-    channels,
-    keys,
+    channels: tl.constexpr,
+    keys: tl.constexpr,
     split_size,
     eps,
     x_stride_b,
@@ -397,57 +408,111 @@ def token_backward_kernel(
     OPERAND: tl.constexpr,
     SUM_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    x_stride_b = aligned(x_stride_b, ALIGN)
+    x_stride_n = aligned(x_stride_n, ALIGN)
+    grad_stride_b = aligned(grad_stride_b, ALIGN)
+    grad_stride_n = aligned(grad_stride_n, ALIGN)
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     columns = tl.arange(0, BC)
-    features = tl.arange(0, BD)
     x_ptr += batch * x_stride_b
     grad_output_ptr += batch * grad_stride_b
-    grad_query_ptr += batch * tokens * keys
+    grad_projected_ptr += batch * tokens * 2 * keys
     grad_x_ptr += batch * tokens * channels
     mask_ptr += batch * mask_stride_b
-    statistics = batch * keys + features
-    delta = tl.load(delta_ptr + statistics, mask=features < keys, other=0.0)
-    largest = tl.load(max_ptr + statistics, mask=features < keys, other=0.0)
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.load(sum_ptr + statistics, mask=features < keys, other=1.0)
-    inverse = tl.where(features < keys, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)
-    norm_weight = load_vector(norm_weight_ptr, columns, channels, NORM, 1.0)
-    query_weight = load_tile(query_weight_ptr, features, columns, channels, 1, keys, channels)  # [BD, BC]
-    key_weight = load_tile(key_weight_ptr, features, columns, channels, 1, keys, channels)
     grad_key_tokens_ptr += batch * keys * channels
-    grad_key_tokens = load_tile(grad_key_tokens_ptr, features, columns, channels, 1, keys, channels)
-    grad_key_weight = tl.zeros([BD, BC], tl.float32)
+    norm_weight = load_vector(norm_weight_ptr, columns, channels, NORM, 1.0)
     grad_norm_weight = tl.zeros([BC], tl.float32)
     grad_norm_bias = tl.zeros([BC], tl.float32)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, tokens), BN):
         rows = start + tl.arange(0, BN)
-        x, normalized, rstd = load_tokens(x_ptr, norm_weight_ptr, norm_bias_ptr, rows, columns, x_stride_n, x_stride_c,
-                                          tokens, channels, eps, NORM, NORM_BIAS)  # fmt: skip
+        x, _, _ = load_tokens(x_ptr, norm_weight_ptr, norm_bias_ptr, rows, columns, x_stride_n, x_stride_c, tokens,
+                              channels, eps, NORM, NORM_BIAS)  # fmt: skip
         kept = load_kept(mask_ptr, rows, mask_stride_n, tokens, MASKED)
         if MASKED:
             x = tl.where(kept[:, None], x, 0.0)
-        logits = dot(x, tl.trans(key_weight), OPERAND, PRECISION)  # [BN, BD]
-        weights = tl.where(kept[:, None], tl.exp(logits - shift[None, :]) * inverse[None, :], 0.0)
-        grad_weights = dot(x, tl.trans(grad_key_tokens), SUM_OPERAND, PRECISION)
-        # a token that has all the weight has its own gradient as delta, up to rounding: exactly no gradient
-        grad_key = tl.where(weights == 1.0, 0.0, weights * (grad_weights - delta[None, :]))
-        grad_key_weight += dot(tl.trans(grad_key), x, OPERAND, PRECISION)
-        grad_x = dot(weights, grad_key_tokens, SUM_OPERAND, PRECISION)
-        grad_x += dot(grad_key, key_weight, OPERAND, PRECISION)
-        grad_query = load_tile(grad_query_ptr, rows, features, keys, 1, tokens, keys)
-        grad_x += dot(grad_query, query_weight, OPERAND, PRECISION)
-        if NORM:
+        grad_x = tl.zeros([BN, BC], tl.float32)
+        for feature in range(0, keys, BD):
+            features = feature + tl.arange(0, BD)
+            statistics = batch * keys + features
+            delta = tl.load(delta_ptr + statistics, mask=features < keys, other=0.0)
+            largest = tl.load(max_ptr + statistics, mask=features < keys, other=0.0)
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
+            total = tl.load(sum_ptr + statistics, mask=features < keys, other=1.0)
+            inverse = tl.where(features < keys, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)
+            key_weight = load_operand(key_weight_ptr, features, columns, channels, 1, keys, channels)  # [BD, BC]
+            logits = dot(x, tl.trans(key_weight), OPERAND, PRECISION)  # [BN, BD]
+            weights = tl.where(kept[:, None], tl.exp(logits - shift[None, :]) * inverse[None, :], 0.0)
+            grad_key_tokens = load_operand(grad_key_tokens_ptr, features, columns, channels, 1, keys, channels)
+            grad_weights = dot(x, tl.trans(grad_key_tokens), SUM_OPERAND, PRECISION)
+            # a token that has all the weight has its own gradient as delta, up to rounding: exactly no gradient
+            grad_key = tl.where(weights == 1.0, 0.0, weights * (grad_weights - delta[None, :]))
+            store_tile(grad_projected_ptr + keys, grad_key, rows, features, 2 * keys, 1, tokens, keys)
+            grad_x += dot(weights, grad_key_tokens, SUM_OPERAND, PRECISION)
+            grad_x += dot(grad_key, key_weight, OPERAND, PRECISION)
+            grad_query = load_tile(grad_projected_ptr, rows, features, 2 * keys, 1, tokens, keys)
+            query_weight = load_operand(query_weight_ptr, features, columns, channels, 1, keys, channels)
+            grad_x += dot(grad_query, query_weight, OPERAND, PRECISION)
+        if NORM:  # made again: kept from above, it would cost the registers of the products
+            x = load_tile(x_ptr, rows, columns, x_stride_n, x_stride_c, tokens, channels)
+            normalized, rstd = normalize_rows(x, columns, channels, eps)
             grad_norm_weight += tl.sum(grad_x * normalized, 0)
             grad_norm_bias += tl.sum(grad_x, 0)
             grad_x = normalize_rows_backward(grad_x, normalized, rstd, norm_weight, channels)
         if RESIDUAL:
             grad_x += load_tile(grad_output_ptr, rows, columns, grad_stride_n, grad_stride_c, tokens, channels)
         store_tile(grad_x_ptr, grad_x, rows, columns, channels, 1, tokens, channels)
-    partial = partial_ptr + (batch * tl.num_programs(1) + split) * (keys * channels + 2 * channels)
-    store_tile(partial, grad_key_weight, features, columns, channels, 1, keys, channels)
-    partial += keys * channels
+    partial = partial_ptr + (batch * tl.num_programs(1) + split) * 2 * channels
     tl.store(partial + columns, grad_norm_weight, mask=columns < channels)
     tl.store(partial + channels + columns, grad_norm_bias, mask=columns < channels)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x_ptr,  # [B, N, C], strided
+    grad_projected_ptr,  # [B, N, D]
+    norm_weight_ptr,
+    norm_bias_ptr,
+    partial_ptr,  # [B * splits, size]: gradients of weight [D, C] and bias [D]
+    tokens,
+    channels: tl.constexpr,
+    projected: tl.constexpr,
+    split_size,
+    eps,
+    x_stride_b,
+    x_stride_n,
+    x_stride_c,
+    NORM: tl.constexpr,
+    NORM_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Of linear layers of x (after its norm), side by side."""
+    x_stride_b = aligned(x_stride_b, ALIGN)
+    x_stride_n = aligned(x_stride_n, ALIGN)
+    batch = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    columns = tl.arange(0, BC)
+    features = tl.program_id(2) * BD + tl.arange(0, BD)
+    x_ptr += batch * x_stride_b
+    grad_projected_ptr += batch * tokens * projected
+    grad_weight = tl.zeros([BD, BC], tl.float32)
+    grad_bias = tl.zeros([BD], tl.float32)
+    first = split * split_size
+    for start in range(first, tl.minimum(first + split_size, tokens), BN):
+        rows = start + tl.arange(0, BN)
+        x, _, _ = load_tokens(x_ptr, norm_weight_ptr, norm_bias_ptr, rows, columns, x_stride_n, x_stride_c, tokens,
+                              channels, eps, NORM, NORM_BIAS)  # fmt: skip
+        grad = load_tile(grad_projected_ptr, rows, features, projected, 1, tokens, projected)  # [BN, BD]
+        grad_weight += dot(tl.trans(grad), x, OPERAND, PRECISION)
+        grad_bias += tl.sum(grad, 0)
+    partial = partial_ptr + (batch * tl.num_programs(1) + split) * (projected * channels + projected)
+    store_tile(partial, grad_weight, features, columns, channels, 1, projected, channels)
+    tl.store(partial + projected * channels + features, grad_bias, mask=features < projected)

@@ -17,7 +17,8 @@ from msformer_kernels.mix_ffn.triton_kernels import (
     activation_kernel,
     convolution_backward_kernel,
 )
-from msformer_kernels.triton_common import block_size, launch_options, layer_norm_backward, processors
+from msformer_kernels.triton_common import block_size, layer_norm_backward, placed, processors
+from msformer_kernels.triton_table import launch_options
 
 
 class Walk(NamedTuple):
@@ -40,8 +41,8 @@ def _walk(kernel: str, hidden: Tensor, height: int, width: int, whole: bool) -> 
     values = blocks.pop("tile")
     blocks["BH"] = block_size(features, least=1) if whole else block_size(features, least=1, most=blocks["BH"])
     blocks["BW"] = max(1, min(values // blocks["BH"], block_size(width, least=1)))
-    if whole:
-        blocks["num_warps"] = max(4, min(16, blocks["BH"] // 64))
+    if blocks["BW"] * blocks["BH"] > values:
+        blocks["num_warps"] = 16
     columns, tiles = triton.cdiv(width, blocks["BW"]), triton.cdiv(features, blocks["BH"])
     wanted = triton.cdiv(4 * processors(hidden.device), batch * columns * tiles)
     band_rows = max(8, triton.cdiv(height, wanted))
@@ -192,7 +193,4 @@ def backward(grad_output: Tensor, x: Tensor, height: int, width: int, *given: An
         grad_norm_weight,
         grad_norm_bias,
     )
-    return grad_x, *(
-        x.new_empty(0, dtype=torch.float32) if p is None else g.to(p.dtype).reshape(p.shape)
-        for g, p in zip(gradients, parameters, strict=True)
-    )
+    return grad_x, *placed(gradients, parameters, x)

@@ -2,14 +2,14 @@
 
     U = [LN](x) W_1 + b_1,   Z = dw3x3(U) + b_d [+ U],   T = act([LN](Z)),   Y = T W_2 + b_2 [+ x]
 
-`activation_kernel` makes T from U in one pass: a program owns some columns of the image and walks down its rows; each row of U
-is read once (three times from the first-level cache, for the columns left and right of it) and added to the three rows
-of Z it belongs to, which stay in registers. Without a hidden norm, features are cut into tiles too; with one, a program
-holds all of them, so that the norm needs no second pass. N x H values are read and as many written.
+`activation_kernel` makes T from U in one pass: a program owns some columns of the image and walks down its rows; each
+row of U is read once (three times from the first-level cache, for the columns left and right of it) and added to the
+three rows of Z it belongs to, which stay in registers. Without a hidden norm, features are cut into tiles too; with
+one, a program holds all of them, so that the norm needs no second pass. N x H values are read and as many written.
 
-Backward: U is made again; `activation_backward_kernel` walks as the forward does and turns dT into dZ, writing T as well (for
-the gradient of W_2) and reducing the gradients of the hidden norm; `convolution_backward_kernel` walks over dZ and U,
-writes dU and reduces the gradients of the taps and of both biases.
+Backward: U is made again; `activation_backward_kernel` walks as the forward does and turns dT into dZ, writing T as
+well (for the gradient of W_2) and reducing the gradients of the hidden norm; `convolution_backward_kernel` walks over
+dZ and U, writes dU and reduces the gradients of the taps and of both biases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msformer_kernels.triton_common import load_vector, narrow, normalize_rows, normalize_rows_backward
+from msformer_kernels.triton_tiles import load_vector, narrow, normalize_rows, normalize_rows_backward
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def activation_kernel(
     output_ptr,  # T [B, H, W, hidden]
     height,
     width,
-    hidden,
+    hidden: tl.constexpr,
     bands,
     band_rows,
     eps,
@@ -153,7 +153,7 @@ def activation_backward_kernel(
     partial_ptr,  # [programs of axes 0 and 1, 2, hidden]: gradients of the norm's weight and bias
     height,
     width,
-    hidden,
+    hidden: tl.constexpr,
     bands,
     band_rows,
     eps,
@@ -217,14 +217,15 @@ def convolution_backward_kernel(
     partial_ptr,  # [programs of axes 0 and 1, 11, hidden]: gradients of the taps, of b_d and of b_1
     height,
     width,
-    hidden,
+    hidden: tl.constexpr,
     bands,
     band_rows,
     SKIP: tl.constexpr,
     BW: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dU = transposed convolution of dZ; tap (i, j) gets the sum over tokens of dZ at (r, c) times U at (r + i, c + j)."""
+    """dU = transposed convolution of dZ; tap (i, j) gets the sum over tokens of dZ at (r, c) times U at (r + i, c +
+    j)."""
     batch = (tl.program_id(0) // bands).to(tl.int64)
     first = tl.program_id(0) % bands * band_rows
     last = tl.minimum(first + band_rows, height)

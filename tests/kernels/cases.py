@@ -275,6 +275,15 @@ SMALL = [
     batch_norm_case("expanded", batch=3, layout="expanded"),
 ]
 
+# several tiles and splits of the Triton kernels, with remainders
+MEDIUM = [
+    attention_case("tiles", heads=2, query_tokens=75, tokens=170, key_channels=70, value_channels=66, mask="random"),
+    self_attention_case("tiles", batch=1, tokens=301, channels=36, key_channels=70, value_channels=44, heads=2),
+    mix_ffn_case("tiles", batch=2, height=19, width=17, channels=12, hidden=70),
+    mix_ffn_case("tiles_plain", height=19, width=35, channels=12, hidden=70, skip=False, hidden_norm=False),
+    batch_norm_case("tiles", tokens=301, channels=131),
+]
+
 # several chunks, strips, bands and panels, with remainders everywhere
 LARGE = [
     attention_case("long", heads=2, query_tokens=301, tokens=1003, key_channels=33, value_channels=20, mask="random"),

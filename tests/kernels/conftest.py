@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
 
 from tests.kernels.cases import require
 
-COMPILED = ["native-many_tokens", "native-few_tokens"]
+COMPILED = ["native-many_tokens", "native-few_tokens", "triton-folded"]
+WITH_FLOAT64 = [name for name in COMPILED if name.startswith("native")]
 
 
 @pytest.fixture(params=COMPILED)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend that is checked against the reference; skipped where it was not built.
 
     The native kernels work on images of many and of few tokens in different ways; every test is for both.
     """
-    name, _, form = request.param.partition("-")
-    require(name)
-    from msformer_kernels import _native
+    yield from _prepared(request.param, monkeypatch)
 
-    _native.set_form(form)
+
+@pytest.fixture(params=["triton-unfolded"])
+def unfolded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Triton's other form of self-attention, for wide tokens."""
+    yield from _prepared(request.param, monkeypatch)
+
+
+@pytest.fixture(params=WITH_FLOAT64)
+def float64_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `backend`, for tests that need float64, or inputs too large for Triton's interpreter."""
+    yield from _prepared(request.param, monkeypatch)
+
+
+def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name, _, form = name_and_form.partition("-")
+    require(name)
+    if name == "triton":
+        calls = import_module("msformer_kernels.efficient_self_attention.triton_calls")
+        monkeypatch.setattr(calls, "MOST_FOLDED", 128 if form == "folded" else 0)
+        # the folded form serves float32 only with tf32, which the interpreter computes in full float32
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        yield name
+        torch.backends.cuda.matmul.allow_tf32 = before
+        return
+    native = import_module("msformer_kernels._native")
+    native.set_form(form)
     yield name
-    _native.set_form("by_shape")
+    native.set_form("by_shape")
 
 
 @pytest.fixture

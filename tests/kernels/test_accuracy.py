@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from tests.kernels.cases import EMPTY, LARGE, SMALL, Case, cast, run
+from tests.kernels.cases import EMPTY, LARGE, MEDIUM, SMALL, Case, cast, run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -34,17 +34,38 @@ def check_rule(ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[st
 
 
 @pytest.mark.parametrize("case", [*SMALL, *LARGE, *EMPTY], ids=str)
-def test_float64_agrees_with_the_reference(case: Case, backend: str) -> None:
+def test_float64_agrees_with_the_reference(case: Case, float64_backend: str) -> None:
     tensors = cast(case.make(), torch.float64)
-    expected, found = run(case, tensors, "reference"), run(case, tensors, backend)
+    expected, found = run(case, tensors, "reference"), run(case, tensors, float64_backend)
     for name, value in expected.items():
         scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *MEDIUM], ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check_error_rule(case, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("case", [c for c in (*SMALL, *MEDIUM, *EMPTY) if c.name.startswith("self")], ids=str)
+def test_error_rule_of_the_unfolded_form(case: Case, dtype: torch.dtype, unfolded_backend: str) -> None:
+    check_error_rule(case, dtype, unfolded_backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_error_rule_of_large_inputs(case: Case, dtype: torch.dtype, float64_backend: str) -> None:
+    check_error_rule(case, dtype, float64_backend)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_empty_inputs(case: Case, backend: str) -> None:
+    check_error_rule(case, torch.float32, backend)
+
+
+def check_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
     rounded = cast(case.make(), dtype)
     eager, ours = run(case, rounded, "reference"), run(case, rounded, backend)
     # float64 on the rounded inputs, with output gradients rounded to the dtypes of the outputs
@@ -53,14 +74,14 @@ def test_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[14], SMALL[15], SMALL[20], LARGE[2], LARGE[4]], ids=str)
-def test_every_instruction_set(case: Case, backend: str, isa: None) -> None:
+def test_every_instruction_set(case: Case, float64_backend: str, isa: None) -> None:
     from msformer_kernels import _native
 
     tensors = cast(case.make(), torch.float32)
     expected = run(case, cast(case.make(), torch.float64), "reference")
     for name in _native.available_isas():
         _native.set_isa(name)
-        for key, found in run(case, tensors, backend).items():
+        for key, found in run(case, tensors, float64_backend).items():
             scale = max(1.0, expected[key].abs().max().item())
             torch.testing.assert_close(
                 found.double(), expected[key], rtol=0, atol=2e-5 * scale, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"

@@ -14,11 +14,12 @@ import torch
 import msformer_kernels as kernels
 from msformer_kernels import backends
 from msformer_kernels.backends import resolve
+from tests.kernels.cases import require
 
 
 def test_order_of_choice(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
-    assert resolve(None, "cpu", torch.float32) == "native"
+    assert resolve(None, "cpu", torch.float32) == "native", "also where the interpreter would do"
     monkeypatch.setenv("MSFORMER_BACKEND", "reference")
     assert resolve(None, "cpu", torch.float32) == "reference"
     with kernels.use_backend(backend):
@@ -46,10 +47,13 @@ def test_use_backend_is_undone_by_an_exception_and_stays_in_its_thread() -> None
     assert getattr(backends._override, "name", None) is None
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_explicit_choice_never_falls_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"), [("triton", "it serves GPU tensors"), ("cuda", "not part of this version")]
+)
+def test_explicit_choice_never_falls_back(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_interpreted", False)
     q = torch.randn(1, 1, 3, 2)
-    message = f"'{name}'.*backend=.*not part of this version.*usable here: reference"
+    message = f"'{name}'.*backend=.*{reason}.*usable here: reference"
     with pytest.raises(kernels.BackendError, match=message):
         kernels.efficient_attention(q, q, q, backend=name)
     with pytest.raises(kernels.BackendError, match="use_backend"), kernels.use_backend(name):
@@ -70,12 +74,26 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(None, "cpu", torch.float32)
 
 
-def test_native_serves_the_cpu_only(backend: str) -> None:
+def test_native_serves_the_cpu_only() -> None:
     with pytest.raises(kernels.BackendError, match="it serves CPU tensors, these are on cuda"):
         resolve("native", "cuda", torch.float32)
-    assert resolve(None, "cuda", torch.float32) == "reference"
     assert "native" not in kernels.available_backends(torch.device("cuda", 0))
-    assert kernels.explain(device="cuda:0").chosen == "reference"
+
+
+def test_triton_serves_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    require("triton")
+    assert kernels.explain(device="cuda:0", dtype=torch.bfloat16).chosen == "triton"
+    assert resolve(None, "cuda", torch.float64) == "reference", "there are no kernels for it"
+    with pytest.raises(kernels.BackendError, match=r"no kernels for torch\.float64"):
+        resolve("triton", "cuda", torch.float64)
+    monkeypatch.setattr(backends, "_interpreted", False)
+    with pytest.raises(
+        kernels.BackendError, match=r"these are on cpu \(its interpreter serves the CPU: TRITON_INTERPRET=1\)"
+    ):
+        resolve("triton", "cpu", torch.float32)
+    monkeypatch.setattr(backends, "_triton_reason", "the package triton is not installed")
+    assert resolve(None, "cuda", torch.float32) == "reference"
 
 
 def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +117,7 @@ def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatc
     text = str(explanation)
     assert "* native" in text
     assert "instruction set" in text
-    assert "triton     not usable" in text
+    assert "cuda       not usable" in text
     monkeypatch.setenv("MSFORMER_BACKEND", "reference")
     assert str(kernels.explain()).startswith("cpu, float32: reference (chosen by MSFORMER_BACKEND)")
     monkeypatch.setenv("MSFORMER_BACKEND", "cuda")

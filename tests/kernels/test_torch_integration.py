@@ -226,13 +226,13 @@ def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path, backend: st
         torch.testing.assert_close(first[name], (expected[0][name] + expected[1][name]) / 2)
 
 
-def test_many_python_threads_at_once(backend: str) -> None:
+def test_many_python_threads_at_once(float64_backend: str) -> None:
     """The kernels release the GIL; calls from several threads do not disturb each other."""
     from concurrent.futures import ThreadPoolExecutor
 
     case = SMALL[13]
     tensors = cast(case.make(), torch.float32)
-    expected = run(case, tensors, backend)
+    expected = run(case, tensors, float64_backend)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: run(case, tensors, backend), range(40)):
+        for found in pool.map(lambda _: run(case, tensors, float64_backend), range(40)):
             assert all(torch.equal(found[name], expected[name]) for name in expected)
