@@ -29,7 +29,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def backends() -> tuple[str, ...]:
     """Ours, that can be had here."""
-    return tuple(name for name in msformer_kernels.available_backends() if name != "reference")
+    # on the CPU, Triton has only its interpreter
+    return tuple(name for name in msformer_kernels.available_backends() if name not in ("reference", "triton"))
 
 
 def all_rivals() -> tuple[str, ...]:

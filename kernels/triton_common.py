@@ -78,7 +78,10 @@ def placed(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor | Non
 
 def mask_arguments(mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
     """A boolean `[B, N]` as bytes and its strides; any tensor where there is none."""
-    return (like, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride())
+    if mask is None:
+        return like, 0, 0
+    by_batch, by_token = mask.stride()
+    return mask.view(torch.uint8), by_batch, by_token
 
 
 def layer_norm_backward(

@@ -1,5 +1,6 @@
-"""With which tiles, warps and pipeline stages each Triton kernel is launched: a table by class of width, size of an element
-and architecture, never by the number of tokens.
+"""With which tiles, warps and pipeline stages each Triton kernel is launched.
+
+A table by class of width, size of an element and architecture, never by the number of tokens.
 
 ``MSFORMER_TRITON_TABLE`` names a JSON file whose entries go before those here; `python -m msformer_kernels.tune` writes
 one on the GPU it runs on.

@@ -1,5 +1,11 @@
-"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter."""
+"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter. Slow tests come last."""
 
 import os
 
+import pytest
+
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -101,11 +101,16 @@ def _autograd(ctx: Any, grad_output: Tensor | None, grad_context: Tensor | None,
 
 
 def _autocast(op: Any, dtype: torch.dtype, x: Tensor, *rest: Any) -> Any:
-    """Arithmetic is in float32 whatever comes in, so nothing is cast on the way in; a sum with x has x's dtype."""
-    output, *state = op(x, *rest)
-    if not rest[_RESIDUAL - 1] and x.dtype != torch.float64:
-        output = output.to(dtype)
-    return output, *state
+    """The native kernels compute in float32 whatever comes in, so nothing is cast on the way in; for Triton's the
+    dtype of
+    x decides. A sum with x has x's dtype."""
+    residual, exact = rest[_RESIDUAL - 1], x.dtype == torch.float64
+    if exact or rest[-1] != "triton":
+        output, *state = op(x, *rest)
+        return output if residual or exact else output.to(dtype), *state
+    without = (*rest[: _RESIDUAL - 1], False, *rest[_RESIDUAL:])
+    output, *state = op(x.to(dtype), *without)
+    return x + output if residual else output, *state
 
 
 register("efficient_self_attention", _SCHEMA, _forward, _fake)

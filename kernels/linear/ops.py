@@ -61,9 +61,12 @@ def _autograd(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _autocast(op: Any, dtype: torch.dtype, x: Tensor, *rest: Any) -> Tensor:
-    """Arithmetic is in float32 whatever comes in, so nothing is cast on the way in."""
-    output = op(x, *rest)
-    return output if x.dtype == torch.float64 else output.to(dtype)
+    """The native kernels compute in float32 whatever comes in, so nothing is cast on the way in; on the GPU the dtype
+    of x
+    decides."""
+    if x.dtype == torch.float64:
+        return op(x, *rest)
+    return op(x.to(dtype) if rest[-1] == "triton" else x, *rest).to(dtype)
 
 
 register("linear", _SCHEMA, _forward, _fake)

@@ -75,9 +75,15 @@ def _autograd(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _autocast(op: Any, dtype: torch.dtype, x: Tensor, *rest: Any) -> Tensor:
-    """Arithmetic is in float32 whatever comes in, so nothing is cast on the way in; a sum with x has x's dtype."""
-    output = op(x, *rest)
-    return output if rest[_RESIDUAL - 1] or x.dtype == torch.float64 else output.to(dtype)
+    """The native kernels compute in float32 whatever comes in, so nothing is cast on the way in; for Triton's the
+    dtype of
+    x decides. A sum with x has x's dtype."""
+    residual, exact = rest[_RESIDUAL - 1], x.dtype == torch.float64
+    if exact or rest[-1] != "triton":
+        output = op(x, *rest)
+        return output if residual or exact else output.to(dtype)
+    output = op(x.to(dtype), *rest[: _RESIDUAL - 1], False, *rest[_RESIDUAL:])
+    return x + output if residual else output
 
 
 register("mix_ffn", _SCHEMA, _forward, _fake)

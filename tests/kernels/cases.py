@@ -279,8 +279,8 @@ SMALL = [
 MEDIUM = [
     attention_case("tiles", heads=2, query_tokens=75, tokens=170, key_channels=70, value_channels=66, mask="random"),
     self_attention_case("tiles", batch=1, tokens=301, channels=36, key_channels=70, value_channels=44, heads=2),
-    mix_ffn_case("tiles", batch=2, height=19, width=17, channels=12, hidden=70),
-    mix_ffn_case("tiles_plain", height=19, width=35, channels=12, hidden=70, skip=False, hidden_norm=False),
+    mix_ffn_case("tiles", height=9, width=37, channels=12, hidden=70),
+    mix_ffn_case("tiles_plain", height=9, width=37, channels=12, hidden=70, skip=False, hidden_norm=False),
     batch_norm_case("tiles", tokens=301, channels=131),
 ]
 

@@ -135,7 +135,7 @@ def test_export(backend: str) -> None:
     torch.testing.assert_close(program.module()(x.detach(), 3, 4), block(x.detach(), 3, 4))
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", ["native", "triton", "reference"])
 def test_autocast(name: str) -> None:
     require(name)
     block, x = block_and_tokens(16)

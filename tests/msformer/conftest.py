@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import msformer_kernels as kernels
+
+# all that are not run by an interpreter
+FAST_BACKENDS = [name for name in kernels.available_backends() if name != "triton"]
 QUICK: dict[str, Any] = {"size": 33, "max_steps": 3, "embed_dim": 6, "depth": 1}
 QUICK_OPTIONS = ["--size", "33", "--max-steps", "2", "--embed-dim", "6", "--depth", "1"]
 

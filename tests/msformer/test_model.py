@@ -12,6 +12,7 @@ from torch import Tensor
 import msformer_kernels as kernels
 from msformer import LossWeights, MSFormer
 from msformer.losses import cross_entropy, inter_scale, intra_scale, total_loss
+from tests.msformer.conftest import FAST_BACKENDS
 
 GOLDEN = Path(__file__).parent.parent / "data" / "msformer_65px_12ch_2layers.safetensors"
 
@@ -22,7 +23,7 @@ def tiny(**options: int) -> MSFormer:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("backend", kernels.available_backends())
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_golden_values(backend: str, dtype: torch.dtype) -> None:
     """Outputs, losses and every gradient of the published definition, computed in float64."""
     golden = load_file(GOLDEN)
@@ -121,7 +122,7 @@ def test_switched_off_losses_are_not_computed() -> None:
         LossWeights(ce=float("nan"))
 
 
-@pytest.mark.parametrize("backend", kernels.available_backends())
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_compile_fullgraph(backend: str) -> None:
     torch.manual_seed(0)
     model, image = MSFormer(embed_dim=8, depth=1), torch.rand(1, 3, 65, 50)
