@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,6 +114,19 @@ def entry_name(architecture: str, kernel: str, limit: int, size: int) -> str:
     return f"{architecture}/{kernel}/{limit}/{size}"
 
 
+_trials: dict[str, Options] = {}
+
+
+@contextmanager
+def trial(name: str, options: Options) -> Iterator[None]:
+    """Within the block the entry of this name (see `entry_name`) is `options`."""
+    _trials[name] = options
+    try:
+        yield
+    finally:
+        del _trials[name]
+
+
 @lru_cache
 def _from_file(path: str) -> dict[str, Options]:
     """The entries of a file that `python -m msformer_kernels.tune` wrote.
@@ -135,5 +150,8 @@ def launch_options(kernel: str, width: int, like: Tensor) -> Options:
     """Tile sizes and launch options of a kernel for this many channels and the dtype of `like`."""
     limit, size, here = limit_of(kernel, width), like.element_size(), architecture()
     path = os.environ.get("MSFORMER_TRITON_TABLE")
-    options = _from_file(path).get(entry_name(here, kernel, limit, size)) if path else None
+    options = None
+    if path or _trials:
+        name = entry_name(here, kernel, limit, size)
+        options = _trials.get(name) or (_from_file(path).get(name) if path else None)
     return dict(options or _ON.get((here, kernel, limit, size)) or TABLE[kernel][limit, size])

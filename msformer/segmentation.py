@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -23,13 +22,13 @@ from torch import Tensor
 
 import msformer_kernels
 from msformer.data import prepare_image, resize_image, resize_labels
-from msformer.losses import LossWeights, total_loss
+from msformer.fitting import Progress, Rule, fit, label_map
+from msformer.losses import LossWeights
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer_kernels.backends import resolve
 
 Labels = NDArray[np.integer]
-Progress = Callable[[int, int, float], None]
 ImageLike = str | PathLike[str] | NDArray[np.generic] | Tensor | PILImage.Image
 
 
@@ -118,64 +117,24 @@ def segment(
         used = resolve(None, chosen_device.type, torch.float32)
         torch.manual_seed(seed)
         model = MSFormer(3, embed_dim, num_clusters, depth, num_heads).to(chosen_device)
-        fit = _Fit(model, resized[None].to(chosen_device), weights, learning_rate, momentum)
-        settled = False
-        while not settled and len(fit.losses) < max_steps:
-            settled = fit.step(report) <= min_labels
-        found = _order_by_area(fit.labels())
+        fitted_image = resized[None].to(chosen_device)
+        rule = Rule(weights, learning_rate, momentum, max_steps, min_labels)
+        history = fit(model, fitted_image, rule, report)
+        found = _order_by_area(label_map(model, fitted_image))
     seconds = time.perf_counter() - started
     return Segmentation(
         labels=found,
         labels_full=resize_labels(found, (original[0], original[1])),
         num_labels=int(found.max()) + 1,
-        steps=len(fit.losses),
-        settled=settled,
-        losses=fit.losses,
-        label_counts=fit.label_counts,
+        steps=len(history.losses),
+        settled=history.label_counts[-1] <= min_labels,
+        losses=history.losses,
+        label_counts=history.label_counts,
         seconds=seconds,
         seed=seed,
         device=str(chosen_device),
         backend=used,
     )
-
-
-class _Fit:
-    """The model, its optimiser, and the history of the fit."""
-
-    def __init__(
-        self, model: MSFormer, image: Tensor, weights: LossWeights, learning_rate: float, momentum: float
-    ) -> None:
-        self.model = model.train()
-        self.image = image
-        self.weights = weights
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum, fused=True)
-        self.losses: list[float] = []
-        self.label_counts: list[int] = []
-
-    def step(self, report: Progress) -> int:
-        """One step of gradient descent; returns the number of labels before it."""
-        output = self.model(self.image, attention=self.weights.intra != 0)
-        labels = output.logits.argmax(1)
-        loss = total_loss(output, labels, self.weights)
-        count = int((torch.bincount(labels.flatten(), minlength=self.model.num_clusters) > 0).sum())
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} at step {len(self.losses) + 1}; try a smaller learning rate"
-            )
-        report(len(self.losses) + 1, count, value)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.losses.append(value)
-        self.label_counts.append(count)
-        return count
-
-    @torch.no_grad()
-    def labels(self) -> NDArray[np.int64]:
-        """The label map ``[h, w]`` of the weights as they are."""
-        found: NDArray[np.int64] = self.model(self.image, attention=False).logits.argmax(1)[0].cpu().numpy()
-        return found
 
 
 def _check_settings(max_steps: int, min_labels: int, learning_rate: float, momentum: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from msformer_kernels.batch_norm.triton_kernels import (
@@ -13,7 +12,7 @@ from msformer_kernels.batch_norm.triton_kernels import (
     normalize_kernel,
     statistics_kernel,
 )
-from msformer_kernels.triton_common import alignment, block_size, placed, split_tokens
+from msformer_kernels.triton_common import alignment, block_size, cdiv, placed, split_tokens
 
 _TILE = 4096  # values of a program
 
@@ -27,18 +26,18 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     """-> output `[B, N, C]`, mean and biased variance `[C]` in float32."""
     batch, tokens, channels = x.shape
     blocks = _blocks(channels)
-    tiles = triton.cdiv(channels, blocks["BC"])
+    tiles = cdiv(channels, blocks["BC"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 3, channels, dtype=torch.float32)
     statistics_kernel[(batch, splits, tiles)](
         x, partials, tokens, channels, size, *x.stride(), ALIGN=alignment(x), **blocks
     )
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    combine_statistics_kernel[(triton.cdiv(channels, 16),)](
+    combine_statistics_kernel[(cdiv(channels, 16),)](
         partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4
     )
     output = x.new_empty(x.shape)
-    normalize_kernel[(batch * triton.cdiv(tokens, blocks["BN"]), tiles)](
+    normalize_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
         x,
         mean,
         variance,
@@ -69,7 +68,7 @@ def backward(
     """-> gradients of x, weight and bias; zero-size for an absent one."""
     batch, tokens, channels = x.shape
     blocks = _blocks(channels)
-    tiles = triton.cdiv(channels, blocks["BC"])
+    tiles = cdiv(channels, blocks["BC"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
     strides = *grad_output.stride(), *x.stride()
@@ -79,7 +78,7 @@ def backward(
     )
     sums = partials.sum(0)
     grad_x = x.new_empty(x.shape)
-    gradient_kernel[(batch * triton.cdiv(tokens, blocks["BN"]), tiles)](
+    gradient_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
         grad_output,
         x,
         mean,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from msformer_kernels.efficient_attention.triton_kernels import (
@@ -21,7 +20,7 @@ from msformer_kernels.efficient_attention.triton_kernels import (
     output_kernel,
     query_gradient_kernel,
 )
-from msformer_kernels.triton_common import alignment, block_size, dot_precision, mask_arguments, split_tokens
+from msformer_kernels.triton_common import alignment, block_size, cdiv, dot_precision, mask_arguments, split_tokens
 from msformer_kernels.triton_table import launch_options
 
 
@@ -117,7 +116,7 @@ def make_context(
     batch, heads, tokens, key_channels = key.shape
     value_channels, groups = value.shape[3], batch * heads
     blocks = _blocks("attention_reduction", key_channels, value)
-    tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
+    tiles = cdiv(key_channels, blocks["BD"]) * cdiv(value_channels, blocks["BV"])
     splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, key.device)
     maxima, sums = (key.new_empty(groups, splits, key_channels, dtype=torch.float32) for _ in range(2))
     partials = key.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
@@ -153,7 +152,7 @@ def write_output(query: Tensor, context: Tensor, lengths: Tensor, output: Tensor
     if tokens == 0:
         return
     blocks = _blocks("attention_output", key_channels, output)
-    output_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]), triton.cdiv(output.shape[3], blocks["BV"]))](
+    output_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), cdiv(output.shape[3], blocks["BV"]))](
         query,
         context,
         lengths,
@@ -191,7 +190,7 @@ def query_gradients(
     shift, factor = (query.new_empty(groups, tokens, dtype=torch.float32) for _ in range(2))
     blocks = _blocks("attention_query_gradient", key_channels, grad_output)
     if tokens:
-        query_gradient_kernel[(groups * triton.cdiv(tokens, blocks["BN"]),)](
+        query_gradient_kernel[(groups * cdiv(tokens, blocks["BN"]),)](
             query,
             grad_output,
             context,
@@ -214,7 +213,7 @@ def query_gradients(
             **blocks,
         )
     blocks = _blocks("attention_reduction", key_channels, grad_output)
-    tiles = triton.cdiv(key_channels, blocks["BD"]) * triton.cdiv(value_channels, blocks["BV"])
+    tiles = cdiv(key_channels, blocks["BD"]) * cdiv(value_channels, blocks["BV"])
     splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, query.device)
     partials = query.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
     context_gradient_kernel[(groups, splits, tiles)](
@@ -257,8 +256,8 @@ def key_gradients(
         return
     blocks = _blocks("attention_output", key_channels, value)
     mask_bytes, *mask_strides = mask_arguments(mask, key_max)
-    tiles = triton.cdiv(key_channels, blocks["BD"]) + triton.cdiv(value.shape[3], blocks["BV"])
-    key_gradient_kernel[(batch * heads * triton.cdiv(tokens, blocks["BN"]), tiles)](
+    tiles = cdiv(key_channels, blocks["BD"]) + cdiv(value.shape[3], blocks["BV"])
+    key_gradient_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), tiles)](
         key,
         value,
         mask_bytes,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from msformer_kernels.efficient_attention.triton_calls import (
@@ -39,6 +38,7 @@ from msformer_kernels.triton_common import (
     DTYPES,
     alignment,
     block_size,
+    cdiv,
     dot_precision,
     layer_norm_backward,
     mask_arguments,
@@ -183,7 +183,7 @@ def _fold(x: Tensor, given: Parameters, state: State, lengths: Tensor, make_cont
     batch, heads, head_keys, head_values = state.context.shape
     channels = x.shape[2]
     folded = x.new_empty(batch, heads * head_keys, channels)
-    fold_kernel[(batch, heads, triton.cdiv(head_keys, 16))](
+    fold_kernel[(batch, heads, cdiv(head_keys, 16))](
         state.key_tokens,
         given.value_weight,
         lengths if given.value_bias is None else given.value_bias,
@@ -219,7 +219,7 @@ def _folded_forward(x: Tensor, given: Parameters, options: Options, lengths: Ten
 
     blocks = launch_options("key_tokens", channels, x)
     features = block_size(keys, most=blocks.pop("BD"))
-    tiles = triton.cdiv(keys, features)
+    tiles = cdiv(keys, features)
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     maxima, sums = (x.new_empty(batch, splits, keys, dtype=torch.float32) for _ in range(2))
     partials = x.new_empty(batch, splits, keys, channels, dtype=torch.float32)
@@ -253,7 +253,7 @@ def _folded_forward(x: Tensor, given: Parameters, options: Options, lengths: Ten
     output = x.new_empty(batch, tokens, channels)
     if tokens:
         blocks = launch_options("self_output", channels, x)
-        output_kernel[(batch * triton.cdiv(tokens, blocks["BN"]),)](
+        output_kernel[(batch * cdiv(tokens, blocks["BN"]),)](
             x,
             norm_weight,
             norm_bias,
@@ -338,7 +338,7 @@ def _folded_backward(
     grad_context_sum = torch.empty_like(state.context)
     grad_key_tokens = torch.empty_like(state.key_tokens, dtype=sum_dtype)
     delta = torch.empty_like(state.key_max)
-    fold_backward_kernel[(batch, heads, triton.cdiv(head_keys, 16))](
+    fold_backward_kernel[(batch, heads, cdiv(head_keys, 16))](
         grad_folded,
         state.context if grad_context is None else grad_context,
         state.key_tokens,
@@ -398,7 +398,7 @@ def _folded_backward(
     grad_norm_weight, grad_norm_bias = norm_partials.sum(0)
 
     blocks = launch_options("weight_gradient", channels, x)
-    tiles = triton.cdiv(2 * keys, blocks["BD"])
+    tiles = cdiv(2 * keys, blocks["BD"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 2 * keys * (channels + 1), dtype=torch.float32)
     weight_gradient_kernel[(batch, splits, tiles)](

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from msformer_kernels.mix_ffn.triton_kernels import (
@@ -17,7 +16,7 @@ from msformer_kernels.mix_ffn.triton_kernels import (
     activation_kernel,
     convolution_backward_kernel,
 )
-from msformer_kernels.triton_common import block_size, layer_norm_backward, placed, processors
+from msformer_kernels.triton_common import block_size, cdiv, layer_norm_backward, placed, processors
 from msformer_kernels.triton_table import launch_options
 
 
@@ -43,10 +42,10 @@ def _walk(kernel: str, hidden: Tensor, height: int, width: int, whole: bool) -> 
     blocks["BW"] = max(1, min(values // blocks["BH"], block_size(width, least=1)))
     if blocks["BW"] * blocks["BH"] > values:
         blocks["num_warps"] = 16
-    columns, tiles = triton.cdiv(width, blocks["BW"]), triton.cdiv(features, blocks["BH"])
-    wanted = triton.cdiv(4 * processors(hidden.device), batch * columns * tiles)
-    band_rows = max(8, triton.cdiv(height, wanted))
-    bands = triton.cdiv(height, band_rows)
+    columns, tiles = cdiv(width, blocks["BW"]), cdiv(features, blocks["BH"])
+    wanted = cdiv(4 * processors(hidden.device), batch * columns * tiles)
+    band_rows = max(8, cdiv(height, wanted))
+    bands = cdiv(height, band_rows)
     return Walk(bands, band_rows, (batch * bands, columns, tiles), blocks)
 
 

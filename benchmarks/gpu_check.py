@@ -1,0 +1,463 @@
+"""Checks and times the Triton kernels on a GPU, in one command and less than eight minutes:
+
+    python benchmarks/gpu_check.py [--out gpu-check.json] [--minutes 8]
+
+Needs torch and Triton, not an installed msformer. In order: the machine and its ceilings (copy bandwidth, products of
+8192 x 8192 matrices); every operator against float64, by the rule of the tests (error at most twice that of plain
+PyTorch in the same dtype, plus two units in the last place of the largest value); bits that repeat; a CUDA graph of
+forward and backward; compute-sanitizer on a small case, where it is installed; times of attention, MixFFN-skip and
+the block, forward + backward, beside eager PyTorch, `torch.compile` and `torch.compile(mode="max-autotune")`; the
+fitting of one image. What there is no time left for is named. With TRITON_INTERPRET=1 and --device cpu only the
+checks run, in the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+FLOPS = {"attention": 30, "mix_ffn": 56, "block": 86}
+"""In units of N C^2, of the folded form with recompute, forward + backward."""
+MOVED = {"attention": 8, "mix_ffn": 5, "block": 13}
+"""In units of N C values, the least."""
+
+
+def import_kernels() -> None:
+    """Makes msformer_kernels importable from the folder kernels/, unless it is installed."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import msformer_kernels  # noqa: F401
+    except ImportError:
+        folder = Path(tempfile.mkdtemp())
+        (folder / "msformer_kernels").symlink_to(ROOT / "kernels")
+        sys.path.insert(0, str(folder))
+
+
+@dataclass
+class Check:
+    """What was found, printed as it comes."""
+
+    device: torch.device
+    deadline: float
+    machine: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    accuracy: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return any(not row["ok"] for row in self.accuracy) or any(v.startswith("FAILED") for v in self.checks.values())
+
+    def left(self, what: str, seconds: float = 0) -> bool:
+        """Whether there is time; notes what is skipped otherwise."""
+        if time.monotonic() + seconds < self.deadline:
+            return True
+        self.skipped.append(what)
+        print(f"no time left for {what}", flush=True)
+        return False
+
+
+def set_tf32(dtype: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on tokens of one size."""
+
+    operator: str
+    batch: int
+    height: int
+    width: int
+    dim: int
+    heads: int = 1
+    masked: bool = False
+
+    def __str__(self) -> str:
+        heads, mask = f" h{self.heads}" if self.heads > 1 else "", " masked" if self.masked else ""
+        return f"{self.operator} {self.batch}x{self.height}x{self.width}x{self.dim}{heads}{mask}"
+
+    def layer(self) -> nn.Module:
+        import msformer_kernels as kernels
+
+        torch.manual_seed(0)
+        if self.operator == "attention":
+            return kernels.EfficientAttention(self.dim, num_heads=self.heads)
+        if self.operator in ("mix_ffn", "mix_ffn_plain"):
+            return (kernels.MixFFNSkip if self.operator == "mix_ffn" else kernels.MixFFN)(self.dim, 4 * self.dim)
+        if self.operator == "batch_norm":
+            return kernels.TokenBatchNorm(self.dim)
+        return kernels.EfficientTransformerBlock(self.dim, num_heads=self.heads)
+
+    def run(self, layer: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        import msformer_kernels as kernels
+
+        if self.operator == "attention":
+            return tuple(layer(x, norm=nn.LayerNorm(self.dim).to(x), mask=mask, residual=True))
+        if self.operator == "plain":
+            query = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return kernels.efficient_attention(query, query * 2, query + 1, mask=mask)
+        if self.operator == "batch_norm":
+            return (layer(x),)
+        result = layer(x, self.height, self.width)
+        return result if isinstance(result, tuple) else (result,)
+
+
+SMALL_CASES = [
+    Case("block", 1, 5, 7, 20),
+    Case("attention", 2, 4, 9, 36, 2, masked=True),
+    Case("plain", 1, 3, 11, 16, 2),
+]
+CASES = [
+    Case("attention", 1, 65, 67, 100),
+    Case("attention", 2, 33, 31, 64, 2, masked=True),
+    Case("attention", 1, 32, 32, 160, 5),
+    Case("attention", 1, 16, 16, 256, 8),
+    Case("attention", 1, 16, 16, 256),
+    Case("plain", 2, 40, 41, 128, 2, masked=True),
+    Case("plain", 1, 129, 129, 100),
+    Case("mix_ffn", 1, 65, 67, 100),
+    Case("mix_ffn", 2, 17, 1, 32),
+    Case("mix_ffn", 1, 14, 14, 512),
+    Case("mix_ffn_plain", 1, 64, 64, 64),
+    Case("batch_norm", 2, 65, 67, 100),
+    Case("block", 1, 129, 129, 100),
+    Case("block", 1, 64, 64, 32),
+]
+
+
+def outputs_and_gradients(
+    case: Case, dtype: torch.dtype, x: Tensor, backend: str, grads: list[Tensor]
+) -> dict[str, Tensor]:
+    """By name. `grads` are the gradients of the outputs; made here, rounded, where there are none yet."""
+    import msformer_kernels as kernels
+
+    layer = case.layer().to(x.device, dtype)
+    leaf = x.to(dtype).requires_grad_()
+    mask = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) % 3 != 0 if case.masked else None
+    with kernels.use_backend(backend):
+        outputs = case.run(layer, leaf, mask)
+        if not grads:
+            generator = torch.Generator().manual_seed(1)
+            grads += [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+        names, inputs = zip(*layer.named_parameters(), strict=True) if list(layer.parameters()) else ((), ())
+        wanted = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [leaf, *inputs], wanted, allow_unused=True)
+    result = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    result |= {f"grad {n}": g for n, g in zip(("x", *names), found, strict=True) if g is not None}
+    return result
+
+
+def check_accuracy(check: Check, cases: list[Case], dtypes: list[str]) -> None:
+    for dtype in dtypes:
+        set_tf32(dtype)
+        for case in cases:
+            if check.left(f"accuracy of {case}, {dtype}"):
+                row = compare(case, dtype, check.device)
+                check.accuracy.append(row)
+                verdict = "ok" if row["ok"] else "FAILED"
+                print(
+                    f"{verdict:<7}{case!s:<36} {dtype:<9} {row['ratio']:.2f} x eager's error ({row['worst']})",
+                    flush=True,
+                )
+
+
+def compare(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
+    """Our error over what the rule allows, for the output or gradient where it is largest."""
+    torch.manual_seed(2)
+    kind = DTYPES[dtype]
+    x = torch.randn(case.batch, case.height * case.width, case.dim, device=device).to(kind)
+    grads: list[Tensor] = []
+    ours = outputs_and_gradients(case, kind, x, "triton", grads)
+    eager = outputs_and_gradients(case, kind, x, "reference", grads)
+    truth = outputs_and_gradients(case, torch.float64, x, "reference", grads)
+    again = outputs_and_gradients(case, kind, x, "triton", grads)
+    row: dict[str, Any] = {"case": str(case), "dtype": dtype, "ok": True, "ratio": 0.0, "worst": "", "repeats": True}
+    for name, exact in truth.items():
+        error, allowed = ((found[name].double() - exact).abs().max().item() for found in (ours, eager))
+        limit = 2 * allowed + 2 * torch.finfo(ours[name].dtype).eps * exact.abs().max().item()
+        row["ok"] = row["ok"] and error <= limit  # a NaN is not
+        row["repeats"] = row["repeats"] and torch.equal(ours[name], again[name])
+        if allowed and error / allowed >= row["ratio"]:
+            row["ratio"], row["worst"] = error / allowed, name
+    row["ok"] = row["ok"] and row["repeats"]
+    return row
+
+
+def check_graph(device: torch.device) -> str:
+    """A captured forward and backward gives the bits of the calls, also for new input."""
+    import msformer_kernels as kernels
+
+    torch.manual_seed(0)
+    block = kernels.EfficientTransformerBlock(100).to(device)
+    x = torch.randn(1, 33 * 33, 100, device=device, requires_grad=True)
+
+    def step() -> list[Tensor]:
+        output, context = block(x, 33, 33)
+        loss = output.square().mean() + context.square().mean()
+        return list(torch.autograd.grad(loss, [x, *block.parameters()]))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        for found, expected in zip(captured, step(), strict=True):
+            if not torch.equal(found, expected):
+                return "FAILED: a replayed graph and calls differ"
+    return "ok"
+
+
+def run_sanitizer() -> str:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "not run: compute-sanitizer is not installed"
+    out = Path(tempfile.mkdtemp()) / "small.json"
+    small = [sys.executable, __file__, "--small", "--out", str(out)]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *small]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return "not finished within 150 s"
+    return "ok" if done.returncode == 0 else f"FAILED: {(done.stdout + done.stderr)[-600:]}"
+
+
+def median_ms(run: Callable[[], Any], rep: int = 200) -> float:
+    """Median of many runs by device events, the second-level cache flushed before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=50, rep=rep, return_mode="median"))
+
+
+def measure_ceilings(check: Check) -> None:
+    source = torch.randn(1 << 28, device=check.device)
+    target = torch.empty_like(source)
+    check.ceilings["copy GB/s"] = 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
+    for dtype, kind in DTYPES.items():
+        set_tf32(dtype)
+        a, b = (torch.randn(8192, 8192, device=check.device).to(kind) for _ in range(2))
+        check.ceilings[f"{dtype} TFLOP/s"] = 2 * 8192**3 / median_ms(partial(torch.matmul, a, b)) / 1e9
+    print(", ".join(f"{name} {value:.0f}" for name, value in check.ceilings.items()), flush=True)
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` captured in a CUDA graph, which takes the host out of the time."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def rivals(
+    operator: str, size: int, dim: int, heads: int, dtype: str, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """Forward + backward of each rival on the same weights and input."""
+    import msformer_kernels as kernels
+    from benchmarks.gpu_rivals import plain_attention, plain_block, plain_mix_ffn
+
+    torch.manual_seed(0)
+    block = kernels.EfficientTransformerBlock(dim, num_heads=heads).to(device, DTYPES[dtype])
+    x = torch.randn(1, size * size, dim, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    grad = torch.randn_like(x)
+    ours: dict[str, Callable[[Tensor], Tensor]] = {
+        "attention": lambda x: block.attn(x, norm=block.norm1, residual=True)[0],
+        "mix_ffn": lambda x: block.mlp(x, size, size, norm=block.norm2, residual=True),
+        "block": lambda x: block(x, size, size)[0],
+    }
+    plain: dict[str, Callable[[Tensor], Tensor]] = {
+        "attention": lambda x: plain_attention(block.attn, block.norm1, x),
+        "mix_ffn": lambda x: plain_mix_ffn(block.mlp, block.norm2, x, size, size),  # type: ignore[arg-type]
+        "block": lambda x: plain_block(block, x, size, size),
+    }
+    used: dict[str, list[nn.Module]] = {
+        "attention": [block.attn, block.norm1],
+        "mix_ffn": [block.mlp, block.norm2],
+        "block": [block],
+    }
+    parameters = [p for module in used[operator] for p in module.parameters()]
+
+    def training(forward: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad, allow_unused=True)
+
+    tuned = torch.compile(plain[operator], mode="max-autotune")
+
+    def tuned_training() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return torch.autograd.grad(tuned(x), [x, *parameters], grad, allow_unused=True)
+
+    return {
+        "triton": training(ours[operator]),
+        "triton, graph": graphed(training(ours[operator])),
+        "eager": training(plain[operator]),
+        "compile": training(torch.compile(plain[operator])),
+        "max-autotune": tuned_training,
+    }
+
+
+def time_row(check: Check, operator: str, size: int, dim: int, heads: int, dtype: str) -> None:
+    set_tf32(dtype)
+    torch._dynamo.reset()
+    row: dict[str, Any] = {"operator": operator, "tokens": f"{size}x{size}", "dim": dim, "heads": heads, "dtype": dtype}
+    for name, run in rivals(operator, size, dim, heads, dtype, check.device).items():
+        if name in ("compile", "max-autotune") and not check.left(f"{name} of {operator} {size} {dim} {dtype}", 30):
+            continue
+        try:
+            row[name] = median_ms(run)
+        except RuntimeError as error:
+            row[name] = None
+            check.skipped.append(f"{name} of {operator} {size} {dim} {dtype}: {str(error).splitlines()[0]}")
+    tokens, kind = size * size, DTYPES[dtype]
+    flop = FLOPS[operator] * tokens * dim**2 / check.ceilings[f"{dtype} TFLOP/s"] / 1e9
+    moved = MOVED[operator] * tokens * dim * kind.itemsize / check.ceilings["copy GB/s"] / 1e6
+    row["roofline share"] = max(flop, moved) / min(row["triton"], row["triton, graph"])
+    check.times.append(row)
+    ratios = {n: row[n] / row["triton"] for n in ("eager", "compile", "max-autotune") if row.get(n)}
+    text = ", ".join(f"{r:.2f} x {n}" for n, r in ratios.items())
+    name = f"{operator:<10} {size}x{size} C={dim} h{heads} {dtype:<9}"
+    share = f"{100 * row['roofline share']:.0f}% of the roofline"
+    print(f"{name} {row['triton']:.3f} ms ({row['triton, graph']:.3f} as a graph, {share}): {text}", flush=True)
+
+
+def time_host(check: Check) -> None:
+    """Host time of a call: many calls on few tokens, without waiting for the device."""
+    import msformer_kernels as kernels
+
+    for operator in ("attention", "mix_ffn"):
+        block = kernels.EfficientTransformerBlock(32).to(check.device, torch.bfloat16)
+        x = torch.randn(1, 16, 32, device=check.device, dtype=torch.bfloat16)
+
+        def run(operator: str = operator, block: Any = block, x: Tensor = x) -> None:
+            block.attn(x, norm=block.norm1) if operator == "attention" else block.mlp(x, 4, 4, norm=block.norm2)
+
+        with torch.no_grad():
+            for _ in range(20):
+                run()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                run()
+            microseconds = (time.perf_counter() - start) / 200 * 1e6
+        torch.cuda.synchronize()
+        check.checks[f"host time of a forward call, {operator}"] = f"{microseconds:.0f} us"
+
+
+def time_fit(check: Check) -> None:
+    """Fifty steps on one image of 257 x 257."""
+    try:
+        import msformer
+    except ImportError as error:
+        check.skipped.append(f"fitting an image: {error}")
+        return
+    image = torch.rand(3, 257, 257, generator=torch.Generator().manual_seed(0))
+    for dtype in ("tf32", "float32"):
+        set_tf32(dtype)
+        for _ in range(2):
+            result = msformer.segment(image, device="cuda", min_labels=1)
+        check.checks[f"fitting 257x257, {dtype}"] = f"{result.steps} steps in {result.seconds:.3f} s ({result.backend})"
+
+
+ROWS = [
+    *(("block", 257, 100, 1, d) for d in ("bfloat16", "tf32")),
+    *(("attention", 257, 100, 1, d) for d in ("bfloat16", "tf32")),
+    *(("mix_ffn", 257, 100, 1, d) for d in ("bfloat16", "tf32")),
+    *(
+        ("block", size, dim, heads, "bfloat16")
+        for size, dim, heads in ((128, 32, 1), (64, 64, 2), (32, 160, 5), (16, 256, 8))
+    ),
+    ("block", 257, 100, 1, "float32"),
+]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    import triton
+
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": properties.name, "memory GiB": properties.total_memory >> 30}
+        machine |= {"processors": properties.multi_processor_count, "cuda": torch.version.cuda or torch.version.hip}
+    return machine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="only the checks, on few tokens")
+    options = parser.parse_args()
+    import_kernels()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here (TRITON_INTERPRET=1 and --device cpu run the checks in the interpreter)")
+        return 2
+    check = Check(device, time.monotonic() + 60 * options.minutes - 20)
+    check.machine = describe(device)
+    print(", ".join(f"{k} {v}" for k, v in check.machine.items()), flush=True)
+    if options.small or device.type == "cpu":
+        check_accuracy(check, SMALL_CASES, ["bfloat16", "tf32"])
+    else:
+        run_on_gpu(check)
+    write(check, options.out)
+    return 1 if check.failed else 0
+
+
+def run_on_gpu(check: Check) -> None:
+    measure_ceilings(check)
+    check_accuracy(check, CASES, ["bfloat16", "float16", "tf32", "float32"])
+    check.checks["CUDA graph"] = check_graph(check.device)
+    time_host(check)
+    time_fit(check)
+    for row in ROWS:
+        if check.left(f"times of {row}", 20):
+            time_row(check, *row)
+    if check.left("compute-sanitizer", 150):
+        check.checks["compute-sanitizer"] = run_sanitizer()
+
+
+def write(check: Check, out: Path) -> None:
+    for name, found in check.checks.items():
+        print(f"{name}: {found}")
+    names = ("machine", "ceilings", "accuracy", "checks", "times", "skipped")
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps({name: getattr(check, name) for name in names}, indent=1))
+    temporary.rename(out)
+    print(f"wrote {out}; {'FAILED' if check.failed else 'all checks passed'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
