@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -376,7 +377,7 @@ def time_host(check: Check) -> None:
 
 
 def time_fit(check: Check) -> None:
-    """Fifty steps on one image of 257 x 257."""
+    """Fifty steps on one image of 257 x 257, and on 16 of them, one and four at a time."""
     try:
         import msformer
     except ImportError as error:
@@ -388,6 +389,21 @@ def time_fit(check: Check) -> None:
         for _ in range(2):
             result = msformer.segment(image, device="cuda", min_labels=1)
         check.checks[f"fitting 257x257, {dtype}"] = f"{result.steps} steps in {result.seconds:.3f} s ({result.backend})"
+
+    def segment_with(seed: int) -> msformer.Segmentation:
+        return msformer.segment(image, device="cuda", min_labels=1, seed=seed)
+
+    set_tf32("tf32")
+    maps = []
+    for at_once in (1, 4):
+        with ThreadPoolExecutor(at_once) as pool:
+            start = time.perf_counter()
+            fits = list(pool.map(segment_with, range(16)))
+            seconds = (time.perf_counter() - start) / len(fits)
+        check.checks[f"fitting 16 images, tf32, {at_once} at a time"] = f"{seconds:.3f} s an image"
+        maps.append([fit.labels.tobytes() for fit in fits])
+    same = "ok" if maps[0] == maps[1] else "FAILED: the maps differ from those fitted alone"
+    check.checks["images fitted at the same time"] = same
 
 
 ROWS = [

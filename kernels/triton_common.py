@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from msformer_kernels.triton_table import architecture
+from msformer_kernels.triton_table import COMPILED, architecture
 from msformer_kernels.triton_tiles import layer_norm_backward_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -117,6 +117,7 @@ def layer_norm_backward(
         BN=rows,
         BC=columns,
         num_warps=4,
+        **COMPILED,
     )
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_weight, grad_bias

@@ -22,6 +22,9 @@ from msformer_kernels.triton_tiles import INTERPRETED
 
 Options = dict[str, int]
 
+COMPILED: Options = {"enable_fp_fusion": True}
+"""How every kernel is compiled: with fused multiply-adds, whatever the default of this version of Triton is."""
+
 
 @lru_cache
 def architecture() -> str:
@@ -146,8 +149,8 @@ def limit_of(kernel: str, width: int) -> int:
     return next((limit for limit in limits if width <= limit), limits[-1])
 
 
-def launch_options(kernel: str, width: int, like: Tensor) -> Options:
-    """Tile sizes and launch options of a kernel for this many channels and the dtype of `like`."""
+def table_entry(kernel: str, width: int, like: Tensor) -> Options:
+    """Tile sizes, warps and stages of a kernel for this many channels and the dtype of `like`."""
     limit, size, here = limit_of(kernel, width), like.element_size(), architecture()
     path = os.environ.get("MSFORMER_TRITON_TABLE")
     options = None
@@ -155,3 +158,8 @@ def launch_options(kernel: str, width: int, like: Tensor) -> Options:
         name = entry_name(here, kernel, limit, size)
         options = _trials.get(name) or (_from_file(path).get(name) if path else None)
     return dict(options or _ON.get((here, kernel, limit, size)) or TABLE[kernel][limit, size])
+
+
+def launch_options(kernel: str, width: int, like: Tensor) -> Options:
+    """`table_entry`, and how every kernel is compiled."""
+    return COMPILED | table_entry(kernel, width, like)

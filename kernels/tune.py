@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from msformer_kernels.triton_table import TABLE, Options, architecture, entry_name, launch_options, trial
+from msformer_kernels.triton_table import TABLE, Options, architecture, entry_name, table_entry, trial
 
 CHOICES = {
     "BN": (16, 32, 64, 128),
@@ -64,7 +64,7 @@ def tune_entry(kernel: str, limit: int, dtype: torch.dtype, run: Callable[[], An
     """The fastest options found, by varying one at a time."""
     like = torch.empty(0, dtype=dtype)
     name = entry_name(architecture(), kernel, limit, like.element_size())
-    best = launch_options(kernel, limit, like)
+    best = table_entry(kernel, limit, like)
     least = _measured(name, best, run, measure)
     for option in list(best):
         for value in CHOICES[option]:

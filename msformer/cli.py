@@ -20,6 +20,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
+def run_options(command: Command) -> Command:
+    """The options of a run over many images."""
+    at_once = "Images that are fitted at the same time. [default: 1 on the CPU, 4 on a GPU]"
+    command = click.option("--at-once", type=click.IntRange(1), default=None, help=at_once)(command)
+    return click.option("--overwrite", is_flag=True, help="Segment again what is already done.")(command)
+
+
 def fit_options(size: int) -> Callable[[Command], Command]:
     """The options of the fit, shared by the commands that segment."""
     options = [
@@ -82,9 +89,9 @@ def main() -> None:
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--overwrite", is_flag=True, help="Segment again what is already done.")
+@run_options
 @fit_options(size=257)
-def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, **options: Any) -> None:
+def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, at_once: int | None, **options: Any) -> None:
     """Segment image files, and all images in folders and their subfolders.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
@@ -97,7 +104,7 @@ def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, **options: Any)
         arguments = segment_arguments(options)
         sources = find_images(paths, exclude=out)
         jobs = plan_jobs(sources, paths, out)
-        finished, failures = run_all(jobs, out, arguments, overwrite)
+        finished, failures = run_all(jobs, out, arguments, overwrite, at_once)
         finish(jobs, finished, failures, out, arguments)
     sys.exit(1 if failures else 0)
 
@@ -107,9 +114,9 @@ def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, **options: Any)
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
 @click.option("--count", type=click.IntRange(1), default=6, show_default=True, help="Images.")
-@click.option("--overwrite", is_flag=True, help="Segment again what is already done.")
+@run_options
 @fit_options(size=129)
-def demo(out: Path, count: int, overwrite: bool, **options: Any) -> None:
+def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options: Any) -> None:
     """Segment images that the package makes itself, with known masks, and print scores.
 
     The images look like dermoscopy from afar; they and their masks are kept in OUT/images and OUT/masks. The fitted
@@ -122,7 +129,7 @@ def demo(out: Path, count: int, overwrite: bool, **options: Any) -> None:
         arguments = segment_arguments(options)
         sources, masks = make_images(out, count, arguments["seed"])
         jobs = plan_jobs(sources, [out / "images"], out)
-        finished, failures = run_all(jobs, out, arguments, overwrite)
+        finished, failures = run_all(jobs, out, arguments, overwrite, at_once)
         scores = score_all(finished, masks, out)
         finish(
             jobs,
@@ -192,34 +199,44 @@ def caption(job: Job, record: Record) -> str:
 
 
 def run_all(
-    jobs: list[Job], out: Path, arguments: dict[str, Any], overwrite: bool
+    jobs: list[Job], out: Path, arguments: dict[str, Any], overwrite: bool, at_once: int | None
 ) -> tuple[dict[str, Record], dict[str, str]]:
     """Segments what is not done yet; returns the records by name, and the errors by source."""
+    from torch import OutOfMemoryError
+
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
-    from msformer.runs import done_before, run_job, settings_record
+    from msformer.runs import done_before, for_each, run_job, settings_record
     from msformer_kernels import BackendError
 
     prepare_folder(out)
     settings = settings_record(arguments)
     finished: dict[str, Record] = {}
     failures: dict[str, str] = {}
+
+    def segment_one(job: Job, check: Callable[[], None]) -> None:
+        try:
+            record = None if overwrite else done_before(job, out, settings)
+            if record is not None:
+                progress.skipped()
+            else:
+                record = run_job(job, out, arguments, progress.start(job.name, check))
+                progress.finished(job.name, record)
+            finished[job.name] = record
+        except (OutputError, BackendError):
+            raise
+        except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
+            failures[str(job.source)] = str(error)
+            progress.failed(job.name, str(error))
+
     with RunProgress(len(jobs), arguments["max_steps"]) as progress:
-        for job in jobs:
-            try:
-                record = None if overwrite else done_before(job, out, settings)
-                if record is not None:
-                    progress.skipped()
-                else:
-                    record = run_job(job, out, arguments, progress.start(job.name))
-                    progress.finished(job.name, record)
-                finished[job.name] = record
-            except (OutputError, BackendError):
-                raise
-            except (ValueError, OSError, FloatingPointError) as error:
-                failures[str(job.source)] = str(error)
-                progress.failed(job.name, str(error))
-    return finished, failures
+        for_each(jobs, segment_one, at_once or images_at_once(arguments["device"]))
+    return finished, {str(job.source): failures[str(job.source)] for job in jobs if str(job.source) in failures}
+
+
+def images_at_once(device: str) -> int:
+    """One fit does not fill a GPU: each kernel of it is short. On the CPU it does."""
+    return 4 if device.startswith("cuda") else 1
 
 
 def finish(

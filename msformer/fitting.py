@@ -4,11 +4,13 @@ On the CPU a step is taken, its labels are counted, and the next one is decided 
 idle while Python launches some hundred kernels a step and waits for a number. There the whole step (forward, losses,
 backward, gradient descent, count of labels) is captured in a CUDA graph once and replayed. Steps are launched a few
 ahead of what the host has read; the stop rule is decided on the device, where steps after the last one change nothing.
+Several images may be fitted at a time, each in a thread and on a stream of its own; graphs are captured one by one.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from msformer.losses import LossWeights, total_loss
 from msformer.model import MSFormer
 
 Progress = Callable[[int, int, float], None]
+
+_capturing = threading.Lock()
 
 STEPS_AHEAD = 3
 """Steps that are launched before the host looks at the result of one."""
@@ -141,15 +145,12 @@ class DeviceSteps:
         parts = [*self.parameters, *self.model.buffers(), *self.velocities, self.history, self.next, self.active]
         with torch.no_grad():
             before = [x.clone() for x in parts]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with _capturing:
             for _ in range(2):  # kernels are compiled and workspaces made
                 self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.step()
         with torch.no_grad():
             for x, old in zip(parts, before, strict=True):
                 x.copy_(old)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,36 @@ def _free(folder: Path, name: str, source: Path) -> bool:
 
 def fingerprint(source: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+class Interrupted(Exception):
+    """The run is over, because another image ended it."""
+
+
+def for_each(jobs: Sequence[Job], work: Callable[[Job, Callable[[], None]], None], at_once: int) -> None:
+    """Calls ``work(job, check)`` for all jobs, `at_once` of them in threads at a time.
+
+    What one raises ends the run and is raised here; so is Ctrl-C. The others end where they call `check` next.
+    """
+    if at_once == 1:
+        for job in jobs:
+            work(job, lambda: None)
+        return
+    over = threading.Event()
+
+    def check() -> None:
+        if over.is_set():
+            raise Interrupted
+
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(work, job, check) for job in jobs]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def done_before(job: Job, folder: Path, settings: Record) -> Record | None:

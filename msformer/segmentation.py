@@ -9,8 +9,10 @@ stays in training mode throughout, also for that forward.
 from __future__ import annotations
 
 import math
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 
@@ -78,7 +80,8 @@ def segment(
     """Segments one image without labels, by fitting an MS-Former to it.
 
     The same image, settings, machine, backend and number of threads give the same map, bit for bit. The global random
-    state is left as it was.
+    state is left as it was. May be called from several threads: on a GPU each fit has a stream of its own, and several
+    at a time fill the device better than one.
 
     Args:
         image: a path; a PIL image; an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is
@@ -110,13 +113,14 @@ def segment(
     chosen_device = find_device(device)
     started = time.perf_counter()
     with (
-        torch.random.fork_rng(devices=[chosen_device] if chosen_device.type == "cuda" else []),
+        own_stream(chosen_device),
         msformer_kernels.use_backend(backend) if backend is not None else nullcontext(),
         kept_memory(),
     ):
         used = resolve(None, chosen_device.type, torch.float32)
-        torch.manual_seed(seed)
-        model = MSFormer(3, embed_dim, num_clusters, depth, num_heads).to(chosen_device)
+        with seeded(seed, chosen_device):
+            model = MSFormer(3, embed_dim, num_clusters, depth, num_heads)
+        model.to(chosen_device)
         fitted_image = resized[None].to(chosen_device)
         rule = Rule(weights, learning_rate, momentum, max_steps, min_labels)
         history = fit(model, fitted_image, rule, report)
@@ -135,6 +139,22 @@ def segment(
         device=str(chosen_device),
         backend=used,
     )
+
+
+_random_state = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random numbers of PyTorch start from `seed`, in one thread at a time, and are put back afterwards."""
+    with _random_state, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU: what is launched within the block waits for nothing that other threads launch."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _check_settings(max_steps: int, min_labels: int, learning_rate: float, momentum: float) -> None:

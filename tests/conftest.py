@@ -1,10 +1,13 @@
-"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter. Slow tests come last."""
+"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter, and OpenMP's waiting
+threads sleep, as several processes may test at a time. Slow tests come last.
+"""
 
 import os
 
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@
 
 namespace msformer::MSFORMER_ISA {
 
-constexpr std::int64_t kDepthBlock = 512;  // products are sums of block sums, of so many terms each
+constexpr std::int64_t kDepthBlock = 128;  // products are sums of block sums, of so many terms each: shorter sums round less
 constexpr std::int64_t kGroupTokens = 1024;  // tokens of the images that are worked on at once, unless one image has more
 
 // C = start + A B

@@ -13,13 +13,14 @@ from msformer_kernels.batch_norm.triton_kernels import (
     statistics_kernel,
 )
 from msformer_kernels.triton_common import alignment, block_size, cdiv, placed, split_tokens
+from msformer_kernels.triton_table import COMPILED
 
 _TILE = 4096  # values of a program
 
 
 def _blocks(channels: int) -> dict[str, int]:
     columns = block_size(channels, most=128)
-    return {"BN": _TILE // columns, "BC": columns, "num_warps": 4}
+    return {"BN": _TILE // columns, "BC": columns, "num_warps": 4, **COMPILED}
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     )
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     combine_statistics_kernel[(cdiv(channels, 16),)](
-        partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4
+        partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4, **COMPILED
     )
     output = x.new_empty(x.shape)
     normalize_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](

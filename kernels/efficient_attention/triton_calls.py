@@ -21,7 +21,7 @@ from msformer_kernels.efficient_attention.triton_kernels import (
     query_gradient_kernel,
 )
 from msformer_kernels.triton_common import alignment, block_size, cdiv, dot_precision, mask_arguments, split_tokens
-from msformer_kernels.triton_table import launch_options
+from msformer_kernels.triton_table import COMPILED, launch_options
 
 
 def _blocks(kernel: str, key_channels: int, value: Tensor) -> dict[str, int]:
@@ -60,6 +60,7 @@ def combine(
         BS=16,
         BV=block_size(value_channels),
         num_warps=4,
+        **COMPILED,
     )
     return result, largest, total
 
@@ -82,6 +83,7 @@ def combine_gradient(partials: Tensor, added: Tensor | None, context: Tensor) ->
         BS=16,
         BV=block_size(value_channels),
         num_warps=4,
+        **COMPILED,
     )
     return total, delta
 

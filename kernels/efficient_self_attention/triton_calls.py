@@ -45,7 +45,7 @@ from msformer_kernels.triton_common import (
     placed,
     split_tokens,
 )
-from msformer_kernels.triton_table import launch_options
+from msformer_kernels.triton_table import COMPILED, launch_options
 
 MOST_FOLDED = 128
 _PLAIN = Rules()
@@ -201,6 +201,7 @@ def _fold(x: Tensor, given: Parameters, state: State, lengths: Tensor, make_cont
         BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
         num_warps=4,
+        **COMPILED,
     )
     return folded
 
@@ -357,6 +358,7 @@ def _folded_backward(
         BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
         num_warps=4,
+        **COMPILED,
     )
 
     blocks = launch_options("token_backward", channels, x)

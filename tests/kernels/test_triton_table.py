@@ -15,7 +15,7 @@ from tests.kernels.cases import require
 
 pytest.importorskip("triton")
 from msformer_kernels import triton_table, tune
-from msformer_kernels.triton_table import TABLE, entry_name, launch_options, limit_of
+from msformer_kernels.triton_table import TABLE, entry_name, launch_options, limit_of, table_entry
 
 BF16 = torch.empty(0, dtype=torch.bfloat16)
 
@@ -23,13 +23,13 @@ BF16 = torch.empty(0, dtype=torch.bfloat16)
 def test_options_depend_on_width_and_dtype() -> None:
     assert limit_of("key_tokens", 32) == limit_of("key_tokens", 64) == 64
     assert limit_of("key_tokens", 65) == limit_of("key_tokens", 1000) == 128
-    assert launch_options("token_backward", 100, BF16) == TABLE["token_backward"][128, 2]
-    assert launch_options("token_backward", 100, torch.empty(0)) == TABLE["token_backward"][128, 4]
+    assert table_entry("token_backward", 100, BF16) == TABLE["token_backward"][128, 2]
+    assert table_entry("token_backward", 100, torch.empty(0)) == TABLE["token_backward"][128, 4]
 
 
 def test_a_smaller_architecture_has_entries_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_table, "architecture", lambda: "sm_80")
-    assert launch_options("token_backward", 100, BF16)["BN"] < TABLE["token_backward"][128, 2]["BN"]
+    assert table_entry("token_backward", 100, BF16)["BN"] < TABLE["token_backward"][128, 2]["BN"]
 
 
 def test_a_file_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +37,8 @@ def test_a_file_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
     own = {"BN": 16, "num_warps": 4, "num_stages": 1}
     table.write_text(json.dumps({"entries": {entry_name("cpu", "self_output", 128, 2): own}}))
     monkeypatch.setenv("MSFORMER_TRITON_TABLE", str(table))
-    assert launch_options("self_output", 100, BF16) == own
-    assert launch_options("self_output", 64, BF16) == TABLE["self_output"][64, 2]
+    assert table_entry("self_output", 100, BF16) == own
+    assert table_entry("self_output", 64, BF16) == TABLE["self_output"][64, 2]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"entries": 3}', '{"entries": {"a": {"BN": "many"}}}'])
@@ -47,19 +47,19 @@ def test_a_file_that_is_no_table(content: str, tmp_path: Path, monkeypatch: pyte
     table.write_text(content)
     monkeypatch.setenv("MSFORMER_TRITON_TABLE", str(table))
     with pytest.raises(ValueError, match=r"MSFORMER_TRITON_TABLE: .*table\.json is not a table of launch options"):
-        launch_options("self_output", 64, BF16)
+        table_entry("self_output", 64, BF16)
 
 
 def test_the_tuner_keeps_the_fastest_of_each_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that likes few tokens and many stages."""
 
     def measure(run: Callable[[], Any]) -> float:
-        options = launch_options("self_output", 64, BF16)
+        options = table_entry("self_output", 64, BF16)
         return options["BN"] - 0.1 * options["num_stages"]
 
     found = tune.tune_entry("self_output", 64, torch.bfloat16, lambda: None, measure)
     assert found == TABLE["self_output"][64, 2] | {"BN": 16, "num_stages": 4}
-    assert launch_options("self_output", 64, BF16) == TABLE["self_output"][64, 2], "nothing stays"
+    assert table_entry("self_output", 64, BF16) == TABLE["self_output"][64, 2], "nothing stays"
 
 
 @pytest.fixture

@@ -122,6 +122,39 @@ def test_another_backend_is_another_result(images: Path, tmp_path: Path, monkeyp
     assert ("already done" in run(*arguments).output) == (len(kernels.available_backends()) == 1)
 
 
+def test_several_at_once_give_what_one_at_a_time_gives(images: Path, tmp_path: Path, picture: Picture) -> None:
+    PILImage.fromarray(picture[::-1].copy()).save(images / "flipped.png")
+    (images / "broken.png").write_bytes(b"no image")
+    outcomes = []
+    for at_once in (1, 4):
+        out = tmp_path / str(at_once)
+        result = run("segment", images, "--out", out, "--at-once", at_once, *QUICK_OPTIONS)
+        assert result.exit_code == 1
+        assert "4 of 5 images" in result.output
+        assert len(files(out)) == 4 * 3 + 2
+        summary = json.loads((out / "summary.json").read_text())["images"]
+        pixels = {path.name: path.read_bytes() for path in out.rglob("*.labels.png")}
+        outcomes.append((pixels, [{k: v for k, v in image.items() if k != "seconds"} for image in summary]))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_error_of_the_run_ends_all_images(
+    at_once: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def no_space(path: Path, content: Any) -> None:
+        calls.append(path)
+        raise OutputError("cannot write: no space left")
+
+    monkeypatch.setattr(msformer.runs, "write_json", no_space)
+    result = run("segment", images, "--out", tmp_path / "out", "--at-once", at_once, *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "error: cannot write: no space left" in result.output
+    assert len(calls) <= at_once
+
+
 def test_broken_files_do_not_stop_the_others(images: Path, tmp_path: Path) -> None:
     (images / "a.png").write_bytes(b"no image")
     PILImage.fromarray(np.full((20, 20), 7, dtype=np.uint8)).save(images / "tiny.png")
@@ -213,13 +246,14 @@ def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: py
     assert files(tmp_path / "out") == {"a.json", "a.labels.png", "a.overlay.png"}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_can_be_resumed(how: signal.Signals, tmp_path: Path, picture: Picture) -> None:
+@pytest.mark.parametrize(("how", "at_once"), [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGINT, 3)])
+def test_a_killed_process_can_be_resumed(how: signal.Signals, at_once: int, tmp_path: Path, picture: Picture) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for number in range(30):
         PILImage.fromarray(picture).save(images / f"{number:02d}.png")
     command = [sys.executable, "-m", "msformer", "segment", str(images), "--out", str(out), *QUICK_OPTIONS]
+    command += ["--at-once", str(at_once)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("0*.json")) and time.monotonic() < deadline:
