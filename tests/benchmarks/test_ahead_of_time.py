@@ -6,6 +6,7 @@ The compiler is not there in this process, whose kernels are interpreted.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,21 +18,30 @@ from tests.kernels.cases import require
 ROOT = Path(__file__).parents[2]
 
 
+def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
+    """`python -m ...` where Triton compiles."""
+    require("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_host_time_of_every_operator() -> None:
+    done = run_compiled("benchmarks.host_time")
+    assert done.returncode == 0, done.stdout + done.stderr
+    times = {name: float(time) for name, time in re.findall(r"^(\w+) +(\d+) us a call$", done.stdout, re.MULTILINE)}
+    assert times.keys() == {"efficient_attention", "efficient_self_attention", "mix_ffn", "batch_norm"}
+    assert min(times.values()) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_without_spills(target: str, tmp_path: Path) -> None:
-    require("triton")
     table = tmp_path / "table.md"
-    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--target", target, "--out", str(table)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_compiled("benchmarks.ahead_of_time", "--target", target, "--out", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in table.read_text().splitlines() if line.startswith(f"| {target}")]
     assert len(rows) > 100
