@@ -176,7 +176,10 @@ def subpackages(name: str, folder: str) -> list[str]:
 setup(
     packages=[*subpackages("msformer_kernels", "kernels"), *subpackages("msformer", "msformer")],
     package_dir={"msformer_kernels": "kernels"},
-    package_data={"msformer_kernels": ["py.typed", "_native_error.txt"], "msformer": ["py.typed"]},
+    package_data={
+        "msformer_kernels": ["py.typed", "_native_error.txt"],
+        "msformer": ["py.typed", "evaluation/page.html"],
+    },
     ext_modules=[Extension("msformer_kernels._native", sources=[*COMMON, *KERNELS], depends=HEADERS)],
     cmdclass={"build_ext": BuildNative},
 )

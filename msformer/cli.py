@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from msformer.runs import Job, Record
+    from msformer.runs import Job, Plan, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -62,22 +62,24 @@ def fit_options(size: int) -> Callable[[Command], Command]:
     return decorate
 
 
-def segment_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Options of the command line -> keyword arguments of `msformer.segment`, device and backend as they turn out.
+def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -> Plan:
+    """Options of the command line -> what a run does, device and backend as they turn out.
 
     A backend that cannot be had is thereby an error of its own, not one of every image, and a finished image counts as
     done only for the backend and device that it was made with.
     """
     from torch import float32
 
+    from msformer.data import Reading
     from msformer.losses import LossWeights
+    from msformer.runs import Plan
     from msformer.segmentation import find_device
     from msformer_kernels.backends import resolve
 
     weights = LossWeights(*(values.pop(name) for name in ("ce", "inter", "intra")))
     device = find_device(values["device"])
     backend = resolve(values["backend"], device.type, float32)
-    return values | {"weights": weights, "device": str(device), "backend": backend}
+    return Plan(values | {"weights": weights, "device": str(device), "backend": backend}, Reading(**reading), mask)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -90,22 +92,38 @@ def main() -> None:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @run_options
+@click.option("--mask", type=click.Choice(["central", "dark", "lung"]), help="Write a mask of the object by this rule.")
+@click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
+@click.option(
+    "--slice", "slice_index", type=click.IntRange(0), default=None, help="Of a NIfTI volume. [default: middle]"
+)
 @fit_options(size=257)
-def segment(paths: tuple[Path, ...], out: Path, overwrite: bool, at_once: int | None, **options: Any) -> None:
-    """Segment image files, and all images in folders and their subfolders.
+def segment(
+    paths: tuple[Path, ...],
+    out: Path,
+    overwrite: bool,
+    at_once: int | None,
+    mask: str | None,
+    window: tuple[float, float] | None,
+    slice_index: int | None,
+    **options: Any,
+) -> None:
+    """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
+    With --mask also a binary mask of the object: dark for lesions on skin, lung for CT, central for anything else.
+    Label maps and masks of DICOM and NIfTI files are written as NIfTI, too.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
     with friendly_errors():
         from msformer.data import find_images
         from msformer.runs import plan_jobs
 
-        arguments = segment_arguments(options)
+        plan = make_plan(options, mask, window=window, slice_index=slice_index)
         sources = find_images(paths, exclude=out)
         jobs = plan_jobs(sources, paths, out)
-        finished, failures = run_all(jobs, out, arguments, overwrite, at_once)
-        finish(jobs, finished, failures, out, arguments)
+        finished, failures = run_all(jobs, out, plan, overwrite, at_once)
+        finish(jobs, finished, failures, out, plan)
     sys.exit(1 if failures else 0)
 
 
@@ -126,22 +144,50 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
         from msformer.demo import make_images, print_scores, score_all
         from msformer.runs import plan_jobs
 
-        arguments = segment_arguments(options)
-        sources, masks = make_images(out, count, arguments["seed"])
+        plan = make_plan(options)
+        sources, masks = make_images(out, count, plan.fit["seed"])
         jobs = plan_jobs(sources, [out / "images"], out)
-        finished, failures = run_all(jobs, out, arguments, overwrite, at_once)
+        finished, failures = run_all(jobs, out, plan, overwrite, at_once)
         scores = score_all(finished, masks, out)
         finish(
             jobs,
             finished,
             failures,
             out,
-            arguments,
+            plan,
             caption=lambda job, record: f"{caption(job, record)}, DSC {100 * scores[job.name].oracle:.0f}",
             mask=lambda job: masks[job.name],
             scores={name: value._asdict() for name, value in scores.items()},
         )
         print_scores(scores)
+    sys.exit(1 if failures else 0)
+
+
+@main.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of images and masks.")
+@click.option("--masks", default=None, type=click.Path(path_type=Path), help="Folder of masks, if not below --data.")
+@click.option("--layout", default="auto", show_default=True, help="ph2, lung, isic or pairs.")
+@click.option("--methods", default="all", show_default=True, help="Names, joined by commas; 'list' prints them.")
+@click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
+@click.option("--select", default="auto", show_default=True, help="Rule of the blind score: central, dark or lung.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
+@click.option(
+    "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
+def evaluate(**options: Any) -> None:
+    """Score MS-Former and the methods it is compared with on images with true masks.
+
+    Writes report.html and report.md, summary.csv, scores.csv (a line an image, method and protocol) and the label maps.
+    What is done is not done again, so an interrupted run goes on where it stopped.
+    """
+    with friendly_errors(), needed_packages("evaluate"):
+        from msformer.evaluation.command import run
+
+        failures = run(**options)
     sys.exit(1 if failures else 0)
 
 
@@ -194,43 +240,65 @@ def friendly_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+@contextmanager
+def needed_packages(extra: str) -> Iterator[None]:
+    """Says which extra to install where one of its packages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("msformer", "msformer_kernels"):
+            raise
+        raise ValueError(f"{error.name} is not installed; run: pip install 'msformer[{extra}]'") from error
+
+
 def caption(job: Job, record: Record) -> str:
     return f"{record['labels']} labels, {record['steps']} steps"
 
 
+def outcome(record: Record) -> str:
+    """What a run says of an image."""
+    details = f"loss {record['losses'][-1]:.3f}, {record['seconds']:.1f} s"
+    return f"{record['labels']} labels after {record['steps']} steps, {details}"
+
+
 def run_all(
-    jobs: list[Job], out: Path, arguments: dict[str, Any], overwrite: bool, at_once: int | None
+    jobs: list[Job], out: Path, plan: Plan, overwrite: bool, at_once: int | None
 ) -> tuple[dict[str, Record], dict[str, str]]:
     """Segments what is not done yet; returns the records by name, and the errors by source."""
     from torch import OutOfMemoryError
 
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
-    from msformer.runs import done_before, for_each, run_job, settings_record
+    from msformer.runs import done_before, for_each, run_job
     from msformer_kernels import BackendError
 
     prepare_folder(out)
-    settings = settings_record(arguments)
     finished: dict[str, Record] = {}
     failures: dict[str, str] = {}
 
     def segment_one(job: Job, check: Callable[[], None]) -> None:
         try:
-            record = None if overwrite else done_before(job, out, settings)
+            record = None if overwrite else done_before(job, out, plan)
             if record is not None:
                 progress.skipped()
             else:
-                record = run_job(job, out, arguments, progress.start(job.name, check))
-                progress.finished(job.name, record)
+                update = progress.start(job.name)
+
+                def step(number: int, labels: int, loss: float) -> None:
+                    check()
+                    update(number, plan.fit["max_steps"], f"{labels} labels, loss {loss:.3f}")
+
+                record = run_job(job, out, plan, step)
+                progress.ended(job.name, outcome(record))
             finished[job.name] = record
         except (OutputError, BackendError):
             raise
         except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
             failures[str(job.source)] = str(error)
-            progress.failed(job.name, str(error))
+            progress.ended(job.name, f"failed: {error}")
 
-    with RunProgress(len(jobs), arguments["max_steps"]) as progress:
-        for_each(jobs, segment_one, at_once or images_at_once(arguments["device"]))
+    with RunProgress(len(jobs)) as progress:
+        for_each(jobs, segment_one, at_once or images_at_once(plan.fit["device"]))
     return finished, {str(job.source): failures[str(job.source)] for job in jobs if str(job.source) in failures}
 
 
@@ -244,7 +312,7 @@ def finish(
     finished: dict[str, Record],
     failures: dict[str, str],
     out: Path,
-    arguments: dict[str, Any],
+    plan: Plan,
     caption: Callable[[Job, Record], str] = caption,
     mask: Callable[[Job], Any] = lambda job: None,
     **more: Any,
@@ -254,8 +322,8 @@ def finish(
 
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
-    sheets = write_sheets(complete, records, out, caption, mask) if complete else []
-    write_summary(complete, records, failures, out, settings_record(arguments), **more)
+    sheets = write_sheets(complete, records, out, plan.reading, caption, mask) if complete else []
+    write_summary(complete, records, failures, out, settings_record(plan), **more)
     for source, error in failures.items():
         click.echo(f"failed: {error if source in error else f'{source}: {error}'}", err=True)
     pictures = ", ".join(sheet.name for sheet in sheets) or "no pictures"

@@ -7,8 +7,10 @@ image's own minimum and maximum to 0 and 1; a constant image becomes zeros. Grey
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,10 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+from msformer.medical import ImageError, apply_window, is_dicom, is_medical, read_slice, show
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
-
-
-class ImageError(ValueError):
-    """A file that is not a usable image; the message names it and says why."""
 
 
 def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Path | None = None) -> list[Path]:
@@ -64,22 +64,53 @@ def _images_below(folder: Path) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _images_below(entry)
-        elif entry.suffix.lower() in SUFFIXES:
+        elif entry.name.lower().endswith(SUFFIXES) or (not entry.suffix and is_dicom(entry)):
             yield entry
 
 
-def read_image(path: str | PathLike[str]) -> NDArray[np.generic]:
-    """The pixels of a PNG, JPEG, BMP or TIFF file as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
-    point.
+def plain_name(path: Path) -> str:
+    """The name of an image file without its suffix, of which ``.nii.gz`` is one."""
+    stem = path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
+    return stem or path.name
 
-    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with
-    several pages the first is read, with a warning.
+
+@dataclass(frozen=True)
+class Reading:
+    """How files without a white point are read.
+
+    Raises:
+        ValueError: a window whose ends are not finite or not in order.
+    """
+
+    window: tuple[float, float] | None = None
+    """The values that become black and white; None: what the file says, else the usual for its kind."""
+    slice_index: int | None = None
+    """The slice of a NIfTI volume, counted from the feet; None: the middle one."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
+            raise ValueError(f"window: expected two numbers, the lower first, got {self.window}")
+
+
+def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArray[np.generic]:
+    """The pixels of a PNG, JPEG, BMP or TIFF file as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
+    point. Of a DICOM or NIfTI file (`msformer.medical`), the slice as it is shown, 8 bits.
+
+    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
+    read, with a warning. A window is applied to any grey image.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
         ImageError: not an image, damaged, truncated, or of a kind that is not supported.
     """
     path = Path(path)
+    if is_medical(path):
+        return show(read_slice(path, reading.slice_index), reading.window)
+    pixels = _read_ordinary(path)
+    return pixels if reading.window is None or pixels.ndim == 3 else apply_window(pixels, *reading.window)
+
+
+def _read_ordinary(path: Path) -> NDArray[np.generic]:
     data = path.read_bytes()
     try:
         if data[:4] in TIFF_SIGNATURES:

@@ -1,28 +1,29 @@
-"""What a run shows while it goes: a live bar on a terminal, a line an image elsewhere."""
+"""What a run over many items shows while it goes: live bars on a terminal, a line an item elsewhere; and the time
+left.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from msformer.segmentation import Progress as StepProgress
+Update = Callable[[int, int, str], None]
 
 
 class RunProgress:
-    """A context manager around a run over `images` images of up to `max_steps` steps each, several at a time."""
+    """A context manager around a run over `count` items, several at a time; `what` they are, for the text."""
 
-    def __init__(self, images: int, max_steps: int) -> None:
+    def __init__(self, count: int, what: str = "images") -> None:
         self._console = Console()
-        self._images = images
-        self._max_steps = max_steps
+        self._count, self._what = count, what
         self._lock = threading.Lock()
-        self._done = 0
-        self._skipped = 0
+        self._started = time.monotonic()
+        self._done = self._skipped = 0
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -33,8 +34,8 @@ class RunProgress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._all: TaskID = self._bars.add_task("images", total=images, details="")
-        self._fits: dict[str, TaskID] = {}
+        self._all: TaskID = self._bars.add_task(what, total=count, details="")
+        self._running: dict[str, TaskID] = {}
 
     def __enter__(self) -> RunProgress:
         self._bars.start()
@@ -45,41 +46,41 @@ class RunProgress:
     ) -> None:
         self._bars.stop()
         if self._skipped:
-            self._print(f"{self._skipped} of {self._images} images were already done with these settings")
+            self._print(f"{self._skipped} of {self._count} {self._what} were already done with these settings")
 
-    def start(self, name: str, check: Callable[[], None] = lambda: None) -> StepProgress:
-        """The next image; returns what `segment` is to call before each step, which calls `check` first."""
-        fit = self._fits[name] = self._bars.add_task(name, total=self._max_steps, details="")
+    def start(self, name: str) -> Update:
+        """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
+        bar = self._running[name] = self._bars.add_task(name, total=None, details="")
 
-        def step(number: int, labels: int, loss: float) -> None:
-            check()
-            self._bars.update(fit, completed=number, details=f"{labels} labels, loss {loss:.3f}")
+        def update(done: int, steps: int, details: str = "") -> None:
+            self._bars.update(bar, completed=done, total=steps, details=details)
 
-        return step
+        return update
 
     def skipped(self) -> None:
+        """An item was done before."""
         with self._lock:
             self._skipped += 1
-            self._done += 1
-        self._bars.advance(self._all)
+            self._advance()
 
-    def finished(self, name: str, record: dict[str, Any]) -> None:
-        self._ended(
-            name,
-            f"{record['labels']} labels after {record['steps']} steps, "
-            f"loss {record['losses'][-1]:.3f}, {record['seconds']:.1f} s",
-        )
-
-    def failed(self, name: str, error: str) -> None:
-        self._ended(name, f"failed: {error}")
-
-    def _ended(self, name: str, outcome: str) -> None:
-        if name in self._fits:
-            self._bars.remove_task(self._fits.pop(name))
-        self._bars.advance(self._all)
+    def ended(self, name: str, outcome: str, items: int = 1) -> None:
+        """An item is done or failed, or several are at once."""
         with self._lock:
-            self._done += 1
-            self._print(f"[{self._done}/{self._images}] {name}: {outcome}")
+            if name in self._running:
+                self._bars.remove_task(self._running.pop(name))
+            self._advance(items)
+            self._print(f"[{self._done}/{self._count}] {name}: {outcome}{self._time_left()}")
+
+    def _advance(self, items: int = 1) -> None:
+        self._done += items
+        self._bars.update(self._all, advance=items, details=self._time_left().removeprefix("; "))
+
+    def _time_left(self) -> str:
+        left = self._count - self._done
+        if left == 0 or self._done == self._skipped:
+            return ""
+        seconds = (time.monotonic() - self._started) / (self._done - self._skipped) * left
+        return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

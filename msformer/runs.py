@@ -1,8 +1,10 @@
 """Segmenting many image files into a folder: names, records, resuming, pictures, summary.
 
-For an image ``sub/name.jpg`` the folder gets ``sub/name.labels.png`` (indexed), ``sub/name.overlay.png`` and
-``sub/name.json``, the record of how it was made. A record is written last, so that an image with a record is complete.
-An image whose record has the same settings and the same input (by content) is not segmented again.
+For an image ``sub/name.jpg`` the folder gets ``sub/name.labels.png`` (indexed), ``sub/name.overlay.png``, with a rule
+for masks ``sub/name.mask.png`` (0 and 255), and ``sub/name.json``, the record of how it was made. For a DICOM or NIfTI
+file label map and mask are written as ``.nii.gz`` too, on the voxels of the input; there label k is k + 1, as 0 is
+what was not segmented. A record is written last, so that an image with a record is complete. An image whose record has
+the same settings and the same input (by content) is not segmented again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 import msformer
-from msformer.data import prepare_image, read_image
+from msformer.data import Reading, plain_name, prepare_image, read_image, resize_image, resize_labels
 from msformer.losses import LossWeights
+from msformer.medical import is_medical, read_slice, write_nifti
 from msformer.output import complete_file, read_json, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
 from msformer.segmentation import Progress, Segmentation, segment
+from msformer.selection import select
 
 Record = dict[str, Any]
 
@@ -58,7 +62,7 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path) -> l
     for source in sources:
         resolved = source.resolve()
         root = next((root for root in folders if root in resolved.parents), resolved.parent)
-        plain = resolved.relative_to(root).with_suffix("").as_posix()
+        plain = resolved.relative_to(root).with_name(plain_name(resolved)).as_posix()
         digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:8]
         candidates = (plain, f"{plain}-{source.suffix[1:].lower()}", f"{plain}-{digest}")
         name = next(c for c in candidates if c == candidates[-1] or (c not in taken and _free(folder, c, resolved)))
@@ -76,6 +80,23 @@ def _free(folder: Path, name: str, source: Path) -> bool:
 
 def fingerprint(source: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the images of a run are read and segmented."""
+
+    fit: Record
+    """Keyword arguments of `segment`."""
+    reading: Reading
+    mask: str | None = None
+    """The rule of `msformer.selection` by which a mask is written."""
+
+    def suffixes(self, job: Job) -> list[str]:
+        """Of the files that an image gets, but for the record."""
+        kinds = ["labels"] if self.mask is None else ["labels", "mask"]
+        volumes = [f".{kind}.nii.gz" for kind in kinds] if is_medical(job.source) else []
+        return [*(f".{kind}.png" for kind in kinds), ".overlay.png", *volumes]
 
 
 class Interrupted(Exception):
@@ -108,39 +129,42 @@ def for_each(jobs: Sequence[Job], work: Callable[[Job, Callable[[], None]], None
             raise
 
 
-def done_before(job: Job, folder: Path, settings: Record) -> Record | None:
+def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
     """The record of this image, if it is complete and was made from the same input with the same settings."""
+    settings = settings_record(plan)
     record: Record | None = read_json(job.file(folder, ".json"))
     if record is None or record.get("settings") != settings or record.get("source") != str(job.source.resolve()):
         return None
-    if not all(job.file(folder, suffix).exists() for suffix in (".labels.png", ".overlay.png")):
+    if not all(job.file(folder, suffix).exists() for suffix in plan.suffixes(job)):
         return None
     return record if record.get("sha256") == fingerprint(job.source) else None
 
 
-def settings_record(options: Record) -> Record:
+def settings_record(plan: Plan) -> Record:
     """The settings as they go into records: plain JSON, and the version, since another may fit differently."""
-    weights: LossWeights = options["weights"]
-    plain = {name: value for name, value in options.items() if name != "weights"}
-    return plain | {
-        "weights": {"ce": weights.ce, "inter": weights.inter, "intra": weights.intra},
+    weights: LossWeights = plan.fit["weights"]
+    return plan.fit | {
+        "weights": asdict(weights),
+        "window": None if plan.reading.window is None else list(plan.reading.window),
+        "slice": plan.reading.slice_index,
+        "mask": plan.mask,
         "version": msformer.__version__,
     }
 
 
-def run_job(job: Job, folder: Path, options: Record, progress: Progress | None) -> Record:
+def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Record:
     """Segments one image and writes its files.
 
     Raises:
         ValueError, OSError, FloatingPointError: as `segment`, for this image.
         OutputError: a result cannot be written.
     """
-    pixels = read_image(job.source)
-    result = segment(pixels, progress=progress, **options)
+    pixels = read_image(job.source, plan.reading)
+    result = segment(pixels, progress=progress, **plan.fit)
     record = {
         "source": str(job.source.resolve()),
         "sha256": fingerprint(job.source),
-        "settings": settings_record(options),
+        "settings": settings_record(plan),
         "labels": result.num_labels,
         "steps": result.steps,
         "settled": result.settled,
@@ -152,7 +176,16 @@ def run_job(job: Job, folder: Path, options: Record, progress: Progress | None) 
         "label_counts": result.label_counts,
         "losses": result.losses,
     }
-    _write_results(job, folder, pixels, result)
+    _write_pictures(job, folder, pixels, result)
+    mask = None if plan.mask is None else object_mask(pixels, result, plan.mask)
+    if mask is not None:
+        with complete_file(job.file(folder, ".mask.png")) as temporary:
+            PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
+    if is_medical(job.source):
+        source = read_slice(job.source, plan.reading.slice_index)
+        write_nifti(job.file(folder, ".labels.nii.gz"), result.labels_full.astype(np.int64) + 1, source)
+        if mask is not None:
+            write_nifti(job.file(folder, ".mask.nii.gz"), mask, source)
     write_json(job.file(folder, ".json"), record)
     return record
 
@@ -162,7 +195,14 @@ def display_image(pixels: Any) -> NDArray[np.uint8]:
     return (prepare_image(pixels).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
-def _write_results(job: Job, folder: Path, pixels: NDArray[Any], result: Segmentation) -> None:
+def object_mask(pixels: NDArray[Any], result: Segmentation, rule: str) -> NDArray[np.bool_]:
+    """The object ``[H, W]`` that a rule of `msformer.selection` finds in a label map, at the size of the image."""
+    height, width = result.labels.shape
+    found = select(rule, result.labels, resize_image(prepare_image(pixels), (height, width)))
+    return resize_labels(found, result.labels_full.shape)
+
+
+def _write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Segmentation) -> None:
     labels = job.file(folder, ".labels.png")
     with complete_file(labels) as temporary:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +221,7 @@ def write_sheets(
     jobs: Sequence[Job],
     records: Sequence[Record],
     folder: Path,
+    reading: Reading,
     caption: Callable[[Job, Record], str],
     mask: Callable[[Job], NDArray[np.bool_] | None] = lambda job: None,
 ) -> list[Path]:
@@ -192,7 +233,7 @@ def write_sheets(
             SheetRow(
                 Path(job.name).name,
                 caption(job, record),
-                display_image(job.source),
+                display_image(read_image(job.source, reading)),
                 read_labels(job.file(folder, ".labels.png")),
                 mask(job),
             )

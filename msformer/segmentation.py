@@ -124,7 +124,7 @@ def segment(
         fitted_image = resized[None].to(chosen_device)
         rule = Rule(weights, learning_rate, momentum, max_steps, min_labels)
         history = fit(model, fitted_image, rule, report)
-        found = _order_by_area(label_map(model, fitted_image))
+        found = order_by_area(label_map(model, fitted_image))
     seconds = time.perf_counter() - started
     return Segmentation(
         labels=found,
@@ -199,7 +199,7 @@ def _reporter(progress: Progress | bool | None) -> Progress:
     return lambda step, labels, loss: None
 
 
-def _order_by_area(labels: NDArray[np.int64]) -> Labels:
+def order_by_area(labels: NDArray[np.integer]) -> Labels:
     """Renumbers labels by falling area (ties: the smaller old number first), in the smallest type that holds them."""
     old, inverse, areas = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.empty(len(old), dtype=np.min_scalar_type(len(old) - 1))

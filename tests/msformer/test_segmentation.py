@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 import msformer
 import msformer_kernels
-from msformer.segmentation import _order_by_area
+from msformer.segmentation import order_by_area
 from tests.msformer.conftest import FAST_BACKENDS, QUICK
 
 Picture = NDArray[np.uint8]
@@ -83,9 +83,9 @@ def test_a_constant_image_is_segmented(picture: Picture) -> None:
 
 def test_labels_are_ordered_by_area_in_the_smallest_type() -> None:
     labels = np.array([[9, 9, 2], [9, 4, 4]])
-    assert _order_by_area(labels).tolist() == [[0, 0, 2], [0, 1, 1]]
-    assert _order_by_area(np.arange(300).reshape(1, -1)).dtype == np.uint16
-    assert _order_by_area(labels).dtype == np.uint8
+    assert order_by_area(labels).tolist() == [[0, 0, 2], [0, 1, 1]]
+    assert order_by_area(np.arange(300).reshape(1, -1)).dtype == np.uint16
+    assert order_by_area(labels).dtype == np.uint8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""``msformer evaluate``: from a folder of images and masks to a report."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import msformer
+from msformer.baselines import Method, all_methods, choose_methods
+from msformer.evaluation.layouts import Found, find_cases
+from msformer.evaluation.page import Report, write_page
+from msformer.evaluation.protocols import GATE, PROTOCOLS
+from msformer.evaluation.run import Outcome, evaluate
+from msformer.evaluation.store import Settings, Store
+from msformer.evaluation.summary import markdown, summarise, write_csv
+from msformer.output import complete_file, prepare_folder, write_json
+from msformer.progress import RunProgress
+from msformer.segmentation import find_device
+from msformer.selection import RULES
+from msformer_kernels.backends import resolve
+
+RULE_OF_LAYOUT = {"ph2": "dark", "isic": "dark", "lung": "lung", "pairs": "central"}
+
+
+def run(
+    data: Path,
+    masks: Path | None,
+    layout: str,
+    methods: str,
+    ablation: bool,
+    select: str,
+    limit: int | None,
+    size: int,
+    seed: int,
+    device: str,
+    backend: str | None,
+    out: Path,
+) -> dict[str, str]:
+    """Evaluates and writes the report; returns the failures.
+
+    Raises:
+        ValueError: an unknown method, layout or rule; no image with a mask; every image failed.
+        OSError: a path that does not exist, or a report that cannot be written.
+    """
+    if methods == "list":
+        for method in all_methods():
+            click.echo(f"{method.name:<20} {method.title}")
+        return {}
+    chosen = choose_methods(methods.split(","), ablation)
+    found = find_cases(data, layout, masks)
+    rule = RULE_OF_LAYOUT[found.layout] if select == "auto" else select
+    if rule not in RULES:
+        raise ValueError(f"select: unknown rule {rule!r}; expected auto, {', '.join(RULES)}")
+    device = str(find_device(device))
+    settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
+    prepare_folder(out)
+    cases = found.cases[:limit]
+    for problem in found.problems:
+        click.echo(f"left out: {problem}", err=True)
+    with RunProgress(len(cases) * len(chosen), "label maps") as progress:
+        outcome = evaluate(cases, chosen, rule, Store(out, settings), progress)
+    if not outcome.rows:
+        raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
+    _write(out, found, chosen, rule, settings, outcome)
+    return outcome.failures
+
+
+def _write(
+    out: Path, found: Found, methods: tuple[Method, ...], rule: str, settings: Settings, outcome: Outcome
+) -> None:
+    scores = pd.DataFrame(outcome.rows)
+    summary = summarise(outcome.rows, methods)
+    about = {
+        "command": shlex.join(["msformer", *sys.argv[1:]]),
+        "data set": f"layout {found.layout}, {scores.image.nunique()} images",
+        "fitted size": f"{settings.size} x {settings.size} pixels",
+        "seed": str(settings.seed),
+        "blind rule": rule,
+        "msformer": f"{msformer.__version__}, backend {settings.backend}",
+        "machine": f"{platform.platform()}, torch {torch.__version__}, {settings.device}",
+    }
+    report = Report(about, headings_of(rule), summary, scores, methods, outcome.failures)
+    write_csv(scores, out / "scores.csv")
+    write_csv(summary, out / "summary.csv")
+    with complete_file(out / "report.md") as temporary:
+        temporary.write_text(_markdown(report, found), encoding="utf-8")
+    write_json(out / "run.json", {**about, "failures": outcome.failures, "left out": list(found.problems)})
+    scored = [case for case in found.cases if case.name in set(scores.image)]
+    write_page(report, scored, Store(out, settings), rule, out / "report.html")
+    _print(report, out)
+
+
+def _markdown(report: Report, found: Found) -> str:
+    parts = [f"# Evaluation\n\n{_listed(report.about.items())}", EXPLANATION, markdown(report.summary, report.headings)]
+    if report.failures:
+        parts.append(f"## Failed\n\n{_listed(report.failures.items())}")
+    if found.problems:
+        parts.append("## Left out\n\n" + "".join(f"- {problem}\n" for problem in found.problems))
+    return "\n".join(parts)
+
+
+def _listed(items: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"- {name}: {value}\n" for name, value in items)
+
+
+def _print(report: Report, out: Path) -> None:
+    """Failures, the mean Dice coefficients, and where everything is."""
+    for name, error in report.failures.items():
+        click.echo(f"failed: {name}: {error}", err=True)
+    table = Table(title="Mean DSC, %")
+    table.add_column("method")
+    for protocol in PROTOCOLS:
+        table.add_column(protocol, justify="right")
+    means = report.summary.set_index(["method", "protocol"]).dsc
+    for method in report.methods:
+        cells = [means.get((method.name, protocol)) for protocol in PROTOCOLS]
+        table.add_row(method.title, *("-" if value is None else f"{100 * value:.1f}" for value in cells))
+    Console().print(table)
+    images = report.scores.image.nunique()
+    click.echo(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
+
+
+def headings_of(rule: str) -> dict[str, str]:
+    """A heading for the table of each protocol."""
+    return {
+        "blind": f"Blind: labels chosen by the rule “{rule}”, without the mask",
+        "oracle": "Oracle: the one label with the best DSC",
+        "oracle-union": "Oracle union: every label that lies mostly in the mask",
+        "published": f"As published: the label covering most of the mask, within the mask dilated by {GATE} pixels",
+    }
+
+
+EXPLANATION = """\
+Means over images with 95% bootstrap intervals, in percent, HD95 in pixels of the fitted image. The blind score is what
+a user without masks gets. The oracle scores look at the mask: what the label map holds, not what one finds. The
+published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
+that table without the row "everything". Fractions of nothing (an empty mask or prediction) are left out and counted.
+"""

@@ -1,0 +1,147 @@
+"""The report as one self-contained HTML page: tables, box plots, and a gallery of every image with every method's
+map.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from torch import Tensor
+
+from msformer.baselines import Method
+from msformer.data import resize_image, resize_labels
+from msformer.evaluation.layouts import Case, read_pair
+from msformer.evaluation.protocols import PROTOCOLS
+from msformer.evaluation.store import Store
+from msformer.evaluation.summary import HEADER, table_rows
+from msformer.output import complete_file
+from msformer.pictures import outline, overlay
+from msformer.scoring import Mask
+from msformer.selection import select
+
+THUMBNAIL = (160, 160)
+"""Height and width of a picture in the gallery, pixels."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows."""
+
+    about: dict[str, str]
+    headings: dict[str, str]
+    """Of the table of each protocol."""
+    summary: pd.DataFrame
+    scores: pd.DataFrame
+    methods: tuple[Method, ...]
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A method's result on an image in the gallery."""
+
+    title: str
+    maps: str
+    blind: str
+    scores: dict[str, str]
+    """Dice coefficient by protocol, in percent."""
+
+
+def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, path: Path) -> None:
+    """Writes the page; label maps come from the store."""
+    source = files("msformer.evaluation").joinpath("page.html").read_text(encoding="utf-8")
+    html = (
+        Environment(autoescape=True)
+        .from_string(source)
+        .render(
+            report=report,
+            tables=[
+                (protocol, heading, HEADER, table_rows(report.summary, protocol), box_plot(report, protocol))
+                for protocol, heading in report.headings.items()
+            ],
+            gallery=[(case.name, *_pictures(case, report, store, rule)) for case in cases],
+            protocols=PROTOCOLS,
+            width=THUMBNAIL[1],
+        )
+    )
+    with complete_file(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _pictures(case: Case, report: Report, store: Store, rule: str) -> tuple[str, str, list[Shown]]:
+    """The image, the image with the true border, and what each method made of it."""
+    pair = read_pair(case)
+    pixels, truth = _pixels(resize_image(pair.image, THUMBNAIL)), resize_labels(pair.truth, THUMBNAIL)
+    dsc = report.scores[report.scores.image == case.name].set_index(["method", "protocol"]).dsc
+    shown = []
+    for method in report.methods:
+        fitted = store.load(method, case)
+        if fitted is None or (method.name, "blind") not in dsc.index:
+            continue
+        blind = select(rule, fitted.labels, resize_image(pair.image, (fitted.labels.shape[0], fitted.labels.shape[1])))
+        labels, chosen = (resize_labels(x, THUMBNAIL) for x in (fitted.labels, blind))
+        shown.append(
+            Shown(
+                method.title,
+                picture_url(outline(overlay(pixels, labels), truth)),
+                picture_url(outline(shaded(pixels, chosen), truth)),
+                {protocol: f"{100 * dsc[method.name, protocol]:.1f}" for protocol in PROTOCOLS},
+            )
+        )
+    return picture_url(pixels), picture_url(outline(pixels, truth)), shown
+
+
+def _pixels(image: Tensor) -> NDArray[np.uint8]:
+    """``[3, h, w]`` in [0, 1] -> ``[h, w, 3]``."""
+    return np.asarray((image.permute(1, 2, 0) * 255).round().numpy(), dtype=np.uint8)
+
+
+def shaded(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """An image ``[h, w, 3]``, darker where the mask is not."""
+    return np.where(mask[..., None], pixels, pixels // 3).astype(np.uint8)
+
+
+def picture_url(pixels: NDArray[np.uint8]) -> str:
+    """A picture as text that stands in the page itself."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def box_plot(report: Report, protocol: str) -> Markup:
+    """SVG: the Dice coefficients of each method over the images, every image a dot."""
+    figure = Figure(figsize=(7, 0.6 + 0.36 * len(report.methods)), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    values = [list(_dice_of(report, protocol, method)) for method in report.methods]
+    axes.boxplot(values, orientation="horizontal", widths=0.6, showfliers=False, medianprops={"color": "#d55e00"})
+    random = np.random.default_rng(0)
+    for row, dots in enumerate(values, start=1):
+        axes.plot(dots, row + random.uniform(-0.18, 0.18, len(dots)), ".", color="#0072b2", alpha=0.45, markersize=4)
+    axes.set_yticks(range(1, len(values) + 1), [method.title for method in report.methods])
+    axes.invert_yaxis()
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("DSC, %")
+    axes.grid(axis="x", alpha=0.3)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    drawn = buffer.getvalue()
+    return Markup(drawn[drawn.index("<svg") :])
+
+
+def _dice_of(report: Report, protocol: str, method: Method) -> Iterator[float]:
+    chosen = (report.scores.protocol == protocol) & (report.scores.method == method.name)
+    return (100 * value for value in report.scores[chosen].dsc)

@@ -1,0 +1,97 @@
+"""A run of an evaluation: fit what is not there yet, score all of it.
+
+An image that fails is reported with its name and does not stop the run. Scores come from the kept label maps, at the
+fitted size; the Dice coefficient at the image's own size stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msformer.baselines import Method
+from msformer.data import resize_image, resize_labels
+from msformer.evaluation.layouts import Case, Pair, read_pair
+from msformer.evaluation.measures import measure
+from msformer.evaluation.protocols import predictions
+from msformer.evaluation.store import Fitted, Store
+from msformer.output import OutputError
+from msformer.progress import RunProgress
+from msformer.scoring import dice
+from msformer.selection import select
+from msformer_kernels import BackendError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found."""
+
+    rows: list[Row]
+    """A row for each image, method and protocol: see `score`."""
+    failures: dict[str, str]
+    """Error by image, or by image and method."""
+
+
+def evaluate(
+    cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store, progress: RunProgress
+) -> Outcome:
+    """All methods on all images; image by image, so that an interrupted run has whole images.
+
+    Raises:
+        OutputError, BackendError: nothing can be written, or the backend cannot be had.
+    """
+    rows: list[Row] = []
+    failures: dict[str, str] = {}
+    for case in cases:
+        try:
+            pair = read_pair(case)
+        except (ValueError, OSError) as error:
+            failures[case.name] = str(error)
+            progress.ended(case.name, f"failed: {error}", items=len(methods))
+            continue
+        for method in methods:
+            name = f"{case.name}, {method.title}"
+            try:
+                fitted = store.load(method, case)
+                if fitted is None:
+                    fitted = store.fit(method, case, pair, progress.start(name))
+                    progress.ended(name, f"{len(set(fitted.labels.flat))} labels, {fitted.seconds:.1f} s")
+                else:
+                    progress.skipped()
+                rows += score(case, pair, method, fitted, rule)
+            except (OutputError, BackendError):
+                raise
+            except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+                failures[name] = str(error)
+                progress.ended(name, f"failed: {error}")
+    return Outcome(rows, failures)
+
+
+def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> list[Row]:
+    """A row a protocol: image, method, protocol, the fields of `Measures`, dsc_full (at the image's own size), whether
+    mask and prediction are empty, the number of labels, steps and seconds of the fit."""
+    size = (fitted.labels.shape[0], fitted.labels.shape[1])
+    truth = resize_labels(pair.truth, size)
+    blind = select(rule, fitted.labels, resize_image(pair.image, size))
+    rows = []
+    for protocol, predicted in predictions(fitted.labels, truth, blind).items():
+        rows.append(
+            {
+                "image": case.name,
+                "method": method.name,
+                "protocol": protocol,
+                **measure(predicted, truth)._asdict(),
+                "dsc_full": dice(resize_labels(predicted, pair.truth.shape), pair.truth),
+                "empty_truth": not truth.any(),
+                "empty_prediction": not predicted.any(),
+                "labels": len(set(fitted.labels.flat)),
+                "steps": fitted.steps,
+                "seconds": fitted.seconds,
+            }
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""Label maps of methods on images, kept in a folder so that none is made twice.
+
+``maps/<method>/<image>.png`` is the label map at the fitted size, ``maps/<method>/<image>.json`` the record of how it
+was made, written last: a map with a record is complete. It counts as done for the same image (by content), settings and
+version.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import msformer
+from msformer.baselines import Method, Task
+from msformer.data import resize_image
+from msformer.evaluation.layouts import Case, Pair
+from msformer.memory import kept_memory
+from msformer.output import complete_file, read_json, write_json
+from msformer.pictures import indexed_png
+from msformer.runs import fingerprint, read_labels
+from msformer.segmentation import order_by_area
+
+Report = Callable[..., None]
+"""Called as ``report(done, steps)``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every method of an evaluation is given."""
+
+    size: int
+    """Side of the fitted image, pixels."""
+    seed: int
+    device: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A label map ``[size, size]``, labels by falling area, and how it came about."""
+
+    labels: NDArray[np.integer[Any]]
+    steps: int
+    seconds: float
+
+
+class Store:
+    """The label maps in a folder."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder / "maps"
+        self.settings = settings
+
+    def load(self, method: Method, case: Case) -> Fitted | None:
+        """What was made before; None if it was not, or from another image or with other settings."""
+        labels, record = self._paths(method, case)
+        found = read_json(record)
+        if found is None or not labels.exists():
+            return None
+        if {k: found.get(k) for k in ("settings", "version", "sha256")} != self._key(case):
+            return None
+        return Fitted(read_labels(labels), found["steps"], found["seconds"])
+
+    def fit(self, method: Method, case: Case, pair: Pair, report: Report) -> Fitted:
+        """Makes the label map and keeps it; raises what the method raises."""
+        size = self.settings.size
+        image = resize_image(pair.image, (size, size))
+        task = Task(image, pair.colour, self.settings.seed, torch.device(self.settings.device), report)
+        started = time.perf_counter()
+        with kept_memory():
+            made = method.label_map(task)
+        fitted = Fitted(order_by_area(made.labels), made.steps, round(time.perf_counter() - started, 3))
+        labels, record = self._paths(method, case)
+        labels.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(labels) as temporary:
+            indexed_png(fitted.labels).save(temporary, format="PNG", optimize=True)
+        write_json(record, self._key(case) | {"steps": fitted.steps, "seconds": fitted.seconds})
+        return fitted
+
+    def _paths(self, method: Method, case: Case) -> tuple[Path, Path]:
+        return tuple(self.folder / method.name / f"{case.name}{suffix}" for suffix in (".png", ".json"))  # type: ignore[return-value]
+
+    def _key(self, case: Case) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.settings) | {"window": None if case.window is None else list(case.window)},
+            "version": msformer.__version__,
+            "sha256": fingerprint(case.image),
+        }

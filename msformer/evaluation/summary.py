@@ -1,0 +1,115 @@
+"""Tables of an evaluation: means over images with 95% bootstrap intervals, as Markdown and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from msformer.baselines import Method
+from msformer.evaluation.protocols import PROTOCOLS
+from msformer.evaluation.run import Row
+from msformer.output import complete_file
+
+MEASURES = {
+    "dsc": "DSC",
+    "hm": "HM",
+    "xor": "XOR",
+    "jaccard": "Jaccard",
+    "precision": "precision",
+    "recall": "recall",
+    "hd95": "HD95, px",
+    "dsc_full": "DSC, own size",
+}
+"""Columns of the rows of a run, and their names in tables; all but HD95 in percent there."""
+RESAMPLES = 2000
+
+
+def mean_and_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean and 95% percentile-bootstrap interval over images; NaN where there is nothing to say."""
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
+    if len(values) == 1 or np.ptp(values) == 0:
+        return float(values.mean()), *((np.nan, np.nan) if len(values) == 1 else (float(values[0]),) * 2)
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    return float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def summarise(rows: Sequence[Row], methods: Sequence[Method]) -> pd.DataFrame:
+    """A line for each protocol and method, in their orders.
+
+    Columns: protocol, method, title, images, empty_truths, empty_predictions, labels, steps, seconds (means), and for
+    each of `MEASURES` its mean, ``_low``, ``_high`` and ``_count``, the images it could be computed for.
+    """
+    scores = pd.DataFrame(rows)
+    lines = []
+    for protocol in PROTOCOLS:
+        for method in methods:
+            some = scores[(scores.protocol == protocol) & (scores.method == method.name)]
+            if some.empty:
+                continue
+            line = {
+                "protocol": protocol,
+                "method": method.name,
+                "title": method.title,
+                "images": len(some),
+                "empty_truths": int(some.empty_truth.sum()),
+                "empty_predictions": int(some.empty_prediction.sum()),
+                **{name: float(some[name].mean()) for name in ("labels", "steps", "seconds")},
+            }
+            for name in MEASURES:
+                values = some[name].astype(float).dropna().to_numpy()
+                line[name], line[f"{name}_low"], line[f"{name}_high"] = mean_and_interval(values)
+                line[f"{name}_count"] = len(values)
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def cell(line: pd.Series, name: str) -> str:
+    """A mean with its interval, in percent but for HD95: ``81.2 [78.0, 84.1]``."""
+    factor = 1 if name == "hd95" else 100
+    if np.isnan(line[name]):
+        return "-"
+    interval = (
+        ""
+        if np.isnan(line[f"{name}_low"])
+        else (f" [{factor * line[f'{name}_low']:.1f}, {factor * line[f'{name}_high']:.1f}]")
+    )
+    missing = line["images"] - line[f"{name}_count"]
+    return f"{factor * line[name]:.1f}{interval}" + (f" (without {missing})" if missing else "")
+
+
+def table_rows(summary: pd.DataFrame, protocol: str) -> list[list[str]]:
+    """The cells of the table of one protocol: method, measures, empty predictions, labels, seconds an image."""
+    return [
+        [
+            line["title"],
+            *(cell(line, name) for name in MEASURES),
+            str(line["empty_predictions"]),
+            f"{line['labels']:.1f}",
+            f"{line['seconds']:.1f}",
+        ]
+        for _, line in summary[summary.protocol == protocol].iterrows()
+    ]
+
+
+HEADER = ["method", *MEASURES.values(), "empty predictions", "labels", "s an image"]
+
+
+def markdown(summary: pd.DataFrame, headings: dict[str, str]) -> str:
+    """A table a protocol under its heading."""
+    parts = []
+    for protocol, heading in headings.items():
+        lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *table_rows(summary, protocol)]
+        parts.append(f"### {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all."""
+    with complete_file(path) as temporary:
+        table.to_csv(temporary, index=False)

@@ -1,0 +1,137 @@
+"""Which labels of a map are the object, when there is no mask to ask: rules that look at the image and the map only.
+
+- ``central``: labels that cover more of the middle of the image than of its border.
+- ``dark``: labels that are dark, where they lie in the middle; for lesions on skin.
+- ``lung``: labels that are dark within the body, for CT slices through the chest. Outside air and lung often share a
+  label; `body_mask` tells them apart.
+
+All end with `clean_up`. A map of one label leaves nothing to choose: the object is everything. docs/evaluation.md has
+what each is worth on which images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+Mask = NDArray[np.bool_]
+Rule = Callable[[NDArray[Any], Tensor], Mask]
+
+RIM = 0.015
+"""Of the image's side: what is not looked at, since networks that pad with zeros give the rim a label of its own."""
+BORDER = 0.08
+"""Of the image's side: where the border ends."""
+SPREAD = 0.5
+"""Standard deviation of the weights of the middle, of half the image's side."""
+DARK = 1.1
+"""Of Otsu's threshold: lesions fade out, and those who draw their masks include the fading."""
+LEAST_PART = 0.3
+"""Parts of the object with less than this share of the weight of the largest are specks."""
+
+
+def select(rule: str, labels: NDArray[Any], image: Tensor) -> Mask:
+    """The object ``[h, w]`` in a label map ``[h, w]`` of an image ``[3, h, w]`` with values in [0, 1].
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"select: unknown rule {rule!r}; expected one of {', '.join(RULES)}")
+    if labels.min() == labels.max():
+        return np.ones(labels.shape, dtype=np.bool_)
+    return RULES[rule](labels, image)
+
+
+def central(labels: NDArray[Any], image: Tensor) -> Mask:
+    """Labels with a larger share of the middle than of the border. The image is not looked at."""
+    return clean_up(np.isin(labels, _central(labels)))
+
+
+def _central(labels: NDArray[Any]) -> list[int]:
+    """There is always one: both shares add up to 1 over all labels; where all are equal, the first."""
+    middle, border = _middle(labels.shape), _border(labels.shape)
+    excess = {int(v): middle[labels == v].sum() - border[labels == v].sum() for v in np.unique(labels)}
+    return [v for v, e in excess.items() if e > 0] or [max(excess, key=lambda v: excess[v])]
+
+
+def dark(labels: NDArray[Any], image: Tensor) -> Mask:
+    """Labels whose mean, weighted with the middle, is at most `DARK` times Otsu's threshold; the darkest if none is."""
+    grey, middle = grey_levels(image), _middle(labels.shape)
+    means = {int(v): np.average(grey[labels == v], weights=middle[labels == v]) for v in np.unique(labels)}
+    threshold = DARK * threshold_otsu(grey)
+    found = [v for v, mean in means.items() if mean <= threshold] or [min(means, key=lambda v: means[v])]
+    return clean_up(np.isin(labels, found))
+
+
+def lung(labels: NDArray[Any], image: Tensor) -> Mask:
+    """Within the body of a CT slice, labels that are no brighter there than Otsu's threshold."""
+    body, grey = body_mask(image), grey_levels(image)
+    if not body.any():
+        return np.zeros(labels.shape, dtype=np.bool_)
+    threshold = threshold_otsu(grey[body])
+    found = [v for v in np.unique(labels[body]) if grey[body & (labels == v)].mean() <= threshold]
+    return clean_up(np.isin(labels, found) & body, holes=False)
+
+
+RULES: dict[str, Rule] = {"central": central, "dark": dark, "lung": lung}
+
+
+def grey_levels(image: Tensor) -> NDArray[np.uint8]:
+    """``[3, h, w]`` in [0, 1] -> ``[h, w]``: mean of the channels in 256 levels, as Otsu's threshold counts them."""
+    return (image.mean(0) * 255).round().to(torch.uint8).numpy()
+
+
+def body_mask(image: Tensor) -> Mask:
+    """Of a CT slice ``[3, h, w]`` whose air is dark: the body with what is in it, without the table, ``[h, w]``.
+
+    The largest part brighter than Otsu's threshold that thin things were taken off from, with its holes filled.
+    """
+    grey = grey_levels(image)
+    thin = max(1, round(min(grey.shape) / 100))
+    parts, count = ndimage.label(ndimage.binary_opening(grey > threshold_otsu(grey), iterations=thin))
+    if count == 0:
+        return np.zeros(grey.shape, dtype=np.bool_)
+    largest = parts == 1 + np.argmax(ndimage.sum_labels(parts > 0, parts, range(1, count + 1)))
+    margin = 2 * thin
+    closed = ndimage.binary_closing(np.pad(largest, margin), iterations=margin)[margin:-margin, margin:-margin]
+    return np.asarray(ndimage.binary_fill_holes(closed), dtype=np.bool_)
+
+
+def clean_up(mask: Mask, holes: bool = True) -> Mask:
+    """The mask without specks, judged by their share of the middle of the image, and with holes filled; its rim is that
+    of what lies next to it.
+    """
+    margins = [(_rim(size), _rim(size)) for size in mask.shape]
+    inner = mask[tuple(slice(before, size - after) for size, (before, after) in zip(mask.shape, margins, strict=True))]
+    filled = ndimage.binary_fill_holes(inner) if holes else inner
+    parts, count = ndimage.label(filled)
+    if count > 1:
+        weights = ndimage.sum_labels(_middle(inner.shape), parts, range(1, count + 1))
+        filled = np.isin(parts, 1 + np.flatnonzero(weights >= LEAST_PART * weights.max()))
+    return np.pad(filled, margins, mode="edge")
+
+
+def _middle(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Weights that fall off from the middle as a Gaussian; their sum is 1."""
+    axes = [(np.arange(size) + 0.5) / size * 2 - 1 for size in shape]
+    weights = np.exp(-(axes[0][:, None] ** 2 + axes[1][None] ** 2) / (2 * SPREAD**2))
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def _border(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Equal weights of the pixels near the edges, but for the rim; their sum is 1."""
+    weights = np.zeros(shape)
+    for value, widths in ((1, [_rim(size) for size in shape]), (0, [max(1, round(BORDER * size)) for size in shape])):
+        weights[widths[0] : shape[0] - widths[0], widths[1] : shape[1] - widths[1]] = value
+    return weights / weights.sum()
+
+
+def _rim(size: int) -> int:
+    return round(RIM * size)

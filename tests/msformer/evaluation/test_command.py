@@ -1,0 +1,203 @@
+"""``msformer evaluate`` as a user sees it: the report, resuming, failures, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+import msformer.baselines.otsu as otsu
+from msformer.baselines import LabelMap, Method, Task, all_methods
+from msformer.cli import main
+from msformer.evaluation import command, run
+from msformer.evaluation.protocols import PROTOCOLS
+from tests.msformer.evaluation import data
+
+FAST = "everything,otsu,kmeans-2"
+
+
+def evaluate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["evaluate", "--size", "40", *(str(a) for a in arguments)])
+
+
+def test_a_report(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path / "data")
+    out = tmp_path / "out"
+    result = evaluate("--data", tmp_path / "data", "--methods", FAST, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert {"report.html", "report.md", "summary.csv", "scores.csv", "run.json", "maps"} == {
+        p.name for p in out.iterdir()
+    }
+    scores = pd.read_csv(out / "scores.csv")
+    assert len(scores) == 3 * 3 * len(PROTOCOLS)
+    summary = pd.read_csv(out / "summary.csv").set_index(["protocol", "method"])
+    chosen = scores[(scores.protocol == "blind") & (scores.method == "otsu")]
+    assert summary.loc[("blind", "otsu"), "dsc"] == pytest.approx(chosen.dsc.mean())
+    assert summary.loc[("blind", "otsu"), "dsc"] > 0.95
+    assert summary.loc[("published", "everything"), "dsc"] > summary.loc[("oracle", "everything"), "dsc"]
+    text = (out / "report.md").read_text()
+    for heading in (
+        "Blind: labels chosen by the rule “central”",
+        "Oracle: the one label",
+        "within the mask dilated by 6",
+    ):
+        assert heading in text
+    assert "| Otsu | 9" in text
+    assert "layout pairs, 3 images" in text
+    assert "3 images in" in result.output
+    assert "left" in result.output, "the time left is said"
+
+
+def test_nothing_is_fitted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.make_pairs(tmp_path / "data")
+    arguments = ("--data", tmp_path / "data", "--methods", FAST, "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    first = (tmp_path / "out" / "scores.csv").read_bytes()
+    monkeypatch.setattr(command.Store, "fit", None)
+    again = evaluate(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "9 of 9 label maps were already done" in again.output
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == first
+    monkeypatch.undo()
+    assert "6 of 9 label maps were already done" in evaluate_after_change(tmp_path).output
+    other_seed = evaluate(*arguments, "--seed", 1)
+    assert "already done" not in other_seed.output
+
+
+def evaluate_after_change(folder: Path) -> Result:
+    data.save(folder / "data" / "images" / "b.png", data.lesion(data.disc(), 77))
+    return evaluate("--data", folder / "data", "--methods", FAST, "--out", folder / "out")
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path / "data", tuple(f"{i:02d}" for i in range(12)))
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "msformer",
+        "evaluate",
+        "--data",
+        str(tmp_path / "data"),
+        "--methods",
+        "otsu,kmeans-3",
+    ]
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("maps/kmeans-3/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(out.glob("maps/*/*.json")))
+    assert 0 < done < 24
+    done_by_runner = CliRunner().invoke(main, [*command[3:], "--out", str(out)])
+    assert done_by_runner.exit_code == 0, done_by_runner.output
+    assert f"{done} of 24 label maps were already done" in done_by_runner.output
+    assert not list(out.rglob(".msformer-*"))
+    assert len(pd.read_csv(out / "scores.csv")) == 24 * len(PROTOCOLS)
+
+
+def test_failures_are_named_and_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.make_pairs(tmp_path / "data")
+    (tmp_path / "data" / "images" / "a.png").write_bytes(b"no image")
+    data.save(tmp_path / "data" / "masks" / "b.png", np.zeros((3, 3), np.uint8))
+
+    def broken(task: Task) -> LabelMap:
+        raise FloatingPointError("the loss became nan")
+
+    monkeypatch.setattr(run, "score", run.score)
+    methods = [m if m.name != "kmeans-2" else Method(m.name, m.title, m.order, broken) for m in all_methods()]
+    monkeypatch.setattr("msformer.baselines.all_methods", lambda: tuple(methods))
+    result = evaluate("--data", tmp_path / "data", "--methods", FAST, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "failed: a: " in result.output
+    assert "failed: b: " in result.output
+    assert "the mask has 3 x 3 pixels, the image 40 x 48" in result.output
+    assert "failed: c, k-means, k = 2: the loss became nan" in result.output
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv").image) == {"c"}
+    failures = json.loads((tmp_path / "out" / "run.json").read_text())["failures"]
+    assert set(failures) == {"a", "b", "c, k-means, k = 2"}
+    assert "## Failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_empty_and_full_masks_and_odd_images(tmp_path: Path) -> None:
+    folder = data.make_pairs(tmp_path / "data", ("läsion 1", "b", "c", "d"))
+    data.save(folder / "masks" / "b.png", np.zeros((40, 48), np.uint8))
+    data.save(folder / "masks" / "c.png", np.full((40, 48, 3), 255, np.uint8))
+    data.save(folder / "images" / "d.png", np.full((1, 70, 4), 90, np.uint8))
+    data.save(folder / "masks" / "d.png", np.arange(70, dtype=np.uint8)[None] // 35)
+    result = evaluate("--data", folder, "--methods", FAST, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert (summary.empty_truths == 1).all()
+    assert (summary[summary.protocol == "published"].empty_predictions >= 1).all()
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    full = scores[(scores.image == "c") & (scores.method == "everything") & (scores.protocol == "blind")].iloc[0]
+    assert full.dsc == full.precision == full.recall == full.dsc_full == 1
+    assert "(without 1)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.make_lung(tmp_path / "lung")
+    data.make_isic(tmp_path / "isic")
+    rules = {}
+    for layout in ("lung", "isic"):
+        out = tmp_path / f"out-{layout}"
+        done = evaluate("--data", tmp_path / layout, "--methods", "otsu", "--limit", 1, "--out", out)
+        assert done.exit_code == 0, done.output
+        rules[layout] = json.loads((out / "run.json").read_text())["blind rule"]
+        assert pd.read_csv(out / "scores.csv").image.nunique() == 1
+        assert pd.read_csv(out / "summary.csv").dsc[0] > 0.9, "blind"
+    assert rules == {"lung": "lung", "isic": "dark"}
+
+    def fast(task: Task) -> LabelMap:
+        return otsu.label_map(task)
+
+    methods = [Method(m.name, m.title, m.order, fast, m.ablation) for m in all_methods()]
+    monkeypatch.setattr("msformer.baselines.all_methods", lambda: tuple(methods))
+    done = evaluate("--data", tmp_path / "isic", "--ablation", "--out", tmp_path / "table2")
+    assert done.exit_code == 0, done.output
+    titles = list(pd.read_csv(tmp_path / "table2" / "summary.csv").title.unique())
+    assert titles == ["MS-Former, ce", "MS-Former, ce + inter", "MS-Former, ce + intra", "MS-Former, all losses"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "unet"), "methods: unknown 'unet'"),
+        (("--select", "best"), "select: unknown rule 'best'; expected auto, central, dark, lung"),
+        (("--layout", "cityscapes"), "layout: unknown 'cityscapes'"),
+        (("--data", "nowhere"), "nowhere: no such file or folder"),
+        (("--device", "tpu"), "device: 'tpu' cannot be used"),
+    ],
+)
+def test_errors_of_usage(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:
+    data.make_pairs(tmp_path / "data")
+    result = evaluate("--data", tmp_path / "data", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_listed() -> None:
+    result = evaluate("--data", ".", "--methods", "list", "--out", "nowhere")
+    assert result.exit_code == 0
+    for method in all_methods():
+        assert method.name in result.output
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "msformer.evaluation.page")
+    monkeypatch.delitem(sys.modules, "msformer.evaluation.command")
+    result = evaluate("--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "jinja2 is not installed; run: pip install 'msformer[evaluate]'" in result.output

@@ -1,0 +1,101 @@
+"""Measures, protocols and intervals against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from msformer.evaluation.measures import measure
+from msformer.evaluation.protocols import PROTOCOLS, predictions, published
+from msformer.evaluation.summary import mean_and_interval
+from tests.msformer.evaluation.data import disc
+
+EMPTY, FULL = np.zeros((6, 8), bool), np.ones((6, 8), bool)
+
+
+def test_measures() -> None:
+    truth, predicted = EMPTY.copy(), EMPTY.copy()
+    truth[1:3, 1:5] = True  # 8 pixels
+    predicted[2:4, 1:5] = True  # 8 pixels, 4 of them true
+    found = measure(predicted, truth)
+    assert found.dsc == 0.5
+    assert found.jaccard == 4 / 12
+    assert found.hm == 8 / 12
+    assert found.xor == 1.0
+    assert found.precision == found.recall == 0.5
+    assert found.hd95 == 1.0
+
+
+def test_the_published_measures_are_ordered() -> None:
+    """HM <= XOR and HM <= 1, which the published tables break."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        found = measure(random.random((9, 9)) > 0.6, random.random((9, 9)) > 0.8)
+        assert found.xor is not None
+        assert found.hm <= min(1, found.xor)
+
+
+def test_empty_masks_are_never_a_division_by_zero() -> None:
+    assert measure(EMPTY, EMPTY) == (1.0, 0.0, None, 1.0, None, None, None)
+    assert measure(FULL, EMPTY) == (0.0, 1.0, None, 0.0, 0.0, None, None)
+    assert measure(EMPTY, FULL) == (0.0, 1.0, 1.0, 0.0, None, 0.0, None)
+    assert measure(FULL, FULL) == (1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)
+
+
+def test_border_distance_is_that_of_the_worse_direction() -> None:
+    """Of two squares, one with a far pixel: the 95th percentile leaves it out one way only if it is rare."""
+    truth = np.zeros((40, 60), bool)
+    truth[5:25, 5:25] = True
+    shifted = np.roll(truth, 7, axis=1)
+    assert measure(shifted, truth).hd95 == 7.0
+    assert measure(truth, shifted).hd95 == 7.0
+
+
+def test_different_sizes() -> None:
+    with pytest.raises(ValueError, match=r"truth: has shape \(3, 3\), the prediction \(6, 8\)"):
+        measure(EMPTY, np.zeros((3, 3), bool))
+
+
+def test_protocols() -> None:
+    truth = disc(40, 48, 9)
+    labels = np.zeros((40, 48), np.uint8)
+    labels[truth] = 1
+    labels[:20][truth[:20]] = 2  # the upper half of the object has a label of its own
+    labels[0, 0] = 1
+    found = predictions(labels, truth, blind=labels == 2)
+    assert tuple(found) == PROTOCOLS
+    assert (found["blind"] == (labels == 2)).all()
+    assert (found["oracle"] == (labels == (1 if (labels[truth] == 1).sum() > truth.sum() / 2 else 2))).all()
+    assert (found["oracle-union"] == (labels > 0)).all()
+    assert not found["published"][0, 0], "outside the gate"
+
+
+def test_the_gate_is_the_mask_dilated_by_six_pixels_each_way() -> None:
+    truth = np.zeros((40, 40), bool)
+    truth[18:20, 18:20] = True
+    everything = published(np.zeros((40, 40), int), truth)
+    assert everything.sum() == 14 * 14
+    assert (everything == ndimage.binary_dilation(truth, np.ones((3, 3)), iterations=6)).all()
+
+
+def test_protocols_of_an_empty_and_a_full_mask() -> None:
+    labels = np.arange(48).reshape(6, 8) % 3
+    assert not published(labels, EMPTY).any()
+    for truth in (EMPTY, FULL):
+        for predicted in predictions(labels, truth, blind=labels == 0).values():
+            assert predicted.shape == truth.shape
+    assert predictions(labels, FULL, labels == 0)["oracle-union"].all()
+
+
+def test_intervals() -> None:
+    mean, low, high = mean_and_interval(np.arange(100.0))
+    assert mean == 49.5
+    spread = 1.96 * np.arange(100.0).std() / 10
+    assert (low, high) == (pytest.approx(49.5 - spread, abs=0.6), pytest.approx(49.5 + spread, abs=0.6))
+    assert mean_and_interval(np.array([0.3, 0.3])) == (0.3, 0.3, 0.3)
+    one = mean_and_interval(np.array([0.3]))
+    assert one[0] == 0.3
+    assert np.isnan(one[1:]).all()
+    assert np.isnan(mean_and_interval(np.array([]))).all()
+    assert mean_and_interval(np.arange(9.0)) == mean_and_interval(np.arange(9.0)), "the same in every run"

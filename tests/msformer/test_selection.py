@@ -1,0 +1,99 @@
+"""The rules that find the object in a label map without a mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msformer.data import prepare_image
+from msformer.medical import apply_window
+from msformer.scoring import dice
+from msformer.selection import RULES, body_mask, clean_up, select
+from tests.msformer.evaluation.data import chest, disc, lesion, lungs
+
+TRUTH = disc(64, 80, 16)
+
+
+def skin(mask: NDArray[np.bool_] = TRUTH) -> Tensor:
+    return prepare_image(lesion(mask))
+
+
+@pytest.mark.parametrize("rule", ["central", "dark"])
+def test_a_lesion_in_the_middle(rule: str) -> None:
+    assert (select(rule, TRUTH.astype(int), skin()) == TRUTH).all()
+    assert (select(rule, (~TRUTH).astype(np.uint8) * 7, skin()) == TRUTH).all(), "numbers of labels mean nothing"
+
+
+@pytest.mark.parametrize("rule", ["central", "dark"])
+def test_a_rim_with_the_label_of_the_lesion(rule: str) -> None:
+    """As networks that pad with zeros give it: the frame must not make everything in it a filled hole."""
+    truth = disc(128, 128, 30)
+    labels = truth.astype(int)
+    labels[0] = labels[-1] = labels[:, 0] = labels[:, -1] = 1
+    assert (select(rule, labels, skin(truth)) == truth).all()
+
+
+def test_dark_corners_with_the_label_of_the_lesion() -> None:
+    truth, field = disc(128, 128, 30), disc(128, 128, 70)
+    image = skin(truth | ~field)
+    assert (select("dark", (truth | ~field).astype(int), image) == truth).all()
+
+
+def test_a_lesion_of_several_labels() -> None:
+    labels = TRUTH.astype(int) + disc(64, 80, 8)
+    for rule in ("central", "dark"):
+        assert (select(rule, labels, skin()) == TRUTH).all()
+
+
+def test_specks_and_holes() -> None:
+    labels = TRUTH.astype(int)
+    labels[30:33, 38:41] = 0
+    labels[4:7, 4:7] = 1
+    for rule in ("central", "dark"):
+        assert (select(rule, labels, skin()) == TRUTH).all()
+
+
+def test_dark_finds_something_where_nothing_is_dark() -> None:
+    image = torch.full((3, 64, 80), 0.5)
+    assert select("dark", TRUTH.astype(int), image).any()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("shape", [(33, 33), (33, 200), (257, 40)])
+def test_every_rule_gives_a_mask_for_anything(rule: str, shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    for labels in (random.integers(0, 5, shape), np.arange(shape[0] * shape[1]).reshape(shape) // 500):
+        for image in (torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)), torch.zeros(3, *shape)):
+            found = select(rule, labels, image)
+            assert found.shape == shape
+            assert found.dtype == np.bool_
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_one_label_is_everything(rule: str) -> None:
+    assert select(rule, np.full((40, 40), 3), torch.rand(3, 40, 40)).all()
+
+
+def test_unknown_rule() -> None:
+    with pytest.raises(ValueError, match="select: unknown rule 'best'; expected one of central, dark, lung"):
+        select("best", np.zeros((4, 4), int), torch.zeros(3, 4, 4))
+
+
+def test_lung_is_not_the_air_outside() -> None:
+    """With the table below, whose label is that of the body."""
+    truth = lungs(128)
+    values = chest(truth)
+    values[122:124, 10:118] = 300
+    image = prepare_image(apply_window(values, -512, 512))
+    body = body_mask(image)
+    assert dice(body, chest(np.zeros_like(truth)) > -500) > 0.98
+    labels = (values > -500).astype(int)
+    assert dice(select("lung", labels, image), truth) > 0.98
+
+
+def test_clean_up_keeps_an_empty_mask_empty() -> None:
+    assert not clean_up(np.zeros((40, 40), bool)).any()
+    assert clean_up(np.ones((40, 40), bool)).all()
