@@ -26,14 +26,14 @@ from unittest import mock
 import click
 import torch
 
-TARGETS = ("sm_80", "sm_90", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 DTYPES = ("bfloat16", "float32", "tf32")
 """float32 as PyTorch has it by default, and with tf32 allowed. The latter is for self-attention, whose folded form
 serves float32 only so; other products of one tf32 term need less than those of three, which float32 has."""
 DIMS = (32, 64, 100, 160, 256)
 WITH_MASK = 100
 """The one of them that is compiled with a mask too."""
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+SHARED_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one block can have."""
 SPILL_BUDGET = 64
 """Bytes of stack a thread may have, most of which are spilled registers."""

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -285,8 +286,8 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def rivals(
     operator: str, size: int, dim: int, heads: int, dtype: str, device: torch.device
-) -> dict[str, Callable[[], Any]]:
-    """Forward + backward of each rival on the same weights and input."""
+) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """What makes forward + backward of each rival, on the same weights and input."""
     import msformer_kernels as kernels
     from benchmarks.gpu_rivals import plain_attention, plain_block, plain_mix_ffn
 
@@ -314,43 +315,55 @@ def rivals(
     def training(forward: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(forward(x), [x, *parameters], grad, allow_unused=True)
 
-    tuned = torch.compile(plain[operator], mode="max-autotune")
+    def tuned() -> Callable[[], Any]:
+        forward = torch.compile(plain[operator], mode="max-autotune")
 
-    def tuned_training() -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return torch.autograd.grad(tuned(x), [x, *parameters], grad, allow_unused=True)
+        def run() -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return torch.autograd.grad(forward(x), [x, *parameters], grad, allow_unused=True)
+
+        return run
 
     return {
-        "triton": training(ours[operator]),
-        "triton, graph": graphed(training(ours[operator])),
-        "eager": training(plain[operator]),
-        "compile": training(torch.compile(plain[operator])),
-        "max-autotune": tuned_training,
+        "triton": lambda: training(ours[operator]),
+        "triton, graph": lambda: graphed(training(ours[operator])),
+        "eager": lambda: training(plain[operator]),
+        "compile": lambda: training(torch.compile(plain[operator])),
+        "max-autotune": tuned,
     }
+
+
+COMPILE_SECONDS = {"compile": 30, "max-autotune": 75}
+"""What `torch.compile` may take for forward and backward; it is left out when there is less time."""
 
 
 def time_row(check: Check, operator: str, size: int, dim: int, heads: int, dtype: str) -> None:
     set_tf32(dtype)
     torch._dynamo.reset()
     row: dict[str, Any] = {"operator": operator, "tokens": f"{size}x{size}", "dim": dim, "heads": heads, "dtype": dtype}
-    for name, run in rivals(operator, size, dim, heads, dtype, check.device).items():
-        if name in ("compile", "max-autotune") and not check.left(f"{name} of {operator} {size} {dim} {dtype}", 30):
+    for name, make in rivals(operator, size, dim, heads, dtype, check.device).items():
+        what = f"{name} of {operator} {size} {dim} {dtype}"
+        if name in COMPILE_SECONDS and not check.left(what, COMPILE_SECONDS[name]):
             continue
         try:
-            row[name] = median_ms(run)
-        except RuntimeError as error:
+            row[name] = median_ms(make())
+        except Exception as error:  # compilers raise whatever they like
             row[name] = None
-            check.skipped.append(f"{name} of {operator} {size} {dim} {dtype}: {str(error).splitlines()[0]}")
+            check.skipped.append(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    if row["triton"] is None:
+        check.checks[f"times of {operator} {size} {dim} {dtype}"] = f"FAILED: {check.skipped[-1]}"
+        return
     tokens, kind = size * size, DTYPES[dtype]
     flop = FLOPS[operator] * tokens * dim**2 / check.ceilings[f"{dtype} TFLOP/s"] / 1e9
     moved = MOVED[operator] * tokens * dim * kind.itemsize / check.ceilings["copy GB/s"] / 1e6
-    row["roofline share"] = max(flop, moved) / min(row["triton"], row["triton, graph"])
+    graph = row["triton, graph"] or row["triton"]
+    row["roofline share"] = max(flop, moved) / min(row["triton"], graph)
     check.times.append(row)
     ratios = {n: row[n] / row["triton"] for n in ("eager", "compile", "max-autotune") if row.get(n)}
     text = ", ".join(f"{r:.2f} x {n}" for n, r in ratios.items())
     name = f"{operator:<10} {size}x{size} C={dim} h{heads} {dtype:<9}"
     share = f"{100 * row['roofline share']:.0f}% of the roofline"
-    print(f"{name} {row['triton']:.3f} ms ({row['triton, graph']:.3f} as a graph, {share}): {text}", flush=True)
+    print(f"{name} {row['triton']:.3f} ms ({graph:.3f} as a graph, {share}): {text}", flush=True)
 
 
 def time_host(check: Check) -> None:
@@ -441,37 +454,57 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here (TRITON_INTERPRET=1 and --device cpu run the checks in the interpreter)")
         return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     check = Check(device, time.monotonic() + 60 * options.minutes - 20)
     check.machine = describe(device)
     print(", ".join(f"{k} {v}" for k, v in check.machine.items()), flush=True)
     if options.small or device.type == "cpu":
         check_accuracy(check, SMALL_CASES, ["bfloat16", "tf32"])
     else:
-        run_on_gpu(check)
+        run_on_gpu(check, options.out)
     write(check, options.out)
+    summarise(check, options.out)
     return 1 if check.failed else 0
 
 
-def run_on_gpu(check: Check) -> None:
-    measure_ceilings(check)
-    check_accuracy(check, CASES, ["bfloat16", "float16", "tf32", "float32"])
-    check.checks["CUDA graph"] = check_graph(check.device)
-    time_host(check)
-    time_fit(check)
-    for row in ROWS:
-        if check.left(f"times of {row}", 20):
-            time_row(check, *row)
-    if check.left("compute-sanitizer", 150):
+def run_on_gpu(check: Check, out: Path) -> None:
+    def graph() -> None:
+        check.checks["CUDA graph"] = check_graph(check.device)
+
+    def sanitizer() -> None:
         check.checks["compute-sanitizer"] = run_sanitizer()
+
+    stages: list[tuple[str, float, Callable[[], None]]] = [
+        ("ceilings", 0, lambda: measure_ceilings(check)),
+        ("accuracy", 0, lambda: check_accuracy(check, CASES, ["bfloat16", "float16", "tf32", "float32"])),
+        ("CUDA graph", 0, graph),
+        ("host time", 0, lambda: time_host(check)),
+        ("fit", 0, lambda: time_fit(check)),
+        *((f"times of {row}", 20, partial(time_row, check, *row)) for row in ROWS),
+        ("compute-sanitizer", 150, sanitizer),
+    ]
+    for name, seconds, stage in stages:
+        if not check.left(name, seconds):
+            continue
+        try:
+            stage()
+        except Exception as error:  # the next stages say more
+            traceback.print_exc()
+            check.checks[name] = f"FAILED: {type(error).__name__}: {error}"
+        write(check, out)  # what there is, should the next stage end the process
 
 
 def write(check: Check, out: Path) -> None:
-    for name, found in check.checks.items():
-        print(f"{name}: {found}")
     names = ("machine", "ceilings", "accuracy", "checks", "times", "skipped")
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps({name: getattr(check, name) for name in names}, indent=1))
     temporary.rename(out)
+
+
+def summarise(check: Check, out: Path) -> None:
+    for name, found in check.checks.items():
+        print(f"{name}: {found}")
     print(f"wrote {out}; {'FAILED' if check.failed else 'all checks passed'}")
 
 

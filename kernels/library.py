@@ -45,8 +45,20 @@ def register(
 ) -> None:
     """Defines ``msformer::<name>``, its kernel for every device and its fake kernel."""
     LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _on_its_device(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"msformer::{name}", fake, lib=LIBRARY)
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the GPU of the first argument the current one, for what a kernel launches and allocates."""
+
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return kernel(first, *rest)
+        with torch.cuda.device(first.device):
+            return kernel(first, *rest)
+
+    return guarded
 
 
 def register_autocast(name: str, rule: Callable[..., Any]) -> None:

@@ -28,13 +28,15 @@ COMPILED: Options = {"enable_fp_fusion": True}
 
 @lru_cache
 def architecture() -> str:
-    """The family of the current GPU that kernels are tuned for: sm_80, sm_90 (and later), gfx942; cpu when
-    interpreted."""
+    """The family of the current GPU that kernels are tuned for: sm_80, sm_90 (and sm_100), gfx942; sm_89 for those with
+    99 KiB of shared memory (sm_86, sm_89, sm_120); cpu when interpreted."""
     if INTERPRETED.value:
         return "cpu"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
+    if target.arch in (86, 89) or target.arch >= 120:
+        return "sm_89"
     return "sm_90" if target.arch >= 90 else "sm_80"
 
 
@@ -111,6 +113,9 @@ _ON: dict[tuple[str, str, int, int], Options] = {
     ("gfx942", "query_backward", 128, 2): {"BN": 16, "num_warps": 4, "num_stages": 1},
 }
 
+_LIKE = {"sm_89": "sm_80"}
+"""Whose entries an architecture takes where it has none of its own."""
+
 
 def entry_name(architecture: str, kernel: str, limit: int, size: int) -> str:
     """How a table in a file names an entry, such as ``sm_90/key_tokens/128/2``."""
@@ -155,9 +160,11 @@ def table_entry(kernel: str, width: int, like: Tensor) -> Options:
     path = os.environ.get("MSFORMER_TRITON_TABLE")
     options = None
     if path or _trials:
-        name = entry_name(here, kernel, limit, size)
-        options = _trials.get(name) or (_from_file(path).get(name) if path else None)
-    return dict(options or _ON.get((here, kernel, limit, size)) or TABLE[kernel][limit, size])
+        entry = entry_name(here, kernel, limit, size)
+        options = _trials.get(entry) or (_from_file(path).get(entry) if path else None)
+    for name in (here, _LIKE.get(here, here)):
+        options = options or _ON.get((name, kernel, limit, size))
+    return dict(options or TABLE[kernel][limit, size])
 
 
 def launch_options(kernel: str, width: int, like: Tensor) -> Options:

@@ -26,7 +26,7 @@ from msformer.model import MSFormer
 
 Progress = Callable[[int, int, float], None]
 
-_capturing = threading.Lock()
+_warming_up, _capturing = threading.Lock(), threading.Lock()
 
 STEPS_AHEAD = 3
 """Steps that are launched before the host looks at the result of one."""
@@ -61,7 +61,7 @@ class History:
 
 
 def fit(model: MSFormer, image: Tensor, rule: Rule, report: Progress) -> History:
-    """Fits the model to ``[1, 3, h, w]`` in place; a step that is captured where that is possible."""
+    """Fits the model to ``[1, 3, h, w]`` in place; on a GPU, on the current stream, by a captured step if possible."""
     model.train()
     if image.device.type == "cuda":
         steps = DeviceSteps(model, image, rule)
@@ -141,20 +141,34 @@ class DeviceSteps:
             self.next.add_(1).clamp_(max=self.rule.max_steps - 1)
 
     def capture(self) -> None:
-        """Makes a CUDA graph of a step. The weights are as before afterwards."""
+        """Makes a CUDA graph of a step. The weights are as before afterwards, also if that fails.
+
+        Raises:
+            RuntimeError: the step cannot be captured, or the current stream is the default one.
+        """
         parts = [*self.parameters, *self.model.buffers(), *self.velocities, self.history, self.next, self.active]
         with torch.no_grad():
             before = [x.clone() for x in parts]
         graph = torch.cuda.CUDAGraph()
-        with _capturing:
-            for _ in range(2):  # kernels are compiled and workspaces made
+        stream = torch.cuda.current_stream()
+        try:
+            with _warming_up:
+                for _ in range(2):  # kernels are compiled and workspaces made
+                    self.step()
+            # on this fit's own stream: what libraries keep for a stream must not be shared with another fit's graph
+            with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step()
-        with torch.no_grad():
-            for x, old in zip(parts, before, strict=True):
-                x.copy_(old)
-        self._replay = graph.replay
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+            with torch.no_grad():
+                for x, old in zip(parts, before, strict=True):
+                    x.copy_(old)
+
+        def replay() -> None:
+            with _capturing:  # older PyTorch refuses a replay while another thread captures
+                graph.replay()
+
+        self._replay = replay
 
     def run(self, report: Progress) -> History:
         """All steps until the stop rule is met; raises FloatingPointError for a loss that is not finite."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -46,8 +47,22 @@ class PatchEmbedding(nn.Module):
         self.norm = TokenBatchNorm(embed_dim)
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
+        if image.is_cuda:
+            tokens, height, width = convolution_as_product(self.proj, image)
+            return self.norm(tokens), height, width
         features = self.proj(image.contiguous(memory_format=torch.channels_last))
         return self.norm(as_tokens(features)), features.shape[2], features.shape[3]
+
+
+def convolution_as_product(convolution: nn.Conv2d, image: Tensor) -> tuple[Tensor, int, int]:
+    """A convolution with padding 1 as a product of its unfolded input: tokens ``[B, N, C]``, height and width.
+
+    For GPUs: the gradient of cuDNN's convolutions is not the same bits in every run.
+    """
+    stride = convolution.stride[0]
+    height, width = ((size - 1) // stride + 1 for size in image.shape[2:])
+    patches = F.unfold(image, 3, padding=1, stride=stride).transpose(1, 2)  # [B, N, 9 * in_channels]
+    return F.linear(patches, convolution.weight.flatten(1), convolution.bias), height, width
 
 
 def as_tokens(image: Tensor) -> Tensor:

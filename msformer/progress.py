@@ -22,7 +22,8 @@ class RunProgress:
         self._console = Console()
         self._count, self._what = count, what
         self._lock = threading.Lock()
-        self._started = time.monotonic()
+        # when the first item that was not done before was started, and how many there were before it
+        self._first: tuple[float, int] | None = None
         self._done = self._skipped = 0
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -50,6 +51,8 @@ class RunProgress:
 
     def start(self, name: str) -> Update:
         """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
+        if self._first is None:
+            self._first = time.monotonic(), self._done
         bar = self._running[name] = self._bars.add_task(name, total=None, details="")
 
         def update(done: int, steps: int, details: str = "") -> None:
@@ -77,9 +80,10 @@ class RunProgress:
 
     def _time_left(self) -> str:
         left = self._count - self._done
-        if left == 0 or self._done == self._skipped:
+        if left == 0 or self._first is None or self._done == self._first[1]:
             return ""
-        seconds = (time.monotonic() - self._started) / (self._done - self._skipped) * left
+        started, before = self._first
+        seconds = (time.monotonic() - started) / (self._done - before) * left
         return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
     def _print(self, line: str) -> None:

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 
@@ -28,6 +28,7 @@ from msformer.fitting import Progress, Rule, fit, label_map
 from msformer.losses import LossWeights
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
+from msformer.streams import own_stream
 from msformer_kernels.backends import resolve
 
 Labels = NDArray[np.integer]
@@ -150,11 +151,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with _random_state, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """On a GPU: what is launched within the block waits for nothing that other threads launch."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _check_settings(max_steps: int, min_labels: int, learning_rate: float, momentum: float) -> None:

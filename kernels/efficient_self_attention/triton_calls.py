@@ -45,9 +45,10 @@ from msformer_kernels.triton_common import (
     placed,
     split_tokens,
 )
-from msformer_kernels.triton_table import COMPILED, launch_options
+from msformer_kernels.triton_table import COMPILED, architecture, launch_options
 
 MOST_FOLDED = 128
+"""Channels, key and value features of the folded form; half of it for float32 where shared memory is small (sm_89)."""
 _PLAIN = Rules()
 
 
@@ -150,7 +151,8 @@ def _folds(x: Tensor, given: Parameters) -> bool:
     if x.dtype == torch.float32 and dot_precision(x.dtype) != "tf32":
         return False
     keys, values = given.query_weight.shape[0], given.value_weight.shape[0]
-    return max(x.shape[2], keys, values) <= MOST_FOLDED
+    most = MOST_FOLDED // 2 if x.element_size() == 4 and architecture() == "sm_89" else MOST_FOLDED
+    return max(x.shape[2], keys, values) <= most
 
 
 def _nothing(x: Tensor, given: Parameters, options: Options) -> tuple[Tensor, ...]:

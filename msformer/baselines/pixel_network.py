@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msformer.baselines import LabelMap, Task
-from msformer.segmentation import own_stream, seeded
+from msformer.segmentation import seeded
+from msformer.streams import own_stream
 
 CHANNELS = 100
 

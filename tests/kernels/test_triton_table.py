@@ -28,8 +28,9 @@ def test_options_depend_on_width_and_dtype() -> None:
 
 
 def test_a_smaller_architecture_has_entries_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_table, "architecture", lambda: "sm_80")
-    assert table_entry("token_backward", 100, BF16)["BN"] < TABLE["token_backward"][128, 2]["BN"]
+    for name in ("sm_80", "sm_89"):
+        monkeypatch.setattr(triton_table, "architecture", lambda name=name: name)
+        assert table_entry("token_backward", 100, BF16)["BN"] < TABLE["token_backward"][128, 2]["BN"]
 
 
 def test_a_file_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

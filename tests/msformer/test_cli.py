@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -21,7 +23,9 @@ import msformer.runs
 import msformer_kernels as kernels
 from msformer.cli import main
 from msformer.output import OutputError, complete_file, prepare_folder
+from msformer.scoring import dice
 from tests.msformer.conftest import QUICK_OPTIONS
+from tests.msformer.evaluation.data import chest, disc, lesion, lungs, save
 
 Picture = NDArray[np.uint8]
 
@@ -322,3 +326,73 @@ def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
     alive.touch()
     prepare_folder(tmp_path)
     assert files(tmp_path) == {alive.name}
+
+
+def test_masks(tmp_path: Path) -> None:
+    truth = disc(60, 70, 16)
+    save(tmp_path / "images" / "läsion 1.png", lesion(truth))
+    out = tmp_path / "out"
+    options = ["--size", "41", "--max-steps", "12", "--embed-dim", "12", "--depth", "1"]
+    result = run("segment", tmp_path / "images", "--out", out, "--mask", "dark", *options)
+    assert result.exit_code == 0, result.output
+    with PILImage.open(out / "läsion 1.mask.png") as mask:
+        pixels = np.asarray(mask)
+    assert pixels.shape == truth.shape
+    assert set(np.unique(pixels)) == {0, 255}
+    assert dice(pixels > 0, truth) > 0.8
+    assert json.loads((out / "läsion 1.json").read_text())["settings"]["mask"] == "dark"
+    (out / "läsion 1.mask.png").unlink()
+    again = run("segment", tmp_path / "images", "--out", out, "--mask", "dark", *options)
+    assert "already done" not in again.output
+    assert (out / "läsion 1.mask.png").exists()
+
+
+def test_dicom_and_nifti(tmp_path: Path) -> None:
+    """Windowed, and written back on the voxels of the input."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    values = chest(lungs(64))
+    affine = np.array([[-2.0, 0, 0, 10], [0, -3, 0, 20], [0, 0, 5, -30], [0, 0, 0, 1]])
+    volume = np.stack([np.zeros_like(values), values.T, np.zeros_like(values)], axis=2)
+    nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "chest.nii.gz")
+    write_dicom(folder / "slice", values)
+    options = ["--size", "40", "--max-steps", "2", "--embed-dim", "6", "--depth", "1"]
+    result = run("segment", folder, "--out", out, "--mask", "lung", "--window", "-600", "600", *options)
+    assert result.exit_code == 0, result.output
+    endings = (".json", ".labels.png", ".labels.nii.gz", ".mask.png", ".mask.nii.gz", ".overlay.png")
+    expected = {f"{name}{ending}" for name in ("chest", "slice") for ending in endings}
+    assert files(out) == expected | {"contact-sheet.png", "summary.json"}
+    settings = json.loads((out / "chest.json").read_text())["settings"]
+    assert (settings["window"], settings["slice"]) == ([-600, 600], None)
+    written = nibabel.load(out / "chest.labels.nii.gz")
+    assert written.shape == volume.shape
+    np.testing.assert_allclose(written.affine, affine)
+    labels = np.asarray(written.dataobj)
+    with PILImage.open(out / "chest.labels.png") as shown:
+        np.testing.assert_array_equal(labels[..., 1].T, np.asarray(shown).astype(int) + 1)
+    assert not labels[..., [0, 2]].any()
+    assert nibabel.load(out / "slice.mask.nii.gz").shape == (64, 64, 1)
+    assert "3 of" not in run("segment", folder, "--out", out, "--slice", "1", *options).output
+    wrong = run("segment", folder / "chest.nii.gz", "--out", tmp_path / "other", "--slice", "3", *options)
+    assert wrong.exit_code == 1
+    assert "expected a slice index from 0 to 2, got 3" in wrong.output
+
+
+def write_dicom(path: Path, values: NDArray[np.int16]) -> None:
+    """A CT slice without a suffix."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid()
+    dataset.Modality, dataset.PhotometricInterpretation = "CT", "MONOCHROME2"
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 1, 16, 16, 15
+    dataset.PixelRepresentation, dataset.RescaleSlope, dataset.RescaleIntercept = 0, 1, -1024
+    dataset.PixelData = (values + 1024).astype(np.uint16).tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def test_a_window_that_is_none(images: Path, tmp_path: Path) -> None:
+    result = run("segment", images, "--out", tmp_path / "out", "--window", "5", "5", *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "window: expected two numbers, the lower first, got (5.0, 5.0)" in result.output

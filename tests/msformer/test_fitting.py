@@ -57,3 +57,35 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     image[..., 3, 3] = float("nan")
     with pytest.raises(FloatingPointError, match="the loss became nan at step 1; try a smaller learning rate"):
         DeviceSteps(model, image, Rule(LossWeights(), 0.1, 0.9, 5, 1)).run(ignore)
+
+
+def test_a_capture_that_fails_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the steps that follow are those without the attempt."""
+
+    class Failing:
+        def __init__(self, *args: object, **options: object) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    for name, value in (
+        ("CUDAGraph", lambda: None),
+        ("current_stream", lambda: None),
+        ("set_stream", lambda stream: None),
+        ("graph", Failing),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    rule = Rule(LossWeights(), 0.1, 0.9, 3, 1)
+    model, image = model_and_image()
+    steps = DeviceSteps(model, image, rule)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        steps.capture()
+    expected, image = model_and_image()
+    for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    assert not steps.started
+    assert steps.run(ignore).label_counts == _fit_step_by_step(expected, image, rule, ignore).label_counts

@@ -12,6 +12,7 @@ from torch import Tensor
 import msformer_kernels as kernels
 from msformer import LossWeights, MSFormer
 from msformer.losses import cross_entropy, inter_scale, intra_scale, total_loss
+from msformer.model import convolution_as_product
 from tests.msformer.conftest import FAST_BACKENDS
 
 GOLDEN = Path(__file__).parent.parent / "data" / "msformer_65px_12ch_2layers.safetensors"
@@ -65,6 +66,24 @@ def test_any_size_from_33(height: int, width: int) -> None:
     assert output.logits.shape == (1, 6, height, width)
     assert output.attention.shape == (1, patches, patches)
     torch.testing.assert_close(output.attention.sum(-1), torch.ones(1, patches))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(33, 33), (34, 41)])
+def test_convolution_as_product(size: tuple[int, int], stride: int) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 5, 3, stride=stride, padding=1, dtype=torch.float64)
+    image = torch.rand(2, 3, *size, dtype=torch.float64)
+    expected = convolution(image)
+    tokens, height, width = convolution_as_product(convolution, image)
+    assert (height, width) == tuple(expected.shape[2:])
+    torch.testing.assert_close(tokens.transpose(1, 2).unflatten(2, (height, width)), expected)
+    for found, wanted in zip(
+        torch.autograd.grad(tokens.square().sum(), convolution.parameters()),
+        torch.autograd.grad(expected.square().sum(), convolution.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_options() -> None:
