@@ -32,6 +32,8 @@ SPREAD = 0.5
 """Standard deviation of the weights of the middle, of half the image's side."""
 DARK = 1.1
 """Of Otsu's threshold: lesions fade out, and those who draw their masks include the fading."""
+VESSEL = 0.003
+"""Of the image: holes in the lungs that are not larger are vessels, and part of them."""
 LEAST_PART = 0.3
 """Parts of the object with less than this share of the weight of the largest are specks."""
 
@@ -77,7 +79,7 @@ def lung(labels: NDArray[Any], image: Tensor) -> Mask:
         return np.zeros(labels.shape, dtype=np.bool_)
     threshold = threshold_otsu(grey[body])
     found = [v for v in np.unique(labels[body]) if grey[body & (labels == v)].mean() <= threshold]
-    return clean_up(np.isin(labels, found) & body, holes=False)
+    return clean_up(np.isin(labels, found) & body, largest_hole=VESSEL)
 
 
 RULES: dict[str, Rule] = {"central": central, "dark": dark, "lung": lung}
@@ -104,13 +106,14 @@ def body_mask(image: Tensor) -> Mask:
     return np.asarray(ndimage.binary_fill_holes(closed), dtype=np.bool_)
 
 
-def clean_up(mask: Mask, holes: bool = True) -> Mask:
-    """The mask without specks, judged by their share of the middle of the image, and with holes filled; its rim is that
-    of what lies next to it.
+def clean_up(mask: Mask, largest_hole: float = 1.0) -> Mask:
+    """The mask without specks, judged by their share of the middle of the image, and with holes filled that are no
+    larger than this share of the image; its rim is that of what lies next to it.
     """
     margins = [(_rim(size), _rim(size)) for size in mask.shape]
     inner = mask[tuple(slice(before, size - after) for size, (before, after) in zip(mask.shape, margins, strict=True))]
-    filled = ndimage.binary_fill_holes(inner) if holes else inner
+    holes, _ = ndimage.label(ndimage.binary_fill_holes(inner) & ~inner)
+    filled = inner | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest_hole * inner.size))
     parts, count = ndimage.label(filled)
     if count > 1:
         weights = ndimage.sum_labels(_middle(inner.shape), parts, range(1, count + 1))

@@ -92,6 +92,11 @@ def test_lung_is_not_the_air_outside() -> None:
     assert dice(body, chest(np.zeros_like(truth)) > -500) > 0.98
     labels = (values > -500).astype(int)
     assert dice(select("lung", labels, image), truth) > 0.98
+    labels[62:65, 40:43] = 1  # a vessel
+    labels[50:80, 75:95] = 1  # and something large
+    found = select("lung", labels, image)
+    assert found[62:65, 40:43].all()
+    assert not found[55:75, 80:90].any()
 
 
 def test_clean_up_keeps_an_empty_mask_empty() -> None:
