@@ -96,6 +96,11 @@ def is_medical(path: str | PathLike[str]) -> bool:
     return Path(path).name.lower().endswith(SUFFIXES_MEDICAL) or is_dicom(path)
 
 
+def is_volume(path: str | PathLike[str]) -> bool:
+    """Whether the path has a suffix of NIfTI."""
+    return Path(path).name.lower().endswith(_SUFFIXES_NIFTI)
+
+
 def count_slices(path: str | PathLike[str]) -> int:
     """How many slices `read_nifti` can read from the file; 1 for DICOM.
 
@@ -104,11 +109,27 @@ def count_slices(path: str | PathLike[str]) -> int:
         ImageError: as for `read_nifti`.
     """
     path = Path(path)
-    if not path.name.lower().endswith(_SUFFIXES_NIFTI):
+    if not is_volume(path):
         return 1
     with _decoding(path, "NIfTI"):
         image = _open_nifti(path)
         return _volume_shape(image.shape)[_slice_axis(image)]
+
+
+def slices_with_labels(path: str | PathLike[str]) -> list[int]:
+    """The indexes of a NIfTI file's slices, as `read_nifti` counts them, that hold anything but 0.
+
+    Raises:
+        FileNotFoundError, PermissionError, ImageError: as for `read_nifti`.
+    """
+    path = Path(path)
+    with _decoding(path, "NIfTI"):
+        image = _open_nifti(path)
+        axis = _slice_axis(image)
+        volume = np.asarray(image.dataobj).reshape(_volume_shape(image.shape))
+        filled = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
+        forward = _display_orientation(image, axis)[axis, 1] > 0
+        return sorted(int(i) if forward else volume.shape[axis] - 1 - int(i) for i in filled)
 
 
 @contextmanager
@@ -160,7 +181,7 @@ def read_dicom(path: str | PathLike[str]) -> Slice:
 
 def read_slice(path: str | PathLike[str], index: int | None = None) -> Slice:
     """`read_nifti` or `read_dicom`, by the name of the file; raises ImageError for an index of a DICOM file but 0."""
-    if Path(path).name.lower().endswith(_SUFFIXES_NIFTI):
+    if is_volume(path):
         return read_nifti(path, index)
     if index not in (None, 0):
         raise ImageError(f"{path}: a DICOM file has one slice, got index {index}")
@@ -415,7 +436,7 @@ def write_nifti(path: str | PathLike[str], labels: NDArray[Any], slice: Slice) -
         raise ValueError(f"labels: expected shape {slice.pixels.shape[:2]}, got {labels.shape}")
     if labels.dtype.kind not in "biu" or labels.min() < 0:
         raise ValueError(f"labels: expected integers >= 0, got {labels.dtype} from {labels.min()}")
-    if not path.name.lower().endswith(_SUFFIXES_NIFTI):
+    if not is_volume(path):
         raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path}")
     with _package("nibabel", path):
         from nibabel import orientations

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msformer.data import Reading, find_images, plain_name, prepare_image, read_image
+from msformer.medical import count_slices, is_medical, is_volume, read_slice, slices_with_labels
 from msformer.scoring import Mask
 
 LUNG_WINDOW = (-512.0, 512.0)
@@ -37,6 +38,8 @@ class Case:
     mask: Path
     window: tuple[float, float] | None = None
     """Values that become black and white; None: as `msformer.segment` takes the file."""
+    slice_index: int | None = None
+    """Of NIfTI volumes, as `msformer.medical.read_nifti` counts."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,22 @@ def _pairs(data: Path, masks: Path | None) -> Iterator[Case | str]:
 
 def _paired(images: Path, masks: Path) -> Iterator[Case | str]:
     if images.is_file() and masks.is_file():
-        yield Case(plain_name(images), images, masks)
+        yield from _slices(Case(plain_name(images), images, masks))
         return
     inside = masks if masks.is_dir() and masks.resolve().is_relative_to(images.resolve()) else None
     yield from _matched(find_images([images], exclude=inside), find_images([masks]))
+
+
+def _slices(case: Case) -> Iterator[Case | str]:
+    """Of a volume, the slices with a mask; any other case as it is."""
+    if not is_volume(case.mask) or count_slices(case.mask) == 1:
+        yield case
+        return
+    found = slices_with_labels(case.mask)
+    if not found:
+        yield f"{case.mask}: the mask is empty"
+    for index in found:
+        yield replace(case, name=f"{case.name}-slice-{index:03d}", slice_index=index)
 
 
 def _key(path: Path) -> str:
@@ -159,7 +174,10 @@ def _matched(images: list[Path], masks: list[Path]) -> Iterator[Case | str]:
             raise ValueError(f"{image}: an image of the same name is {seen[key]}")
         seen[key] = image
         mask_of_it = by_key.pop(key, None)
-        yield f"{image}: has no mask" if mask_of_it is None else Case(plain_name(image), image, mask_of_it)
+        if mask_of_it is None:
+            yield f"{image}: has no mask"
+        else:
+            yield from _slices(Case(plain_name(image), image, mask_of_it))
     for mask in by_key.values():
         yield f"{mask}: has no image"
 
@@ -174,16 +192,19 @@ LAYOUTS: dict[str, Callable[[Path, Path | None], Iterator[Case | str]]] = {
 
 def read_pair(case: Case) -> Pair:
     """Raises ValueError or OSError where a file cannot be read, or sizes differ."""
-    image = prepare_image(read_image(case.image, Reading(case.window)))
-    truth = read_mask(case.mask)
+    image = prepare_image(read_image(case.image, Reading(case.window, case.slice_index)))
+    truth = read_mask(case.mask, case.slice_index)
     if truth.shape != tuple(image.shape[1:]):
         sizes = " x ".join(map(str, truth.shape)), " x ".join(map(str, image.shape[1:]))
         raise ValueError(f"{case.mask}: the mask has {sizes[0]} pixels, the image {sizes[1]}")
     return Pair(image, truth, colour=not bool((image[0] == image[1]).all() and (image[0] == image[2]).all()))
 
 
-def read_mask(path: Path) -> Mask:
-    """``[H, W]``: what is not black; in a JPEG, whose black is not quite, what is brighter than half."""
+def read_mask(path: Path, slice_index: int | None = None) -> Mask:
+    """``[H, W]``: what is not 0; in a JPEG, whose black is not quite, what is brighter than half."""
+    if is_medical(path):
+        stored = read_slice(path, slice_index).pixels
+        return np.asarray(stored.reshape(*stored.shape[:2], -1).any(axis=2))
     pixels: NDArray[Any] = read_image(path)
     least = 127 if path.suffix.lower() in (".jpg", ".jpeg") else 0
     mask: Mask = pixels > least

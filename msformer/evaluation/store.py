@@ -88,8 +88,11 @@ class Store:
         return tuple(self.folder / method.name / f"{case.name}{suffix}" for suffix in (".png", ".json"))  # type: ignore[return-value]
 
     def _key(self, case: Case) -> dict[str, Any]:
+        reading: dict[str, Any] = {"window": None if case.window is None else list(case.window)}
+        if case.slice_index is not None:
+            reading["slice"] = case.slice_index
         return {
-            "settings": asdict(self.settings) | {"window": None if case.window is None else list(case.window)},
+            "settings": asdict(self.settings) | reading,
             "version": msformer.__version__,
             "sha256": fingerprint(case.image),
         }

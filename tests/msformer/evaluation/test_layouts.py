@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -119,3 +120,24 @@ def test_a_row_of_pixels(tmp_path: Path) -> None:
     image = data.save(tmp_path / "i.png", np.full((1, 50, 3), 100, np.uint8))
     mask = data.save(tmp_path / "m.png", np.ones((1, 50), np.uint8))
     assert read_pair(Case("i", image, mask)).truth.shape == (1, 50)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["up", "down"])
+def test_volumes_give_a_case_for_each_slice_with_a_mask(order: int, tmp_path: Path) -> None:
+    truth = data.lungs(48)
+    empty = np.zeros_like(truth)
+    masks = np.stack([x.T for x in (empty, truth, truth, empty, truth)], axis=2)[:, :, ::order]
+    values = np.stack([data.chest(x).T for x in (empty, truth, truth, empty, truth)], axis=2)[:, :, ::order]
+    affine = np.diag([-1.0, -1.0, 2.0 * order, 1.0])
+    for folder, volume in (("images", values), ("masks", masks.astype(np.uint8))):
+        (tmp_path / folder).mkdir()
+        nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / folder / "patient 1.nii.gz")
+    found = find_cases(tmp_path)
+    assert [case.name for case in found.cases] == [f"patient 1-slice-{i:03d}" for i in (1, 2, 4)]
+    for case in found.cases:
+        pair = read_pair(case)
+        assert (pair.truth == truth).all()
+        assert pair.image[:, pair.truth].max() < 0.1
+    nibabel.save(nibabel.Nifti1Image(np.zeros_like(masks, np.uint8), affine), tmp_path / "masks" / "patient 1.nii.gz")
+    with pytest.raises(ValueError, match="the mask is empty"):
+        find_cases(tmp_path)
