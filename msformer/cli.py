@@ -117,13 +117,17 @@ def segment(
     """
     with friendly_errors():
         from msformer.data import find_images
-        from msformer.runs import plan_jobs
+        from msformer.runs import plan_jobs, read_mask
 
         plan = make_plan(options, mask, window=window, slice_index=slice_index)
         sources = find_images(paths, exclude=out)
         jobs = plan_jobs(sources, paths, out)
         finished, failures = run_all(jobs, out, plan, overwrite, at_once)
-        finish(jobs, finished, failures, out, plan)
+        if plan.mask is None:
+            finish(jobs, finished, failures, out, plan)
+        else:
+            found = "border of the mask"
+            finish(jobs, finished, failures, out, plan, mask=lambda job: read_mask(job, out), border=found)
     sys.exit(1 if failures else 0)
 
 
@@ -315,6 +319,7 @@ def finish(
     plan: Plan,
     caption: Callable[[Job, Record], str] = caption,
     mask: Callable[[Job], Any] = lambda job: None,
+    border: str = "true border",
     **more: Any,
 ) -> None:
     """Contact sheets, summary, and a last line that says where everything is."""
@@ -322,7 +327,7 @@ def finish(
 
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
-    sheets = write_sheets(complete, records, out, plan.reading, caption, mask) if complete else []
+    sheets = write_sheets(complete, records, out, plan.reading, caption, mask, border) if complete else []
     write_summary(complete, records, failures, out, settings_record(plan), **more)
     for source, error in failures.items():
         click.echo(f"failed: {error if source in error else f'{source}: {error}'}", err=True)

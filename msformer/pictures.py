@@ -99,11 +99,11 @@ class SheetRow:
     image: NDArray[np.uint8]
     labels: NDArray[Any]
     mask: NDArray[np.bool_] | None = None
-    """The true mask, drawn into the first picture."""
+    """Its border is drawn into the first picture."""
 
 
-def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
-    """Draws one page, a row an image: the image, the overlay, the label map; as PNG."""
+def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
+    """Draws one page, a row an image: the image, the overlay, the label map; as PNG. `border` is what the masks' is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -127,7 +127,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
                 spine.set_visible(False)
         left.set_title(row.name, fontsize=10, fontweight="bold", loc="left")
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
-    titles = ["image" if row_mask is None else "image, true border in green" for row_mask in (rows[0].mask,)]
-    for axis, title in zip(axes[-1], [*titles, "overlay", "labels"], strict=True):
+    first = "image" if rows[0].mask is None else f"image, {border} in green"
+    for axis, title in zip(axes[-1], [first, "overlay", "labels"], strict=True):
         axis.set_xlabel(title, fontsize=9, color="#444444")
     figure.savefig(path, dpi=110, format="png")

@@ -217,13 +217,19 @@ def read_labels(path: Path) -> NDArray[Any]:
         return np.asarray(image)
 
 
+def read_mask(job: Job, folder: Path) -> NDArray[np.bool_]:
+    """The mask that was written for an image."""
+    return np.asarray(read_labels(job.file(folder, ".mask.png")) > 0)
+
+
 def write_sheets(
     jobs: Sequence[Job],
     records: Sequence[Record],
     folder: Path,
     reading: Reading,
     caption: Callable[[Job, Record], str],
-    mask: Callable[[Job], NDArray[np.bool_] | None] = lambda job: None,
+    mask: Callable[[Job], NDArray[np.bool_] | None],
+    border: str,
 ) -> list[Path]:
     """Contact sheets of all finished images: one page, or numbered pages; returns their paths."""
     pages = [list(zip(jobs, records, strict=True))[i : i + ROWS_PER_SHEET] for i in range(0, len(jobs), ROWS_PER_SHEET)]
@@ -240,7 +246,7 @@ def write_sheets(
             for job, record in page
         ]
         with complete_file(folder / name) as temporary:
-            contact_sheet(rows, temporary)
+            contact_sheet(rows, temporary, border)
     for stale in folder.iterdir():
         if _SHEET.fullmatch(stale.name) and stale.name not in names:
             stale.unlink()
