@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from msformer_kernels import EfficientTransformerBlock, TokenBatchNorm, TokenLinear, linear
@@ -155,13 +154,8 @@ class MSFormer(nn.Module):
         down_large, down_small = self.linear_down.weight.split(dim, dim=1)
         # linear_up's outputs are ordered (row, column, channel): one C x C matrix for each of the four pixels
         combined = (down_large @ self.linear_up.weight.view(4, dim, dim)).flatten(0, 1)
-        upsampled = rearrange(
-            linear(large, combined),
-            "b (h w) (row column k) -> b (h row) (w column) k",
-            h=large_size[0],
-            row=2,
-            column=2,
-        )
+        pixels = linear(large, combined).unflatten(2, (2, 2, -1)).unflatten(1, large_size)  # [B, h, w, 2, 2, K]
+        upsampled = pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         from_small = linear(small, down_small).unflatten(1, size)
         return (from_small + upsampled[:, : size[0], : size[1]]).permute(0, 3, 1, 2)
 
@@ -192,8 +186,8 @@ class _ShiftedPatches(torch.autograd.Function):
         result = grad.new_zeros(ctx.shape)
         for first, patches in zip((1, 0), grad, strict=True):
             grid = _ShiftedPatches._grid(result, first)
-            sizes = {"h": grid.shape[1], "row": PATCH_SIZE, "column": PATCH_SIZE}
-            grid += rearrange(patches, "b (h w) (row column k) -> b h row w column k", **sizes)
+            cells = patches.unflatten(2, (PATCH_SIZE, PATCH_SIZE, -1)).unflatten(1, (grid.shape[1], grid.shape[3]))
+            grid += cells.transpose(2, 3)
         return result
 
     @staticmethod
