@@ -246,8 +246,9 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def resize_labels(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """``[h, w]`` -> ``[*size]`` by nearest neighbour, pixel centres on pixel centres."""
-    rows, columns = (
-        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
-        for new, old in zip(size, labels.shape, strict=True)
-    )
-    return labels[np.ix_(rows, columns)]
+    return labels[np.ix_(*(nearest(new, old) for new, old in zip(size, labels.shape, strict=True)))]
+
+
+def nearest(new: int, old: int) -> NDArray[np.int64]:
+    """For each of `new` pixels of a line, which of the `old` ones is nearest."""
+    return np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)

@@ -15,12 +15,11 @@ import torch
 from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case, Pair, read_pair
-from msformer.evaluation.measures import measure
+from msformer.evaluation.measures import OwnSize, measure
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
 from msformer.output import OutputError
 from msformer.progress import RunProgress
-from msformer.scoring import dice
 from msformer.selection import select
 from msformer_kernels import BackendError
 
@@ -77,6 +76,7 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
     mask and prediction are empty, the number of labels, steps and seconds of the fit."""
     size = (fitted.labels.shape[0], fitted.labels.shape[1])
     truth = resize_labels(pair.truth, size)
+    own_size = OwnSize(pair.truth, size)
     blind = select(rule, fitted.labels, resize_image(pair.image, size))
     rows = []
     for protocol, predicted in predictions(fitted.labels, truth, blind).items():
@@ -86,7 +86,7 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
                 "method": method.name,
                 "protocol": protocol,
                 **measure(predicted, truth)._asdict(),
-                "dsc_full": dice(resize_labels(predicted, pair.truth.shape), pair.truth),
+                "dsc_full": own_size.dice(predicted),
                 "empty_truth": not truth.any(),
                 "empty_prediction": not predicted.any(),
                 "labels": len(set(fitted.labels.flat)),

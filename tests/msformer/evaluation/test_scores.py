@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from msformer.evaluation.measures import measure
+from msformer.data import resize_labels
+from msformer.evaluation.measures import OwnSize, measure
 from msformer.evaluation.protocols import PROTOCOLS, predictions, published
 from msformer.evaluation.summary import mean_and_interval
+from msformer.scoring import dice
 from tests.msformer.evaluation.data import disc
 
 EMPTY, FULL = np.zeros((6, 8), bool), np.ones((6, 8), bool)
@@ -99,3 +101,12 @@ def test_intervals() -> None:
     assert np.isnan(one[1:]).all()
     assert np.isnan(mean_and_interval(np.array([]))).all()
     assert mean_and_interval(np.arange(9.0)) == mean_and_interval(np.arange(9.0)), "the same in every run"
+
+
+@pytest.mark.parametrize("size", [(40, 48), (7, 9), (40, 100), (13, 1), (300, 301)])
+def test_dice_at_the_own_size_is_that_of_the_resized_mask(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    for truth in (disc(53, 61, 17), np.zeros((53, 61), bool), np.ones((53, 61), bool)):
+        own_size = OwnSize(truth, size)
+        for predicted in (random.random(size) > 0.4, np.zeros(size, bool), np.ones(size, bool)):
+            assert own_size.dice(predicted) == dice(resize_labels(predicted, truth.shape), truth)
