@@ -34,7 +34,7 @@ def dot_precision(dtype: torch.dtype, exact: bool = False) -> str:
     """``input_precision`` of float32 products, for activations of `dtype`.
 
     float32 follows PyTorch's setting for matrix products. Where that asks for full float32, products of three tf32
-    terms give it on NVIDIA's tensor cores (error near that of float32, several times faster than its multipliers).
+    terms give it on NVIDIA's tensor cores (error near that of float32).
     For bfloat16 and float16 one tf32 term is finer than the dtype; `exact` asks for three for results that stay
     float32.
     """

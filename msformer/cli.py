@@ -307,7 +307,7 @@ def run_all(
 
 
 def images_at_once(device: str) -> int:
-    """One fit does not fill a GPU: each kernel of it is short. On the CPU it does."""
+    """One fit fills the CPU; whether four fill a GPU has not been measured yet."""
     return 4 if device.startswith("cuda") else 1
 
 

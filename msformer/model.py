@@ -56,7 +56,7 @@ class PatchEmbedding(nn.Module):
 def convolution_as_product(convolution: nn.Conv2d, image: Tensor) -> tuple[Tensor, int, int]:
     """A convolution with padding 1 as a product of its unfolded input: tokens ``[B, N, C]``, height and width.
 
-    For GPUs: the gradient of cuDNN's convolutions is not the same bits in every run.
+    For GPUs: the gradients of cuDNN's convolutions need not be the same bits in every run.
     """
     stride = convolution.stride[0]
     height, width = ((size - 1) // stride + 1 for size in image.shape[2:])

@@ -81,8 +81,7 @@ def segment(
     """Segments one image without labels, by fitting an MS-Former to it.
 
     The same image, settings, machine, backend and number of threads give the same map, bit for bit. The global random
-    state is left as it was. May be called from several threads: on a GPU each fit has a stream of its own, and several
-    at a time fill the device better than one.
+    state is left as it was. May be called from several threads: on a GPU each fit has a stream of its own.
 
     Args:
         image: a path; a PIL image; an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case, Pair, read_pair
@@ -65,7 +63,7 @@ def evaluate(
                 rows += score(case, pair, method, fitted, rule)
             except (OutputError, BackendError):
                 raise
-            except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
                 failures[name] = str(error)
                 progress.ended(name, f"failed: {error}")
     return Outcome(rows, failures)
