@@ -392,8 +392,8 @@ def time_host(check: Check) -> None:
 def time_fit(check: Check) -> None:
     """Fifty steps on one image of 257 x 257, and on 16 of them, one and four at a time."""
     from msformer.fitting import Rule, fit, label_map
-    from msformer.losses import LossWeights
     from msformer.model import MSFormer
+    from msformer.presets import LossWeights
     from msformer.streams import own_stream
 
     rule = Rule(LossWeights(), 0.1, 0.9, max_steps=50, min_labels=1)

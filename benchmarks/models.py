@@ -14,8 +14,9 @@ from benchmarks.rivals import backend_of, compiled, is_exact, mode, running
 from benchmarks.workloads import SEED, Candidate, Layer, parameter_gradients
 from msformer import segmentation
 from msformer.data import prepare_image, resize_image
-from msformer.losses import LossWeights, total_loss
+from msformer.losses import total_loss
 from msformer.model import MSFormer
+from msformer.presets import LossWeights
 from msformer.synthetic import synthetic_lesion
 
 
@@ -98,6 +99,7 @@ class Image:
         with mock.patch.object(segmentation, "MSFormer", self._make_model):
             self.result = segmentation.segment(
                 self.picture,
+                preset="published",
                 size=(shape.height, shape.width),
                 max_steps=IMAGE_STEPS,
                 min_labels=1,

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msformer.losses import LossWeights
     from msformer.model import MSFormer, MSFormerOutput
+    from msformer.presets import LossWeights
     from msformer.segmentation import Segmentation, segment
 
 try:
@@ -21,7 +21,7 @@ except PackageNotFoundError:  # used from a source folder that was never install
 __all__ = ["LossWeights", "MSFormer", "MSFormerOutput", "Segmentation", "__version__", "segment"]
 
 _HOME = {
-    "LossWeights": "msformer.losses",
+    "LossWeights": "msformer.presets",
     "MSFormer": "msformer.model",
     "MSFormerOutput": "msformer.model",
     "Segmentation": "msformer.segmentation",

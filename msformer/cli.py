@@ -8,16 +8,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from msformer.presets import DEFAULT, PRESETS, find_preset
 
 if TYPE_CHECKING:
     from msformer.runs import Job, Plan, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+
+ALL_SLICES = "all"
+
+
+class SliceType(click.ParamType):
+    """The index of a slice, or all of them."""
+
+    name = "index"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[INDEX|{ALL_SLICES}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == ALL_SLICES else click.IntRange(0).convert(value, param, ctx)
 
 
 def run_options(command: Command) -> Command:
@@ -27,29 +45,39 @@ def run_options(command: Command) -> Command:
     return click.option("--overwrite", is_flag=True, help="Segment again what is already done.")(command)
 
 
-def fit_options(size: int) -> Callable[[Command], Command]:
-    """The options of the fit, shared by the commands that segment."""
+def fit_options(size: int | None) -> Callable[[Command], Command]:
+    """The options of the fit, shared by the commands that segment; those not given are as the preset says.
+
+    Args:
+        size: default of ``--size``; None leaves it to the preset.
+    """
+
     options = [
         click.option(
-            "--size", type=click.IntRange(33), default=size, show_default=True, help="Side of the fitted image, pixels."
+            "--preset",
+            type=click.Choice(list(PRESETS)),
+            default=DEFAULT,
+            show_default=True,
+            help="Settings for all that is not given below.",
         ),
-        click.option("--max-steps", type=click.IntRange(1), default=50, show_default=True, help="Steps at most."),
         click.option(
-            "--min-labels", type=click.IntRange(1), default=3, show_default=True, help="Stop at this many labels."
+            "--size",
+            type=click.IntRange(33),
+            default=size,
+            show_default=size is not None,
+            help="Side of the fitted image, pixels.",
         ),
+        click.option("--max-steps", type=click.IntRange(1), help="Steps at most."),
+        click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
-        click.option(
-            "--ce", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of the cross-entropy."
-        ),
-        click.option(
-            "--inter", type=click.FloatRange(0), default=1.5, show_default=True, help="Weight of the inter-scale loss."
-        ),
-        click.option(
-            "--intra", type=click.FloatRange(0), default=1.3, show_default=True, help="Weight of the intra-scale loss."
-        ),
-        click.option("--embed-dim", type=click.IntRange(1), default=100, show_default=True, help="Width of the model."),
-        click.option("--depth", type=click.IntRange(1), default=2, show_default=True, help="Blocks a branch."),
-        click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True),
+        click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),
+        click.option("--inter", type=click.FloatRange(0), help="Weight of the inter-scale loss."),
+        click.option("--intra", type=click.FloatRange(0), help="Weight of the intra-scale loss."),
+        click.option("--embed-dim", type=click.IntRange(1), help="Width of the model."),
+        click.option("--depth", type=click.IntRange(1), help="Blocks a branch."),
+        click.option("--learning-rate", type=click.FloatRange(0, min_open=True)),
+        click.option("--margin", type=click.IntRange(0), help="Mirrored around the image, pixels."),
+        click.option("--standardise/--no-standardise", default=None, help="Channels with mean 0 and variance 1."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]"),
     ]
@@ -71,15 +99,18 @@ def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -
     from torch import float32
 
     from msformer.data import Reading
-    from msformer.losses import LossWeights
     from msformer.runs import Plan
     from msformer.segmentation import find_device
     from msformer_kernels.backends import resolve
 
-    weights = LossWeights(*(values.pop(name) for name in ("ce", "inter", "intra")))
-    device = find_device(values["device"])
-    backend = resolve(values["backend"], device.type, float32)
-    return Plan(values | {"weights": weights, "device": str(device), "backend": backend}, Reading(**reading), mask)
+    run = {name: values.pop(name) for name in ("preset", "seed")}
+    device = find_device(values.pop("device"))
+    backend = resolve(values.pop("backend"), device.type, float32)
+    given = {name: values.pop(name) for name in ("ce", "inter", "intra")}
+    preset = find_preset(run["preset"], **values)
+    weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
+    fit = run | vars(preset) | {"weights": weights, "device": str(device), "backend": backend}
+    return Plan(fit, Reading(**reading), mask)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -94,10 +125,8 @@ def main() -> None:
 @run_options
 @click.option("--mask", type=click.Choice(["central", "dark", "lung"]), help="Write a mask of the object by this rule.")
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
-@click.option(
-    "--slice", "slice_index", type=click.IntRange(0), default=None, help="Of a NIfTI volume. [default: middle]"
-)
-@fit_options(size=257)
+@click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
+@fit_options(size=None)
 def segment(
     paths: tuple[Path, ...],
     out: Path,
@@ -105,24 +134,25 @@ def segment(
     at_once: int | None,
     mask: str | None,
     window: tuple[float, float] | None,
-    slice_index: int | None,
+    slice: int | str | None,
     **options: Any,
 ) -> None:
     """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
     With --mask also a binary mask of the object: dark for lesions on skin, lung for CT, central for anything else.
-    Label maps and masks of DICOM and NIfTI files are written as NIfTI, too.
+    Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
     with friendly_errors():
         from msformer.data import find_images
-        from msformer.runs import plan_jobs, read_mask
+        from msformer.runs import plan_jobs, read_mask, write_volumes
 
-        plan = make_plan(options, mask, window=window, slice_index=slice_index)
+        plan = make_plan(options, mask, window=window, slice_index=None if slice == ALL_SLICES else slice)
         sources = find_images(paths, exclude=out)
-        jobs = plan_jobs(sources, paths, out)
+        jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
         finished, failures = run_all(jobs, out, plan, overwrite, at_once)
+        write_volumes([job for job in jobs if job.name in finished], out, mask is not None)
         if plan.mask is None:
             finish(jobs, finished, failures, out, plan)
         else:
@@ -327,7 +357,7 @@ def finish(
 
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
-    sheets = write_sheets(complete, records, out, plan.reading, caption, mask, border) if complete else []
+    sheets = write_sheets(complete, records, out, plan, caption, mask, border) if complete else []
     write_summary(complete, records, failures, out, settings_record(plan), **more)
     for source, error in failures.items():
         click.echo(f"failed: {error if source in error else f'{source}: {error}'}", err=True)

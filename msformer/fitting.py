@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msformer.losses import LossWeights, total_loss
+from msformer.losses import total_loss
 from msformer.model import MSFormer
+from msformer.presets import LossWeights
 
 Progress = Callable[[int, int, float], None]
 

@@ -1,42 +1,19 @@
 """The self-supervised losses of MS-Former (Karimijafarbigloo et al., MIDL 2023).
 
 - ``ce``: cross-entropy of the logits against their own argmax.
-- ``inter``: 1 - cosine between the rows of the two branches' contexts, mean over rows (cosine embedding loss, target
-+1). - ``intra``: mean absolute difference between the attention map and the identity.
+- ``inter``: 1 - cosine between the rows of the two branches' contexts, mean over rows (cosine embedding loss with
+  target +1).
+- ``intra``: mean absolute difference between the attention map and the identity.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from msformer.model import MSFormerOutput
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Factors of the three losses; 0 switches one off, and it is then not computed.
-
-    The defaults are those under which the published demo scores itself.
-
-    Raises:
-        ValueError: a factor that is negative or not finite, or all of them zero.
-    """
-
-    ce: float = 1.0
-    inter: float = 1.5
-    intra: float = 1.3
-
-    def __post_init__(self) -> None:
-        for name, weight in asdict(self).items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"weights: {name} is {weight}, expected a finite number of at least 0")
-        if not any(asdict(self).values()):
-            raise ValueError("weights: all losses are switched off")
+from msformer.presets import LossWeights
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

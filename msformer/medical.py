@@ -11,7 +11,7 @@ are LPS+: x and y the other way round.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -414,14 +414,14 @@ def default_window(slice: Slice) -> Window:
     return float(low), float(high) if high > low else float(np.nextafter(low, np.inf, dtype=np.float32))
 
 
-def write_nifti(path: str | PathLike[str], labels: NDArray[Any], slice: Slice) -> None:
+def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], Slice]]) -> None:
     """Writes labels as a NIfTI file, ``.nii`` or ``.nii.gz``, whose voxels lie exactly on those of the input.
 
-    A label map of a DICOM picture becomes a volume ``[columns, rows, 1]``; one of a NIfTI slice a volume of the
-    input's shape that is 0 outside the slice. The type is the smallest unsigned one that holds the labels.
+    A label map of a DICOM picture becomes a volume ``[columns, rows, 1]``; those of slices of a NIfTI file one volume
+    of the input's shape that is 0 outside them. The type is the smallest unsigned one that holds the labels.
 
     Args:
-        labels: integers >= 0, ``[H, W]`` as `slice` is shown.
+        parts: at least one slice of one file, each with its labels: integers >= 0, ``[H, W]`` as the slice is shown.
 
     Raises:
         ValueError: unsuitable labels, a slice without geometry, or another suffix.
@@ -429,24 +429,31 @@ def write_nifti(path: str | PathLike[str], labels: NDArray[Any], slice: Slice) -
         OutputError: the file cannot be written.
     """
     path = Path(path)
-    geometry = slice.geometry
-    if geometry is None:
-        raise ValueError("slice: has no geometry to write labels with")
-    if labels.shape != slice.pixels.shape[:2]:
-        raise ValueError(f"labels: expected shape {slice.pixels.shape[:2]}, got {labels.shape}")
-    if labels.dtype.kind not in "biu" or labels.min() < 0:
-        raise ValueError(f"labels: expected integers >= 0, got {labels.dtype} from {labels.min()}")
+    placed = [(labels, _checked_geometry(labels, slice)) for labels, slice in parts]
     if not is_volume(path):
         raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path}")
     with _package("nibabel", path):
         from nibabel import orientations
 
-    volume = np.zeros(_volume_shape(geometry.shape), dtype=np.min_scalar_type(int(labels.max())))
-    undo = orientations.ornt_transform(_IDENTITY, geometry.orientation)
-    volume[geometry.place] = orientations.apply_orientation(labels.T[:, :, None], undo)
-    content = _nifti_bytes(volume.reshape(geometry.shape), geometry)
+    whole = placed[0][1]
+    largest = max(int(labels.max()) for labels, _ in placed)
+    volume = np.zeros(_volume_shape(whole.shape), dtype=np.min_scalar_type(largest))
+    for labels, geometry in placed:
+        undo = orientations.ornt_transform(_IDENTITY, geometry.orientation)
+        volume[geometry.place] = orientations.apply_orientation(labels.T[:, :, None], undo)
+    content = _nifti_bytes(volume.reshape(whole.shape), whole)
     with complete_file(path) as temporary:
         temporary.write_bytes(gzip.compress(content, mtime=0) if path.name.lower().endswith(".gz") else content)
+
+
+def _checked_geometry(labels: NDArray[Any], slice: Slice) -> Geometry:
+    if slice.geometry is None:
+        raise ValueError("slice: has no geometry to write labels with")
+    if labels.shape != slice.pixels.shape[:2]:
+        raise ValueError(f"labels: expected shape {slice.pixels.shape[:2]}, got {labels.shape}")
+    if labels.dtype.kind not in "biu" or labels.min() < 0:
+        raise ValueError(f"labels: expected integers >= 0, got {labels.dtype} from {labels.min()}")
+    return slice.geometry
 
 
 def _nifti_bytes(volume: NDArray[Any], geometry: Geometry) -> bytes:

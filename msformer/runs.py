@@ -3,8 +3,9 @@
 For an image ``sub/name.jpg`` the folder gets ``sub/name.labels.png`` (indexed), ``sub/name.overlay.png``, with a rule
 for masks ``sub/name.mask.png`` (0 and 255), and ``sub/name.json``, the record of how it was made. For a DICOM or NIfTI
 file label map and mask are written as ``.nii.gz`` too, on the voxels of the input; there label k is k + 1, as 0 is
-what was not segmented. A record is written last, so that an image with a record is complete. An image whose record has
-the same settings and the same input (by content) is not segmented again.
+what was not segmented. Where all slices of a volume are segmented, each is an image of its own, ``name-slice-012``, and
+the ``.nii.gz`` of ``name`` holds them all. A record is written last, so that an image with a record is complete. An
+image whose record has the same settings and the same input (by content) is not segmented again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from PIL import Image as PILImage
 
 import msformer
 from msformer.data import Reading, plain_name, prepare_image, read_image, resize_image, resize_labels
-from msformer.losses import LossWeights
-from msformer.medical import is_medical, read_slice, write_nifti
+from msformer.medical import count_slices, is_medical, read_slice, write_nifti
 from msformer.output import complete_file, read_json, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
+from msformer.presets import LossWeights
 from msformer.segmentation import Progress, Segmentation, segment
 from msformer.selection import select
 
@@ -45,13 +46,25 @@ class Job:
 
     source: Path
     name: str
+    slice_index: int | None = None
+    """Where all slices of a volume are segmented, which this is."""
 
     def file(self, folder: Path, suffix: str) -> Path:
         return folder / f"{self.name}{suffix}"
 
+    @property
+    def volume(self) -> str:
+        """The name of the results of the whole volume."""
+        return self.name if self.slice_index is None else self.name.removesuffix(_slice_suffix(self.slice_index))
 
-def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path) -> list[Job]:
-    """Gives each image a name of its own: its path below the folder it was found in, without suffix.
+
+def _slice_suffix(index: int | None) -> str:
+    return "" if index is None else f"-slice-{index:03d}"
+
+
+def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_slices: bool = False) -> list[Job]:
+    """Gives each image, or with `all_slices` each slice, a name: its path below the folder it was found in, without
+    suffix.
 
     Where two would have the same name, or the results of another image have it already, the suffix and if need be a
     hash of the image's path are added, so that nothing is overwritten.
@@ -65,10 +78,24 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path) -> l
         plain = resolved.relative_to(root).with_name(plain_name(resolved)).as_posix()
         digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:8]
         candidates = (plain, f"{plain}-{source.suffix[1:].lower()}", f"{plain}-{digest}")
-        name = next(c for c in candidates if c == candidates[-1] or (c not in taken and _free(folder, c, resolved)))
-        taken.add(name)
-        jobs.append(Job(source, name))
+        slices = _slices(source) if all_slices else [None]
+        for candidate in candidates:
+            names = [f"{candidate}{_slice_suffix(index)}" for index in slices]
+            free = taken.isdisjoint(names) and all(_free(folder, name, resolved) for name in names)
+            if free or candidate == candidates[-1]:
+                break
+        taken.update(names)
+        jobs += [Job(source, name, index) for name, index in zip(names, slices, strict=True)]
     return jobs
+
+
+def _slices(source: Path) -> list[int | None]:
+    """The slices of a volume; a file with one, or that cannot be read, is taken as it is."""
+    try:
+        count = count_slices(source)
+    except (ValueError, OSError):
+        count = 1
+    return [None] if count == 1 else list(range(count))
 
 
 def _free(folder: Path, name: str, source: Path) -> bool:
@@ -89,14 +116,18 @@ class Plan:
     fit: Record
     """Keyword arguments of `segment`."""
     reading: Reading
+    """Of a job without a slice of its own."""
     mask: str | None = None
     """The rule of `msformer.selection` by which a mask is written."""
 
     def suffixes(self, job: Job) -> list[str]:
         """Of the files that an image gets, but for the record."""
         kinds = ["labels"] if self.mask is None else ["labels", "mask"]
-        volumes = [f".{kind}.nii.gz" for kind in kinds] if is_medical(job.source) else []
+        volumes = [f".{kind}.nii.gz" for kind in kinds] if is_medical(job.source) and job.slice_index is None else []
         return [*(f".{kind}.png" for kind in kinds), ".overlay.png", *volumes]
+
+    def reading_of(self, job: Job) -> Reading:
+        return self.reading if job.slice_index is None else replace(self.reading, slice_index=job.slice_index)
 
 
 class Interrupted(Exception):
@@ -159,7 +190,7 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
         ValueError, OSError, FloatingPointError: as `segment`, for this image.
         OutputError: a result cannot be written.
     """
-    pixels = read_image(job.source, plan.reading)
+    pixels = read_image(job.source, plan.reading_of(job))
     result = segment(pixels, progress=progress, **plan.fit)
     record = {
         "source": str(job.source.resolve()),
@@ -181,13 +212,40 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
     if mask is not None:
         with complete_file(job.file(folder, ".mask.png")) as temporary:
             PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
-    if is_medical(job.source):
+    if is_medical(job.source) and job.slice_index is None:
         source = read_slice(job.source, plan.reading.slice_index)
-        write_nifti(job.file(folder, ".labels.nii.gz"), result.labels_full.astype(np.int64) + 1, source)
+        write_nifti(job.file(folder, ".labels.nii.gz"), [(_from_one(result.labels_full), source)])
         if mask is not None:
-            write_nifti(job.file(folder, ".mask.nii.gz"), mask, source)
+            write_nifti(job.file(folder, ".mask.nii.gz"), [(mask, source)])
     write_json(job.file(folder, ".json"), record)
     return record
+
+
+def write_volumes(jobs: Sequence[Job], folder: Path, mask: bool) -> None:
+    """Puts the label maps, and masks, of slices of volumes together into a NIfTI file each.
+
+    Args:
+        jobs: finished ones; those that are not slices are left alone.
+
+    Raises:
+        ValueError, OSError: a volume, or what was made of it, cannot be read any more.
+        OutputError: a result cannot be written.
+    """
+    volumes: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.slice_index is not None:
+            volumes.setdefault(job.volume, []).append(job)
+    for name, slices in volumes.items():
+        found = [(job, read_slice(job.source, job.slice_index)) for job in slices]
+        labels = [(_from_one(read_labels(job.file(folder, ".labels.png"))), slice) for job, slice in found]
+        write_nifti(folder / f"{name}.labels.nii.gz", labels)
+        if mask:
+            write_nifti(folder / f"{name}.mask.nii.gz", [(read_mask(job, folder), slice) for job, slice in found])
+
+
+def _from_one(labels: NDArray[Any]) -> NDArray[np.uint32]:
+    """Labels as they go into volumes, where 0 is what was not segmented."""
+    return labels.astype(np.uint32) + 1
 
 
 def display_image(pixels: Any) -> NDArray[np.uint8]:
@@ -226,7 +284,7 @@ def write_sheets(
     jobs: Sequence[Job],
     records: Sequence[Record],
     folder: Path,
-    reading: Reading,
+    plan: Plan,
     caption: Callable[[Job, Record], str],
     mask: Callable[[Job], NDArray[np.bool_] | None],
     border: str,
@@ -239,7 +297,7 @@ def write_sheets(
             SheetRow(
                 Path(job.name).name,
                 caption(job, record),
-                display_image(read_image(job.source, reading)),
+                display_image(read_image(job.source, plan.reading_of(job))),
                 read_labels(job.file(folder, ".labels.png")),
                 mask(job),
             )

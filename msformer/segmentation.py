@@ -8,16 +8,17 @@ stays in training mode throughout, also for that forward.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
@@ -25,9 +26,9 @@ from torch import Tensor
 import msformer_kernels
 from msformer.data import prepare_image, resize_image, resize_labels
 from msformer.fitting import Progress, Rule, fit, label_map
-from msformer.losses import LossWeights
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
+from msformer.presets import DEFAULT, LossWeights, Preset, Size, find_preset
 from msformer.streams import own_stream
 from msformer_kernels.backends import resolve
 
@@ -63,17 +64,20 @@ class Segmentation:
 def segment(
     image: ImageLike,
     *,
-    size: int | tuple[int, int] | None = 257,
-    max_steps: int = 50,
-    min_labels: int = 3,
+    preset: str = DEFAULT,
+    size: Size | Literal["preset"] = "preset",
+    max_steps: int | None = None,
+    min_labels: int | None = None,
     seed: int = 0,
     weights: LossWeights | None = None,
-    embed_dim: int = 100,
+    embed_dim: int | None = None,
     num_clusters: int | None = None,
-    depth: int = 2,
-    num_heads: int = 1,
-    learning_rate: float = 0.1,
-    momentum: float = 0.9,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    learning_rate: float | None = None,
+    momentum: float | None = None,
+    standardise: bool | None = None,
+    margin: int | None = None,
     device: str | torch.device = "auto",
     backend: str | None = None,
     progress: Progress | bool | None = None,
@@ -87,13 +91,16 @@ def segment(
         image: a path; a PIL image; an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is
             dropped); or a tensor ``[1 or 3, H, W]``. 8-bit values are divided by 255; 16-bit and floating-point values
             are stretched from their minimum and maximum to 0 and 1.
+        preset: a name in `msformer.presets.PRESETS`; what is not given below is as it says.
         size: side the image is resized to (area-weighted when shrinking), or (height, width); None keeps its size.
         max_steps: steps at most.
         min_labels: the fit stops when the map has no more labels than this.
         seed: of the initial weights.
-        weights: factors of the losses; `LossWeights()` by default.
-        embed_dim, num_clusters, depth, num_heads: of the `MSFormer`.
+        weights: factors of the losses.
+        embed_dim, num_clusters, depth, num_heads: of the `MSFormer`; num_clusters is embed_dim unless given.
         learning_rate, momentum: of stochastic gradient descent.
+        standardise: each channel of the resized image is brought to mean 0 and variance 1.
+        margin: pixels mirrored around the resized image, and taken off the label map.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
         backend: of the kernels, see `msformer_kernels.use_backend`.
         progress: called as ``progress(step, labels, loss)`` before each step; True prints a line each.
@@ -103,13 +110,25 @@ def segment(
         OSError: a path that cannot be read.
         FloatingPointError: the loss became NaN or infinite.
     """
-    _check_settings(max_steps, min_labels, learning_rate, momentum)
-    weights = LossWeights() if weights is None else weights
+    chosen = find_preset(
+        preset,
+        max_steps=max_steps,
+        min_labels=min_labels,
+        weights=weights,
+        embed_dim=embed_dim,
+        num_clusters=num_clusters,
+        depth=depth,
+        num_heads=num_heads,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        standardise=standardise,
+        margin=margin,
+    )
     report = _reporter(progress)
     prepared = prepare_image(image)
     original = prepared.shape[1:]
-    target = _target_size(size, (original[0], original[1]))
-    resized = resize_image(prepared, target)
+    target = _target_size(chosen.size if size == "preset" else size, (original[0], original[1]), chosen.margin)
+    fitted_image = framed(resize_image(prepared, target), chosen)
     chosen_device = find_device(device)
     started = time.perf_counter()
     with (
@@ -119,19 +138,21 @@ def segment(
     ):
         used = resolve(None, chosen_device.type, torch.float32)
         with seeded(seed, chosen_device):
-            model = MSFormer(3, embed_dim, num_clusters, depth, num_heads)
+            model = MSFormer(3, chosen.embed_dim, chosen.num_clusters, chosen.depth, chosen.num_heads)
         model.to(chosen_device)
-        fitted_image = resized[None].to(chosen_device)
-        rule = Rule(weights, learning_rate, momentum, max_steps, min_labels)
+        fitted_image = fitted_image.to(chosen_device)
+        rule = Rule(chosen.weights, chosen.learning_rate, chosen.momentum, chosen.max_steps, chosen.min_labels)
         history = fit(model, fitted_image, rule, report)
-        found = order_by_area(label_map(model, fitted_image))
+        whole = label_map(model, fitted_image)
+    inner = slice(chosen.margin, -chosen.margin or None)
+    found = order_by_area(whole[inner, inner])
     seconds = time.perf_counter() - started
     return Segmentation(
         labels=found,
         labels_full=resize_labels(found, (original[0], original[1])),
         num_labels=int(found.max()) + 1,
         steps=len(history.losses),
-        settled=history.label_counts[-1] <= min_labels,
+        settled=history.label_counts[-1] <= chosen.min_labels,
         losses=history.losses,
         label_counts=history.label_counts,
         seconds=seconds,
@@ -152,23 +173,24 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_settings(max_steps: int, min_labels: int, learning_rate: float, momentum: float) -> None:
-    if max_steps < 1:
-        raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
-    if min_labels < 1:
-        raise ValueError(f"min_labels: expected at least 1, got {min_labels}")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
-
-
-def _target_size(size: int | tuple[int, int] | None, original: tuple[int, int]) -> tuple[int, int]:
+def _target_size(size: Size | str, original: tuple[int, int], margin: int) -> tuple[int, int]:
+    if isinstance(size, str):
+        raise ValueError(f"size: expected a number of pixels, (height, width) or None, got {size!r}")
     height, width = original if size is None else (size, size) if isinstance(size, int) else size
     if min(height, width) < MINIMUM_SIZE:
         what = "image" if size is None else "size"
         raise ValueError(f"{what}: {height} x {width} pixels are too small, expected at least {MINIMUM_SIZE} each way")
+    if margin >= min(height, width):
+        raise ValueError(f"margin: expected less than the image's {min(height, width)} pixels, got {margin}")
     return height, width
+
+
+def framed(image: Tensor, preset: Preset) -> Tensor:
+    """``[3, h, w]`` -> ``[1, 3, h, w]`` as it is fitted, with its margin."""
+    if preset.standardise:
+        spread, mean = torch.std_mean(image, dim=(1, 2), correction=0, keepdim=True)
+        image = (image - mean) / torch.where(spread > 0, spread, 1)
+    return F.pad(image[None], (preset.margin,) * 4, mode="reflect")
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -19,4 +19,4 @@ def label_map(task: Task) -> LabelMap:
     return LabelMap((grey > threshold_otsu(grey)).astype(np.uint8))
 
 
-METHODS = [Method("otsu", "Otsu", 1, label_map)]
+METHODS = [Method("otsu", "Otsu", 1, label_map, tables=(1, 2))]

@@ -28,6 +28,8 @@ from msformer.segmentation import find_device
 from msformer.selection import RULES
 from msformer_kernels.backends import resolve
 
+FLOORS = ("everything", "otsu")
+"""Methods in every table, so that no number stands there without what the simplest guess gets."""
 RULE_OF_LAYOUT = {"ph2": "dark", "isic": "dark", "lung": "lung", "pairs": "central"}
 
 
@@ -55,7 +57,8 @@ def run(
         for method in all_methods():
             click.echo(f"{method.name:<20} {method.title}")
         return {}
-    chosen = choose_methods(methods.split(","), ablation)
+    names = methods.split(",")
+    chosen = choose_methods(names if names == ["all"] else [*names, *FLOORS], ablation)
     found = find_cases(data, layout, masks)
     rule = RULE_OF_LAYOUT[found.layout] if select == "auto" else select
     if rule not in RULES:

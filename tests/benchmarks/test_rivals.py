@@ -16,8 +16,9 @@ from benchmarks.published import PublishedMSFormer
 from benchmarks.rivals import backend_of, backends, mode, running, uses_autocast
 from benchmarks.shapes import Shape
 from benchmarks.workloads import OURS, PUBLISHED, Layer, seeded_module
-from msformer.losses import LossWeights, total_loss
+from msformer.losses import total_loss
 from msformer.model import MSFormer
+from msformer.presets import LossWeights
 
 GOLDEN = Path(__file__).parent.parent / "data" / "msformer_65px_12ch_2layers.safetensors"
 ODD = Shape(2, 7, 5, 12, 2, 20)

@@ -378,6 +378,41 @@ def test_dicom_and_nifti(tmp_path: Path) -> None:
     assert "expected a slice index from 0 to 2, got 3" in wrong.output
 
 
+def test_all_slices_of_a_volume(tmp_path: Path) -> None:
+    """Each an image of its own, resumed one by one; together one volume. Other files are as they were."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    volume = np.stack([np.roll(chest(lungs(48)), 5 * i, axis=0).T for i in range(3)], axis=2)
+    volume[..., 1] += 200
+    affine = np.diag([-2.0, -3, 5, 1])
+    nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "chest.nii.gz")
+    write_dicom(folder / "slice", volume[..., 0].T)
+    (folder / "broken.nii").write_bytes(b"no volume")
+    options = ["--out", out, "--slice", "all", "--mask", "lung", *QUICK_OPTIONS]
+    result = run("segment", folder, *options)
+    assert result.exit_code == 1
+    assert "broken.nii" in result.output
+    assert "4 of 5 images" in result.output
+    names = [f"chest-slice-{i:03d}" for i in range(3)]
+    endings = (".json", ".labels.png", ".mask.png", ".overlay.png")
+    expected = {f"{name}{ending}" for name in [*names, "slice"] for ending in endings}
+    volumes = {f"{name}.{kind}.nii.gz" for name in ("chest", "slice") for kind in ("labels", "mask")}
+    assert files(out) == expected | volumes | {"contact-sheet.png", "summary.json"}
+    for kind, first in (("labels", 1), ("mask", 0)):
+        written = nibabel.load(out / f"chest.{kind}.nii.gz")
+        np.testing.assert_allclose(written.affine, affine)
+        for i, name in enumerate(names):
+            with PILImage.open(out / f"{name}.{kind}.png") as picture:
+                shown = np.asarray(picture) // (1 if kind == "labels" else 255)
+            np.testing.assert_array_equal(np.asarray(written.dataobj)[..., i].T, shown + first)
+    assert len({(out / f"{name}.labels.png").read_bytes() for name in names}) == 3, "three different slices"
+    again = run("segment", folder, *options)
+    assert "4 of 5 images were already done" in again.output
+    usage = run("segment", folder, "--out", out, "--slice", "every")
+    assert usage.exit_code == 2
+    assert "'every' is not a valid integer range" in usage.output
+
+
 def write_dicom(path: Path, values: NDArray[np.int16]) -> None:
     """A CT slice without a suffix."""
     dataset = pydicom.Dataset()

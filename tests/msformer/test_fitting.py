@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from msformer.fitting import DeviceSteps, History, Rule, _fit_step_by_step
-from msformer.losses import LossWeights
 from msformer.model import MSFormer
+from msformer.presets import LossWeights
 
 
 def model_and_image(seed: int = 0) -> tuple[MSFormer, Tensor]:

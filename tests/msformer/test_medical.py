@@ -330,7 +330,7 @@ def test_labels_land_on_the_voxels_of_a_nifti(codes: str, suffix: str, tmp_path:
     save_nifti(source, codes)
     image = nibabel.load(source)
     for index in (0, 1, 3):
-        write_nifti(target, LABELS, read_nifti(source, index))
+        write_nifti(target, [(LABELS, read_nifti(source, index))])
         written = nibabel.load(target)
         assert written.shape == image.shape
         assert written.get_data_dtype() == np.uint8
@@ -343,7 +343,7 @@ def test_labels_land_on_the_voxels_of_a_nifti(codes: str, suffix: str, tmp_path:
 
 def test_labels_land_on_the_voxels_of_a_dicom(tmp_path: Path) -> None:
     target = tmp_path / f"{NAME}.nii.gz"
-    write_nifti(target, LABELS, read_dicom(save_world_dicom(tmp_path / "a.dcm", 1)))
+    write_nifti(target, [(LABELS, read_dicom(save_world_dicom(tmp_path / "a.dcm", 1)))])
     written = nibabel.load(target)
     assert written.shape == (6, 5, 1)
     assert np.array_equal(np.asarray(written.dataobj)[:, :, 0], LABELS.T)
@@ -362,7 +362,7 @@ def test_sagittal_dicom_lies_where_it_says(tmp_path: Path) -> None:
         "PixelSpacing": [2, 3],
     }
     found = read_dicom(save_dicom(tmp_path / "a.dcm", GREY, **tags))
-    write_nifti(tmp_path / "a.nii", (GREY == 13).astype(np.uint8), found)  # row 2, column 3
+    write_nifti(tmp_path / "a.nii", [((GREY == 13).astype(np.uint8), found)])  # row 2, column 3
     assert np.array_equal(written_positions(tmp_path / "a.nii", 1), [[7, 100 - 9, 50 - 4]])
     assert np.array_equal(read_nifti(tmp_path / "a.nii").pixels, GREY == 13)
 
@@ -376,7 +376,7 @@ def test_a_single_slice_along_another_axis(codes: str, axis: int, tmp_path: Path
     found = read_nifti(tmp_path / "a.nii")
     assert count_slices(tmp_path / "a.nii") == 1
     assert np.array_equal(found.pixels, expected)
-    write_nifti(tmp_path / "b.nii", expected, found)
+    write_nifti(tmp_path / "b.nii", [(expected, found)])
     assert np.array_equal(nibabel.load(tmp_path / "b.nii").dataobj, nibabel.load(tmp_path / "a.nii").dataobj)
 
 
@@ -386,7 +386,7 @@ def test_pictures_and_volumes_with_more_axes(extra: tuple[int, ...], tmp_path: P
     nibabel.save(nibabel.Nifti1Image(data, AFFINE), tmp_path / "a.nii.gz")
     found = read_nifti(tmp_path / "a.nii.gz")
     assert np.array_equal(found.pixels, shown(1))
-    write_nifti(tmp_path / "b.nii.gz", shown(1), found)
+    write_nifti(tmp_path / "b.nii.gz", [(shown(1), found)])
     written = nibabel.load(tmp_path / "b.nii.gz")
     assert written.shape == data.shape
     assert np.array_equal(written.dataobj, data)
@@ -403,7 +403,7 @@ def test_nifti_header_is_kept_where_it_tells_the_place(tmp_path: Path) -> None:
     nibabel.save(image, tmp_path / "a.nii")
     found = read_nifti(tmp_path / "a.nii", 0)
     assert found.window == (0, 90)
-    write_nifti(tmp_path / "b.nii", LABELS, found)
+    write_nifti(tmp_path / "b.nii", [(LABELS, found)])
     header = nibabel.load(tmp_path / "b.nii").header
     assert isinstance(header, nibabel.Nifti2Header)
     assert (header["sform_code"], header["qform_code"], header["descrip"], header["cal_max"]) == (4, 2, b"", 0)
@@ -499,7 +499,7 @@ def test_default_window_without_any_hint() -> None:
 @pytest.mark.parametrize(("most", "expected"), [(255, np.uint8), (256, np.uint16), (70000, np.uint32)])
 def test_smallest_type_for_labels(most: int, expected: type, tmp_path: Path) -> None:
     save_nifti(tmp_path / "a.nii")
-    write_nifti(tmp_path / "b.nii.gz", np.where(LABELS > 0, most, 0), read_nifti(tmp_path / "a.nii"))
+    write_nifti(tmp_path / "b.nii.gz", [(np.where(LABELS > 0, most, 0), read_nifti(tmp_path / "a.nii"))])
     written = nibabel.load(tmp_path / "b.nii.gz")
     assert written.get_data_dtype() == expected
     assert np.asarray(written.dataobj).max() == most
@@ -508,7 +508,7 @@ def test_smallest_type_for_labels(most: int, expected: type, tmp_path: Path) -> 
 def test_same_labels_same_bytes(tmp_path: Path) -> None:
     found = read_dicom(save_world_dicom(tmp_path / "a.dcm", 0))
     for name in ("a.nii.gz", "b.nii.gz", "c.nii"):
-        write_nifti(tmp_path / name, LABELS, found)
+        write_nifti(tmp_path / name, [(LABELS, found)])
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == (tmp_path / "c.nii").read_bytes()
 
@@ -517,11 +517,11 @@ def test_labels_that_cannot_be_written(tmp_path: Path) -> None:
     found = read_dicom(save_world_dicom(tmp_path / "a.dcm", 0))
     for labels in (LABELS - 1, LABELS.astype(np.float32), LABELS.T):
         with pytest.raises(ValueError, match="labels: expected"):
-            write_nifti(tmp_path / "a.nii", labels, found)
+            write_nifti(tmp_path / "a.nii", [(labels, found)])
     with pytest.raises(ValueError, match=r"path: expected a name ending in \.nii or \.nii\.gz"):
-        write_nifti(tmp_path / "a.png", LABELS, found)
+        write_nifti(tmp_path / "a.png", [(LABELS, found)])
     with pytest.raises(ValueError, match="slice: has no geometry"):
-        write_nifti(tmp_path / "a.nii", LABELS, Slice(found.pixels))
+        write_nifti(tmp_path / "a.nii", [(LABELS, Slice(found.pixels))])
     assert not (tmp_path / "a.nii").exists()
 
 
@@ -535,4 +535,4 @@ def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Monke
         read_dicom(tmp_path / "a.dcm") if package == "pydicom" else read_nifti(tmp_path / "a.nii")
     if package == "nibabel":
         with pytest.raises(ImageError, match=message):
-            write_nifti(tmp_path / "b.nii", GREY, found)
+            write_nifti(tmp_path / "b.nii", [(GREY, found)])
