@@ -24,6 +24,7 @@ from skimage.color import rgb2lab
 from skimage.filters import gaussian, median
 from torch import Tensor
 
+import msformer_kernels
 from benchmarks.report import make_console
 from msformer.baselines import LabelMap, Method, Task
 from msformer.baselines.iic import jitter
@@ -64,11 +65,17 @@ class Variant:
     """Of ``[1, 3, h, w]``, before every step."""
     margin: int = 0
     """Pixels mirrored around the image, and taken off the label map."""
+    backend: str | None = None
+    """Of the kernels; None: the fastest."""
     running_statistics: bool = False
     """BatchNorm in evaluation mode for the final map."""
 
     def label_map(self, task: Task) -> LabelMap:
         """As `msformer.segment` does it, with the things that it does not offer."""
+        with msformer_kernels.use_backend(self.backend or resolve(None, task.device.type, torch.float32)):
+            return self._label_map(task)
+
+    def _label_map(self, task: Task) -> LabelMap:
         seed = task.seed + self.seed
         random = torch.Generator().manual_seed(seed)
         image = resize_image(task.image, (self.size, self.size))
@@ -152,6 +159,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{f"clusters-{clusters}": {"num_clusters": clusters} for clusters in (8, 16, 32)},
     "depth-1": {"depth": 1},
     **{f"rate-{rate}": {"learning_rate": rate} for rate in (0.03, 0.2)},
+    "reference": {"backend": "reference"},
     "running-statistics": {"running_statistics": True},
     **{f.__name__: {"prepare": (f,)} for f in (lab, whitened, standardised, without_hairs)},
     **{f"blur-{sigma}": {"prepare": (partial(blurred, sigma=sigma),)} for sigma in (1, 2)},

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Literal
 
@@ -110,7 +110,7 @@ def segment(
         OSError: a path that cannot be read.
         FloatingPointError: the loss became NaN or infinite.
     """
-    chosen = find_preset(
+    settings = find_preset(
         preset,
         max_steps=max_steps,
         min_labels=min_labels,
@@ -124,11 +124,18 @@ def segment(
         standardise=standardise,
         margin=margin,
     )
-    report = _reporter(progress)
-    prepared = prepare_image(image)
-    original = prepared.shape[1:]
-    target = _target_size(chosen.size if size == "preset" else size, (original[0], original[1]), chosen.margin)
-    fitted_image = framed(resize_image(prepared, target), chosen)
+    if size != "preset":
+        settings = replace(settings, size=size)
+    return fit_image(prepare_image(image), settings, seed, device, backend, _reporter(progress))
+
+
+def fit_image(
+    image: Tensor, settings: Preset, seed: int, device: str | torch.device, backend: str | None, report: Progress
+) -> Segmentation:
+    """`segment` of an image as `prepare_image` makes it, ``[3, H, W]`` in [0, 1], which is not stretched again."""
+    original = image.shape[1], image.shape[2]
+    target = _target_size(settings.size, original, settings.margin)
+    fitted_image = framed(resize_image(image, target), settings)
     chosen_device = find_device(device)
     started = time.perf_counter()
     with (
@@ -138,21 +145,23 @@ def segment(
     ):
         used = resolve(None, chosen_device.type, torch.float32)
         with seeded(seed, chosen_device):
-            model = MSFormer(3, chosen.embed_dim, chosen.num_clusters, chosen.depth, chosen.num_heads)
+            model = MSFormer(3, settings.embed_dim, settings.num_clusters, settings.depth, settings.num_heads)
         model.to(chosen_device)
         fitted_image = fitted_image.to(chosen_device)
-        rule = Rule(chosen.weights, chosen.learning_rate, chosen.momentum, chosen.max_steps, chosen.min_labels)
+        rule = Rule(
+            settings.weights, settings.learning_rate, settings.momentum, settings.max_steps, settings.min_labels
+        )
         history = fit(model, fitted_image, rule, report)
         whole = label_map(model, fitted_image)
-    inner = slice(chosen.margin, -chosen.margin or None)
+    inner = slice(settings.margin, -settings.margin or None)
     found = order_by_area(whole[inner, inner])
     seconds = time.perf_counter() - started
     return Segmentation(
         labels=found,
-        labels_full=resize_labels(found, (original[0], original[1])),
+        labels_full=resize_labels(found, original),
         num_labels=int(found.max()) + 1,
         steps=len(history.losses),
-        settled=history.label_counts[-1] <= chosen.min_labels,
+        settled=history.label_counts[-1] <= settings.min_labels,
         losses=history.losses,
         label_counts=history.label_counts,
         seconds=seconds,

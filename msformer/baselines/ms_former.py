@@ -6,24 +6,22 @@ Segmentation", MIDL 2023, tables 1 and 2.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from msformer.baselines import LabelMap, Method, Task
 from msformer.presets import PUBLISHED, LossWeights
-from msformer.segmentation import segment
+from msformer.segmentation import fit_image
 
 
 def label_map(task: Task, weights: LossWeights = PUBLISHED.weights) -> LabelMap:
     """With the published settings, at the size of the image."""
-    found = segment(
-        task.image,
-        preset="published",
-        size=None,
-        seed=task.seed,
-        weights=weights,
-        device=task.device,
-        progress=lambda step, labels, loss: task.report(step, PUBLISHED.max_steps),
-    )
+
+    def report(step: int, labels: int, loss: float) -> None:
+        task.report(step, PUBLISHED.max_steps)
+
+    settings = replace(PUBLISHED, size=None, weights=weights)
+    found = fit_image(task.image, settings, task.seed, task.device, None, report)
     return LabelMap(found.labels, found.steps)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from msformer.baselines import LabelMap, Method, Task, all_methods, choose_methods
 from msformer.baselines.kmeans import pixel_features
@@ -12,8 +16,10 @@ from msformer.baselines.ms_former import PUBLISHED
 from msformer.baselines.pixel_network import Fit, continuity, pixel_network, self_labelling
 from msformer.baselines.sgscn import context_consistency
 from msformer.data import prepare_image
+from msformer.presets import Preset
 from msformer.scoring import dice, oracle_union
-from tests.msformer.evaluation.data import disc, lesion
+from msformer.segmentation import segment
+from tests.msformer.evaluation.data import disc, lesion, save
 
 TRUTH = disc(36, 40, 9)
 SLOW = {"deepcluster", "iic", "kim"}
@@ -72,16 +78,27 @@ def test_order_and_choice() -> None:
 def test_ablations_switch_losses_off(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def segment(image: object, **options: object) -> object:
-        seen.append(options["weights"])
+    def fit_image(image: Tensor, settings: Preset, *others: object) -> None:
+        seen.append(settings.weights)
         raise InterruptedError
 
-    monkeypatch.setattr("msformer.baselines.ms_former.segment", segment)
+    monkeypatch.setattr("msformer.baselines.ms_former.fit_image", fit_image)
     for method in choose_methods(("all",), ablation=True)[2:]:
         with pytest.raises(InterruptedError):
             method.label_map(task())
     assert [(w.ce, w.inter, w.intra) for w in seen] == [(1, 0, 0), (1, 1.5, 0), (1, 0, 1.3), (1, 1.5, 1.3)]
     assert seen[-1] == PUBLISHED.weights
+
+
+def test_ms_former_is_what_segment_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the file itself: an image without black and white is not stretched."""
+    monkeypatch.setattr("msformer.baselines.ms_former.PUBLISHED", replace(PUBLISHED, max_steps=5))
+    save(tmp_path / "dull.png", lesion(TRUTH) // 4 + 90)
+    (method,) = choose_methods(["ms-former"])
+    found = found_by(method, task(image=prepare_image(tmp_path / "dull.png"), seed=2))
+    expected = segment(tmp_path / "dull.png", size=None, preset="published", max_steps=5, seed=2)
+    assert (found.labels == expected.labels).all()
+    assert found.steps == expected.steps
 
 
 def test_pixel_features() -> None:
