@@ -123,6 +123,11 @@ def standardised(image: Tensor) -> Tensor:
     return (image - image.mean((1, 2), keepdim=True)) / image.std((1, 2), keepdim=True).clamp(min=1e-6)
 
 
+def stretched(image: Tensor) -> Tensor:
+    """From the smallest and largest value of all channels to 0 and 1."""
+    return (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+
+
 def blurred(image: Tensor, sigma: float) -> Tensor:
     """By a Gaussian of this standard deviation in pixels."""
     return torch.from_numpy(gaussian(image.numpy(), sigma, channel_axis=0)).float()
@@ -161,7 +166,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{f"rate-{rate}": {"learning_rate": rate} for rate in (0.03, 0.2)},
     "reference": {"backend": "reference"},
     "running-statistics": {"running_statistics": True},
-    **{f.__name__: {"prepare": (f,)} for f in (lab, whitened, standardised, without_hairs)},
+    **{f.__name__: {"prepare": (f,)} for f in (lab, whitened, standardised, stretched, without_hairs)},
     **{f"blur-{sigma}": {"prepare": (partial(blurred, sigma=sigma),)} for sigma in (1, 2)},
     "flip": {"view": flipped},
     "jitter": {"view": lambda image, step, random: jitter(image, random)},

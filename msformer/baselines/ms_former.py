@@ -1,4 +1,4 @@
-"""MS-Former, and for a table of ablations with some of its losses only.
+"""MS-Former: as published, by another preset, and for a table of ablations with some of its losses only.
 
 Karimijafarbigloo, Azad, Kazerouni, Merhof, "MS-Former: Multi-Scale Self-Guided Transformer for Medical Image
 Segmentation", MIDL 2023, tables 1 and 2.
@@ -10,29 +10,35 @@ from dataclasses import replace
 from functools import partial
 
 from msformer.baselines import LabelMap, Method, Task
-from msformer.presets import PUBLISHED, LossWeights
+from msformer.presets import PUBLISHED, QUICK, LossWeights, Preset
 from msformer.segmentation import fit_image
 
 
-def label_map(task: Task, weights: LossWeights = PUBLISHED.weights) -> LabelMap:
-    """With the published settings, at the size of the image."""
+def label_map(task: Task, settings: Preset) -> LabelMap:
+    """At the size that the settings say, or that of the image if they say none."""
 
     def report(step: int, labels: int, loss: float) -> None:
-        task.report(step, PUBLISHED.max_steps)
+        task.report(step, settings.max_steps)
 
-    settings = replace(PUBLISHED, size=None, weights=weights)
     found = fit_image(task.image, settings, task.seed, task.device, None, report)
-    return LabelMap(found.labels, found.steps)
+    return LabelMap(found.labels_full, found.steps)
 
 
-def _ablation(name: str, title: str, order: int, **weights: float) -> Method:
-    some = LossWeights(PUBLISHED.weights.ce, **({"inter": 0.0, "intra": 0.0} | weights))
-    return Method(f"ms-former-{name}", f"MS-Former, {title}", order, partial(label_map, weights=some), tables=(2,))
+def _method(name: str, title: str, order: int, settings: Preset, tables: tuple[int, ...]) -> Method:
+    return Method(name, title, order, partial(label_map, settings=settings), tables)
 
 
+def _ablation(name: str, title: str, order: int, inter: float = 0.0, intra: float = 0.0) -> Method:
+    settings = replace(AT_ITS_SIZE, weights=LossWeights(FULL.ce, inter, intra))
+    return _method(f"ms-former-{name}", f"MS-Former, {title}", order, settings, (2,))
+
+
+AT_ITS_SIZE = replace(PUBLISHED, size=None)
+FULL = PUBLISHED.weights
 METHODS = [
     _ablation("ce", "ce", 8),
-    _ablation("ce-inter", "ce + inter", 9, inter=PUBLISHED.weights.inter),
-    _ablation("ce-intra", "ce + intra", 10, intra=PUBLISHED.weights.intra),
-    Method("ms-former", "MS-Former", 11, label_map, tables=(1, 2)),
+    _ablation("ce-inter", "ce + inter", 9, inter=FULL.inter),
+    _ablation("ce-intra", "ce + intra", 10, intra=FULL.intra),
+    _method("ms-former-quick", "MS-Former, quick", 11, QUICK, (1,)),
+    _method("ms-former", "MS-Former", 12, AT_ITS_SIZE, (1, 2)),
 ]

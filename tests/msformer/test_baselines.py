@@ -12,17 +12,18 @@ from torch import Tensor
 
 from msformer.baselines import LabelMap, Method, Task, all_methods, choose_methods
 from msformer.baselines.kmeans import pixel_features
-from msformer.baselines.ms_former import PUBLISHED
+from msformer.baselines.ms_former import label_map
 from msformer.baselines.pixel_network import Fit, continuity, pixel_network, self_labelling
 from msformer.baselines.sgscn import context_consistency
 from msformer.data import prepare_image
-from msformer.presets import Preset
+from msformer.presets import PUBLISHED, QUICK, LossWeights, Preset
 from msformer.scoring import dice, oracle_union
 from msformer.segmentation import segment
 from tests.msformer.evaluation.data import disc, lesion, save
 
 TRUTH = disc(36, 40, 9)
-SLOW = {"deepcluster", "iic", "kim"}
+SHORT = replace(PUBLISHED, max_steps=5)
+SLOW = {"deepcluster", "iic", "kim", "ms-former-quick"}
 
 
 def task(seed: int = 0, **changes: object) -> Task:
@@ -34,10 +35,10 @@ def found_by(method: Method, given: Task) -> LabelMap:
     return method.label_map(given)
 
 
-QUICK = [method for method in all_methods() if method.name not in SLOW and 1 in method.tables]
+FAST = [method for method in all_methods() if method.name not in SLOW and 1 in method.tables]
 
 
-@pytest.mark.parametrize("method", QUICK, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", FAST, ids=lambda m: m.name)
 def test_every_method_has_the_same_interface(method: Method) -> None:
     state = torch.random.get_rng_state()
     found, again = (found_by(method, task()) for _ in range(2))
@@ -48,7 +49,7 @@ def test_every_method_has_the_same_interface(method: Method) -> None:
     assert torch.equal(state, torch.random.get_rng_state()), "the global random state is left alone"
 
 
-@pytest.mark.parametrize("method", QUICK, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", FAST, ids=lambda m: m.name)
 def test_grey_and_constant_images(method: Method) -> None:
     grey = prepare_image(lesion(TRUTH)[..., 0])
     assert found_by(method, task(image=grey, colour=False)).labels.shape == TRUTH.shape
@@ -75,30 +76,33 @@ def test_order_and_choice() -> None:
         choose_methods(("otsu", "unet"))
 
 
-def test_ablations_switch_losses_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_settings_of_ms_former(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
 
     def fit_image(image: Tensor, settings: Preset, *others: object) -> None:
-        seen.append(settings.weights)
+        seen[method.name] = settings
         raise InterruptedError
 
     monkeypatch.setattr("msformer.baselines.ms_former.fit_image", fit_image)
-    for method in choose_methods(("all",), ablation=True)[2:]:
-        with pytest.raises(InterruptedError):
-            method.label_map(task())
-    assert [(w.ce, w.inter, w.intra) for w in seen] == [(1, 0, 0), (1, 1.5, 0), (1, 0, 1.3), (1, 1.5, 1.3)]
-    assert seen[-1] == PUBLISHED.weights
+    for method in all_methods():
+        if method.name.startswith("ms-former"):
+            with pytest.raises(InterruptedError):
+                method.label_map(task())
+    assert seen["ms-former-quick"] == QUICK
+    published = replace(PUBLISHED, size=None)
+    assert seen["ms-former"] == published
+    for name, weights in (("ce", (1, 0, 0)), ("ce-inter", (1, 1.5, 0)), ("ce-intra", (1, 0, 1.3))):
+        assert seen[f"ms-former-{name}"] == replace(published, weights=LossWeights(*weights))
 
 
-def test_ms_former_is_what_segment_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ms_former_is_what_segment_does(tmp_path: Path) -> None:
     """On the file itself: an image without black and white is not stretched."""
-    monkeypatch.setattr("msformer.baselines.ms_former.PUBLISHED", replace(PUBLISHED, max_steps=5))
     save(tmp_path / "dull.png", lesion(TRUTH) // 4 + 90)
-    (method,) = choose_methods(["ms-former"])
-    found = found_by(method, task(image=prepare_image(tmp_path / "dull.png"), seed=2))
-    expected = segment(tmp_path / "dull.png", size=None, preset="published", max_steps=5, seed=2)
-    assert (found.labels == expected.labels).all()
-    assert found.steps == expected.steps
+    for size in (None, 45):
+        found = label_map(task(image=prepare_image(tmp_path / "dull.png"), seed=2), replace(SHORT, size=size))
+        expected = segment(tmp_path / "dull.png", size=size, max_steps=SHORT.max_steps, seed=2)
+        assert (found.labels == expected.labels_full).all()
+        assert found.steps == expected.steps
 
 
 def test_pixel_features() -> None:

@@ -68,6 +68,24 @@ def test_segment_a_folder(images: Path, tmp_path: Path, picture: Picture) -> Non
     assert summary["machine"]["torch"]
 
 
+def test_presets(images: Path, tmp_path: Path) -> None:
+    """What is not given is as the preset says, and the record says it all."""
+    found = {}
+    for preset in ("published", "quick"):
+        out = tmp_path / preset
+        options = ["--preset", preset, *QUICK_OPTIONS, "--intra", "0.5", "--no-standardise"]
+        assert run("segment", images / "a.png", "--out", out, *options).exit_code == 0
+        found[preset] = json.loads((out / "a.json").read_text())["settings"]
+    for name, margin in (("published", 0), ("quick", 8)):
+        assert found[name]["preset"] == name
+        assert (found[name]["margin"], found[name]["size"], found[name]["embed_dim"]) == (margin, 33, 6)
+        assert found[name]["weights"] == {"ce": 1, "inter": 1.5, "intra": 0.5}
+        assert (found[name]["min_labels"], found[name]["standardise"]) == (3, False)
+    wrong = run("segment", images, "--out", tmp_path / "x", "--preset", "best")
+    assert wrong.exit_code == 2
+    assert "'best' is not one of 'published', 'quick'" in wrong.output
+
+
 def test_done_images_are_skipped_until_something_changes(images: Path, tmp_path: Path, picture: Picture) -> None:
     out = tmp_path / "out"
     arguments = ("segment", images, "--out", out, *QUICK_OPTIONS)
