@@ -30,7 +30,7 @@ BORDER = 0.08
 """Of the image's side: where the border ends."""
 SPREAD = 0.5
 """Standard deviation of the weights of the middle, of half the image's side."""
-DARK = 1.1
+FADING = 1.1
 """Of Otsu's threshold: lesions fade out, and those who draw their masks include the fading."""
 VESSEL = 0.003
 """Of the image: holes in the lungs that are not larger are vessels, and part of them."""
@@ -58,17 +58,25 @@ def central(labels: NDArray[Any], image: Tensor) -> Mask:
 
 def _central(labels: NDArray[Any]) -> list[int]:
     """There is always one: both shares add up to 1 over all labels; where all are equal, the first."""
-    middle, border = _middle(labels.shape), _border(labels.shape)
-    excess = {int(v): middle[labels == v].sum() - border[labels == v].sum() for v in np.unique(labels)}
+    excess = _excess(labels)
     return [v for v, e in excess.items() if e > 0] or [max(excess, key=lambda v: excess[v])]
 
 
+def _excess(labels: NDArray[Any]) -> dict[int, float]:
+    """The share of the middle that a label covers, less its share of the border."""
+    difference = _middle(labels.shape) - _border(labels.shape)
+    return {int(v): float(difference[labels == v].sum()) for v in np.unique(labels)}
+
+
 def dark(labels: NDArray[Any], image: Tensor) -> Mask:
-    """Labels whose mean, weighted with the middle, is at most `DARK` times Otsu's threshold; the darkest if none is."""
+    """Labels whose mean, weighted with the middle, is at most Otsu's threshold, or at most `FADING` times that where
+    they cover more of the middle than of the border; the darkest if there is none.
+    """
     grey, middle = grey_levels(image), _middle(labels.shape)
     means = {int(v): np.average(grey[labels == v], weights=middle[labels == v]) for v in np.unique(labels)}
-    threshold = DARK * threshold_otsu(grey)
-    found = [v for v, mean in means.items() if mean <= threshold] or [min(means, key=lambda v: means[v])]
+    threshold, excess = threshold_otsu(grey), _excess(labels)
+    limits = {v: threshold * (FADING if excess[v] > 0 else 1) for v in means}
+    found = [v for v in means if means[v] <= limits[v]] or [min(means, key=lambda v: means[v])]
     return clean_up(np.isin(labels, found))
 
 

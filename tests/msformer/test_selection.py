@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from msformer.data import prepare_image
 from msformer.medical import apply_window
 from msformer.scoring import dice
-from msformer.selection import RULES, body_mask, clean_up, select
+from msformer.selection import FADING, RULES, body_mask, clean_up, grey_levels, select
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs
 
 TRUTH = disc(64, 80, 16)
@@ -40,6 +41,20 @@ def test_dark_corners_with_the_label_of_the_lesion() -> None:
     truth, field = disc(128, 128, 30), disc(128, 128, 70)
     image = skin(truth | ~field)
     assert (select("dark", (truth | ~field).astype(int), image) == truth).all()
+
+
+def test_shaded_skin_around_the_field_is_no_lesion() -> None:
+    """A little brighter than the threshold is the fading edge of a lesion in the middle, but shaded skin outside it."""
+    rows, columns = np.mgrid[:128, :128] - 63.5
+    lesion_, edge, lit = disc(128, 128, 24), disc(128, 128, 30), disc(128, 128, 56)
+    grey = 245 - 80 * (rows**2 + columns**2) / 90**2
+    grey[edge], grey[lesion_] = 205, 160
+    image = prepare_image(np.stack([grey.astype(np.uint8)] * 3, axis=2))
+    assert threshold_otsu(grey_levels(image)) < grey[edge & ~lesion_].mean() < FADING * threshold_otsu(grey)
+    assert threshold_otsu(grey_levels(image)) < 204 < FADING * threshold_otsu(grey), "the shaded skin, too"
+    for number, expected in ((2, lesion_), (3, edge)):  # edge and shaded skin with one label, and with two
+        labels = np.where(lesion_, 1, np.where(edge, 2, np.where(lit, 0, number)))
+        assert dice(select("dark", labels, image), expected) > 0.98
 
 
 def test_a_lesion_of_several_labels() -> None:
