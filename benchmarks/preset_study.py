@@ -38,7 +38,6 @@ from msformer.losses import total_loss
 from msformer.model import MSFormer
 from msformer.output import complete_file, prepare_folder
 from msformer.presets import LossWeights
-from msformer.progress import RunProgress
 from msformer.segmentation import seeded
 from msformer_kernels.backends import resolve
 
@@ -225,8 +224,7 @@ def main(data: Path, out: Path, only: str, base: str, every: int, at: int) -> No
     cases = found.cases[::every]
     prepare_folder(out)
     store = Store(out, Settings(257, 0, "cpu", resolve(None, "cpu", torch.float32)))
-    with RunProgress(len(cases) * len(methods), "label maps") as progress:
-        outcome = evaluate(cases, methods, RULE_OF_LAYOUT[found.layout], store, progress)
+    outcome = evaluate(cases, methods, RULE_OF_LAYOUT[found.layout], store)
     for name, problem in outcome.failures.items():
         click.echo(f"failed: {name}: {problem}", err=True)
     header = ["variant", *(cell for protocol in SHOWN for cell in (protocol, "difference")), "labels", "steps", "s"]

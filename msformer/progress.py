@@ -16,15 +16,19 @@ Update = Callable[[int, int, str], None]
 
 
 class RunProgress:
-    """A context manager around a run over `count` items, several at a time; `what` they are, for the text."""
+    """A context manager around a run over `count` items, several at a time; `what` they are, for the text.
 
-    def __init__(self, count: int, what: str = "images") -> None:
+    The time left is that of the items still to be made; how many there are is `to_make` where it is known before,
+    otherwise all that were not skipped yet.
+    """
+
+    def __init__(self, count: int, what: str = "images", to_make: int | None = None) -> None:
         self._console = Console()
         self._count, self._what = count, what
         self._lock = threading.Lock()
-        # when the first item that was not done before was started, and how many there were before it
-        self._first: tuple[float, int] | None = None
-        self._done = self._skipped = 0
+        self._to_make = to_make
+        self._first_start: float | None = None
+        self._made = self._skipped = 0
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -51,8 +55,8 @@ class RunProgress:
 
     def start(self, name: str) -> Update:
         """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
-        if self._first is None:
-            self._first = time.monotonic(), self._done
+        if self._first_start is None:
+            self._first_start = time.monotonic()
         bar = self._running[name] = self._bars.add_task(name, total=None, details="")
 
         def update(done: int, steps: int, details: str = "") -> None:
@@ -64,26 +68,25 @@ class RunProgress:
         """An item was done before."""
         with self._lock:
             self._skipped += 1
-            self._advance()
+            self._advance(1)
 
     def ended(self, name: str, outcome: str, items: int = 1) -> None:
         """An item is done or failed, or several are at once."""
         with self._lock:
             if name in self._running:
                 self._bars.remove_task(self._running.pop(name))
+            self._made += items
             self._advance(items)
-            self._print(f"[{self._done}/{self._count}] {name}: {outcome}{self._time_left()}")
+            self._print(f"[{self._made + self._skipped}/{self._count}] {name}: {outcome}{self._time_left()}")
 
-    def _advance(self, items: int = 1) -> None:
-        self._done += items
+    def _advance(self, items: int) -> None:
         self._bars.update(self._all, advance=items, details=self._time_left().removeprefix("; "))
 
     def _time_left(self) -> str:
-        left = self._count - self._done
-        if left == 0 or self._first is None or self._done == self._first[1]:
+        left = (self._count - self._skipped if self._to_make is None else self._to_make) - self._made
+        if left <= 0 or self._first_start is None or self._made == 0:
             return ""
-        started, before = self._first
-        seconds = (time.monotonic() - started) / (self._done - before) * left
+        seconds = (time.monotonic() - self._first_start) / self._made * left
         return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
     def _print(self, line: str) -> None:

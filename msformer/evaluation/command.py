@@ -23,7 +23,6 @@ from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, summarise, write_csv
 from msformer.output import complete_file, prepare_folder, write_json
-from msformer.progress import RunProgress
 from msformer.segmentation import find_device
 from msformer.selection import RULES
 from msformer_kernels.backends import resolve
@@ -69,8 +68,7 @@ def run(
     cases = found.cases[:limit]
     for problem in found.problems:
         click.echo(f"left out: {problem}", err=True)
-    with RunProgress(len(cases) * len(chosen), "label maps") as progress:
-        outcome = evaluate(cases, chosen, rule, Store(out, settings), progress)
+    outcome = evaluate(cases, chosen, rule, Store(out, settings))
     if not outcome.rows:
         raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
     _write(out, found, chosen, rule, settings, outcome)

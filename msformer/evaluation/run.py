@@ -34,14 +34,20 @@ class Outcome:
     """Error by image, or by image and method."""
 
 
-def evaluate(
-    cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store, progress: RunProgress
-) -> Outcome:
+def evaluate(cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store) -> Outcome:
     """All methods on all images; image by image, so that an interrupted run has whole images.
 
     Raises:
         OutputError, BackendError: nothing can be written, or the backend cannot be had.
     """
+    missing = sum(not store.has(method, case) for case in cases for method in methods)
+    with RunProgress(len(cases) * len(methods), "label maps", to_make=missing) as progress:
+        return _evaluate(cases, methods, rule, store, progress)
+
+
+def _evaluate(
+    cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store, progress: RunProgress
+) -> Outcome:
     rows: list[Row] = []
     failures: dict[str, str] = {}
     for case in cases:

@@ -60,13 +60,26 @@ class Store:
 
     def load(self, method: Method, case: Case) -> Fitted | None:
         """What was made before; None if it was not, or from another image or with other settings."""
+        record = self._record(method, case)
+        return (
+            None
+            if record is None
+            else Fitted(read_labels(self._paths(method, case)[0]), record["steps"], record["seconds"])
+        )
+
+    def has(self, method: Method, case: Case) -> bool:
+        """Whether `load` finds something; an image that cannot be read has nothing."""
+        try:
+            return self._record(method, case) is not None
+        except OSError:
+            return False
+
+    def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
         labels, record = self._paths(method, case)
-        found = read_json(record)
+        found: dict[str, Any] | None = read_json(record)
         if found is None or not labels.exists():
             return None
-        if {k: found.get(k) for k in ("settings", "version", "sha256")} != self._key(case):
-            return None
-        return Fitted(read_labels(labels), found["steps"], found["seconds"])
+        return found if {k: found.get(k) for k in ("settings", "version", "sha256")} == self._key(case) else None
 
     def fit(self, method: Method, case: Case, pair: Pair, report: Report) -> Fitted:
         """Makes the label map and keeps it; raises what the method raises."""

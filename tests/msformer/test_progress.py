@@ -26,7 +26,21 @@ def test_lines_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: py
         progress.ended("c", "fine")
     assert capsys.readouterr().out.splitlines() == [
         "[3/7] a: fine; about 40 s left",
-        "[6/7] b: failed: no reason; about 2 min left",
+        "[6/7] b: failed: no reason; about 3 min left",
         "[7/7] c: fine",
         "3 of 7 maps were already done with these settings",
     ]
+
+
+def test_time_left_where_it_is_known_what_is_to_be_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with RunProgress(100, "maps", to_make=3) as progress:
+        for _ in range(50):
+            progress.skipped()
+        progress.start("a")
+        now += 20
+        progress.ended("a", "fine")
+    assert capsys.readouterr().out.splitlines()[0] == "[51/100] a: fine; about 40 s left"
