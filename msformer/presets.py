@@ -83,7 +83,7 @@ PUBLISHED = Preset(
 """Of the published demo (Karimijafarbigloo et al., "MS-Former", MIDL 2023)."""
 
 QUICK = replace(PUBLISHED, size=129, margin=8)
-"""In a quarter of the time: half the size, whose loss in quality the margin makes up for (docs/evaluation.md)."""
+"""In a third of the time: half the size, whose loss in quality the margin makes up for (docs/evaluation.md)."""
 
 PRESETS = {"published": PUBLISHED, "quick": QUICK}
 DEFAULT = "published"
