@@ -200,7 +200,8 @@ def compare(scores: pd.DataFrame, base: str, names: Sequence[str]) -> list[list[
                 for method, some in scores[scores.protocol == protocol].groupby("method")
             }
             mean, low, high = mean_and_interval((of[name] - of[base]).dropna().to_numpy())
-            line += [f"{100 * of[name].mean():.1f}", f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"]
+            interval = "" if np.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+            line += [f"{100 * of[name].mean():.1f}", f"{100 * mean:+.1f}{interval}"]
         own = scores[(scores.method == name) & (scores.protocol == SHOWN[0])]
         lines.append([*line, f"{own.labels.mean():.1f}", f"{own.steps.mean():.0f}", f"{own.seconds.mean():.1f}"])
     return lines

@@ -76,6 +76,8 @@ def test_in_a_browser(page: Any) -> None:
     page.select_option("#order", "1")
     worst_first = order()
     assert scores() == sorted(scores())
+    lefts = [figure.bounding_box()["x"] for figure in page.locator("article").first.locator("figure").all()]
+    assert sorted(lefts)[2] == page.locator("figure.chosen").first.bounding_box()["x"], "image, border, chosen"
     page.select_option("#order", "-1")
     assert scores() == sorted(scores(), reverse=True)
     assert set(order()) == set(worst_first) == {"a <b>", "b", "c"}
