@@ -66,6 +66,8 @@ class Variant:
     """Pixels mirrored around the image, and taken off the label map."""
     backend: str | None = None
     """Of the kernels; None: the fastest."""
+    icnr: bool = False
+    """As `MSFormer.initialise_icnr` says."""
     running_statistics: bool = False
     """BatchNorm in evaluation mode for the final map."""
 
@@ -83,6 +85,8 @@ class Variant:
         image = F.pad(image[None], (self.margin,) * 4, mode="reflect").to(task.device)
         with seeded(seed, task.device):
             model = MSFormer(3, self.embed_dim, self.num_clusters, self.depth)
+        if self.icnr:
+            model.initialise_icnr()
         model.to(task.device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=self.learning_rate, momentum=self.momentum, fused=True)
         steps = 0
@@ -171,6 +175,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "jitter": {"view": lambda image, step, random: jitter(image, random)},
     "noise": {"view": noisy},
     "margin": {"margin": 8},
+    "icnr": {"icnr": True},
 }
 
 

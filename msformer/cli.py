@@ -77,6 +77,7 @@ def fit_options(size: int | None) -> Callable[[Command], Command]:
         click.option("--depth", type=click.IntRange(1), help="Blocks a branch."),
         click.option("--learning-rate", type=click.FloatRange(0, min_open=True)),
         click.option("--margin", type=click.IntRange(0), help="Mirrored around the image, pixels."),
+        click.option("--icnr/--no-icnr", default=None, help="Upsampling that starts even, against checkerboards."),
         click.option("--standardise/--no-standardise", default=None, help="Channels with mean 0 and variance 1."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]"),
@@ -123,7 +124,14 @@ def main() -> None:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @run_options
-@click.option("--mask", type=click.Choice(["central", "dark", "lung"]), help="Write a mask of the object by this rule.")
+@click.option("--mask", is_flag=True, help="Write a mask of the object, too.")
+@click.option(
+    "--select",
+    type=click.Choice(["auto", "central", "dark", "lung"]),
+    default="auto",
+    show_default=True,
+    help="Rule by which the mask is made.",
+)
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
 @fit_options(size=None)
@@ -132,7 +140,8 @@ def segment(
     out: Path,
     overwrite: bool,
     at_once: int | None,
-    mask: str | None,
+    mask: bool,
+    select: str,
     window: tuple[float, float] | None,
     slice: int | str | None,
     **options: Any,
@@ -140,24 +149,29 @@ def segment(
     """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
-    With --mask also a binary mask of the object: dark for lesions on skin, lung for CT, central for anything else.
+    With --mask also a binary mask of the object, made by the rule of --select: dark for lesions on skin, lung for CT of
+    the chest, central for anything else; auto takes dark for colour images, lung for CT, central for other grey ones.
     Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
+    if select != "auto" and not mask:
+        raise click.UsageError("--select is for --mask, which is not given")
     with friendly_errors():
         from msformer.data import find_images
         from msformer.runs import plan_jobs, read_mask, write_volumes
 
-        plan = make_plan(options, mask, window=window, slice_index=None if slice == ALL_SLICES else slice)
-        sources = find_images(paths, exclude=out)
+        plan = make_plan(
+            options, select if mask else None, window=window, slice_index=None if slice == ALL_SLICES else slice
+        )
+        sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
         finished, failures = run_all(jobs, out, plan, overwrite, at_once)
-        write_volumes([job for job in jobs if job.name in finished], out, mask is not None)
-        if plan.mask is None:
-            finish(jobs, finished, failures, out, plan)
-        else:
+        write_volumes([job for job in jobs if job.name in finished], out, mask)
+        if mask:
             found = "border of the mask"
             finish(jobs, finished, failures, out, plan, mask=lambda job: read_mask(job, out), border=found)
+        else:
+            finish(jobs, finished, failures, out, plan)
     sys.exit(1 if failures else 0)
 
 
@@ -197,14 +211,34 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
     sys.exit(1 if failures else 0)
 
 
+def list_methods(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Prints the methods instead of running the command, if that is asked for."""
+    if value == "list":
+        with friendly_errors(), needed_packages("evaluate"):
+            from msformer.baselines import all_methods
+
+            for method in all_methods():
+                click.echo(f"{method.name:<20} {method.title}")
+        context.exit()
+    return value
+
+
 @main.command()
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of images and masks.")
 @click.option("--masks", default=None, type=click.Path(path_type=Path), help="Folder of masks, if not below --data.")
 @click.option("--layout", default="auto", show_default=True, help="ph2, lung, isic or pairs.")
-@click.option("--methods", default="all", show_default=True, help="Names, joined by commas; 'list' prints them.")
+@click.option(
+    "--methods",
+    default="all",
+    show_default=True,
+    is_eager=True,
+    callback=list_methods,
+    help="Names, joined by commas; 'list' prints them.",
+)
 @click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
 @click.option("--select", default="auto", show_default=True, help="Rule of the blind score: central, dark or lung.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
+@click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option(
     "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."
 )

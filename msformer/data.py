@@ -23,17 +23,17 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from msformer.medical import ImageError, apply_window, is_dicom, is_medical, read_slice, show
+from msformer.medical import AIR, ImageError, apply_window, is_dicom, is_medical, read_slice, show
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
 
 
-def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Path | None = None) -> list[Path]:
+def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Iterable[Path] = ()) -> list[Path]:
     """The image files among the given files and folders (and their subfolders), sorted within each, without repeats.
 
     Args:
-        exclude: a folder to leave out, such as that of earlier results.
+        exclude: folders to leave out, such as that of earlier results.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -42,11 +42,12 @@ def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Path | None = 
     """
     found: dict[Path, Path] = {}
     given = [Path(path) for path in paths]
+    excluded = {folder.resolve() for folder in exclude}
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
         for file in _images_below(path) if path.is_dir() else [path]:
-            if exclude is None or exclude.resolve() not in file.resolve().parents:
+            if excluded.isdisjoint(file.resolve().parents):
                 found.setdefault(file.resolve(), file)
     if not found:
         listed = ", ".join(map(str, given))
@@ -64,12 +65,14 @@ def _images_below(folder: Path) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _images_below(entry)
-        elif entry.name.lower().endswith(SUFFIXES) or (not entry.suffix and is_dicom(entry)):
+        elif entry.name.lower().endswith(SUFFIXES) or is_dicom(entry):
             yield entry
 
 
 def plain_name(path: Path) -> str:
-    """The name of an image file without its suffix, of which ``.nii.gz`` is one."""
+    """The name of an image file without its suffix, of which ``.nii.gz`` is one, and the end of a DICOM UID is none."""
+    if path.suffix[1:].isdigit():
+        return path.name
     stem = path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
     return stem or path.name
 
@@ -108,6 +111,18 @@ def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArr
         return show(read_slice(path, reading.slice_index), reading.window)
     pixels = _read_ordinary(path)
     return pixels if reading.window is None or pixels.ndim == 3 else apply_window(pixels, *reading.window)
+
+
+def is_ct(path: Path, slice_index: int | None = None) -> bool:
+    """Whether a file is of computed tomography: as DICOM says, else by values as low as only CT has."""
+    if is_medical(path):
+        return read_slice(path, slice_index).modality == "CT"
+    return bool(read_image(path).min() <= AIR)
+
+
+def is_colour(image: Tensor) -> bool:
+    """Whether the channels of an image ``[3, H, W]`` differ."""
+    return not bool((image[0] == image[1]).all() and (image[0] == image[2]).all())
 
 
 def _read_ordinary(path: Path) -> NDArray[np.generic]:

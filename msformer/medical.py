@@ -33,7 +33,7 @@ SUFFIXES_MEDICAL = (".dcm", ".dicom", ".nii", ".nii.gz")
 Window = tuple[float, float]
 
 CT_WINDOW = (-512.0, 512.0)  # Hounsfield units
-_AIR = -500  # only CT has values this low
+AIR = -500.0  # Hounsfield units; only CT has values this low
 _SUFFIXES_NIFTI = (".nii", ".nii.gz")
 _IDENTITY = np.array([[0, 1], [1, 1], [2, 1]])
 # by the world axis that the slices follow: where the picture's columns, its rows and the slices go
@@ -74,12 +74,14 @@ class Slice:
         window: the lowest and highest value to show, as the file says; None if it says nothing.
         geometry: None where a label map will not be written back.
         modality: as DICOM abbreviates it, such as "CT" or "MR"; "" if it is not known.
+        inverted: whether low values are bright (MONOCHROME1).
     """
 
     pixels: NDArray[Any]
     window: Window | None = None
     geometry: Geometry | None = None
     modality: str = ""
+    inverted: bool = False
 
 
 def is_dicom(path: str | PathLike[str]) -> bool:
@@ -156,9 +158,9 @@ def _decoding(path: Path, kind: str) -> Iterator[None]:
 def read_dicom(path: str | PathLike[str]) -> Slice:
     """The picture of a DICOM file with one frame, as stored: rows top to bottom, not turned.
 
-    Rescaling (or the modality look-up table) is applied. MONOCHROME1, where low is bright, is inverted within the range
-    that the file can store, and its window with it. Padding gets the lowest value of the other pixels. YBR and palettes
-    become RGB, of 8 bits. Without a position, the picture is taken as axial, its first pixel at 0.
+    Rescaling (or the modality look-up table) is applied. Padding gets the darkest value of the other pixels: the
+    lowest, or with MONOCHROME1, which `show` inverts, the highest. YBR and palettes become RGB, of 8 bits. Without a
+    position, the picture is taken as axial, its first pixel at 0.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
@@ -174,9 +176,11 @@ def read_dicom(path: str | PathLike[str]) -> Slice:
         dataset = pydicom.dcmread(path)
         _spread_functional_groups(dataset)
         stored = _stored_pixels(dataset, path)
-        pixels, window = _grey(dataset, stored) if stored.ndim == 2 else (_colour(dataset, stored), None)
+        grey, inverted = stored.ndim == 2, dataset.PhotometricInterpretation == "MONOCHROME1"
+        pixels = _grey(dataset, stored, inverted) if grey else _colour(dataset, stored)
         geometry = _dicom_geometry(dataset, pixels.shape[0], pixels.shape[1])
-        return Slice(pixels, window, geometry, str(dataset.get("Modality") or ""))
+        window = _dicom_window(dataset) if grey else None
+        return Slice(pixels, window, geometry, str(dataset.get("Modality") or ""), inverted)
 
 
 def read_slice(path: str | PathLike[str], index: int | None = None) -> Slice:
@@ -191,7 +195,10 @@ def read_slice(path: str | PathLike[str], index: int | None = None) -> Slice:
 def show(slice: Slice, window: Window | None = None) -> NDArray[np.uint8]:
     """The picture in 8 bits, ``[H, W]`` or ``[H, W, 3]``, within a window, by default `default_window`."""
     low, high = default_window(slice) if window is None else window
-    return slice.pixels if slice.pixels.ndim == 3 else apply_window(slice.pixels, low, high)
+    if slice.pixels.ndim == 3:
+        return slice.pixels
+    shown = apply_window(slice.pixels, low, high)
+    return 255 - shown if slice.inverted else shown
 
 
 def _spread_functional_groups(dataset: Any) -> None:
@@ -233,22 +240,15 @@ def _colour(dataset: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray((stored >> max(bits - 8, 0)).astype(np.uint8))
 
 
-def _grey(dataset: Any, stored: NDArray[Any]) -> tuple[NDArray[np.float32], Window | None]:
-    """Stored values ``[H, W]`` -> values in the modality's units, where high is bright, and the window."""
+def _grey(dataset: Any, stored: NDArray[Any], inverted: bool) -> NDArray[np.float32]:
+    """Stored values ``[H, W]`` -> values in the modality's units."""
     from pydicom.pixels import apply_modality_lut
 
     values = apply_modality_lut(stored, dataset).astype(np.float64)
-    window = _dicom_window(dataset)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        bits, signed = int(dataset.BitsStored), stored.dtype.kind == "i"
-        ends = np.array([-(1 << bits - 1), (1 << bits - 1) - 1] if signed else [0, (1 << bits) - 1], stored.dtype)
-        total = float(apply_modality_lut(ends, dataset).astype(np.float64).sum())
-        values = total - values
-        window = window and (total - window[1], total - window[0])
     padding = _padding(dataset, stored)
     if padding.any() and not padding.all():
-        values[padding] = values[~padding].min()
-    return values.astype(np.float32), window
+        values[padding] = values[~padding].max() if inverted else values[~padding].min()
+    return values.astype(np.float32)
 
 
 def _padding(dataset: Any, stored: NDArray[Any]) -> NDArray[np.bool_]:
@@ -326,7 +326,7 @@ def read_nifti(path: str | PathLike[str], index: int | None = None) -> Slice:
         geometry = Geometry(np.asarray(image.affine, np.float64), image.shape, place, orientation, image.header.copy())
         low, high = float(image.header["cal_min"]), float(image.header["cal_max"])
         window = (low, high) if np.isfinite([low, high]).all() and low < high else None
-        return Slice(pixels, window, geometry, "CT" if pixels.min() <= _AIR else "")
+        return Slice(pixels, window, geometry, "CT" if pixels.min() <= AIR else "")
 
 
 def _open_nifti(path: Path) -> Any:

@@ -140,6 +140,18 @@ class MSFormer(nn.Module):
         attention_map = self._attention_map(logits) if attention else logits.new_empty(image.shape[0], 0, 0)
         return MSFormerOutput(logits, attention_map, context_small, context_large)
 
+    @torch.no_grad()
+    def initialise_icnr(self) -> None:
+        """Gives the four matrices of `linear_up`, one for each pixel of a square of 2x2, the values of the first.
+
+        Drawn apart, they tell the pixels of a flat area apart by row and column alone, and the fit hardens that into a
+        checkerboard of four labels. Aitken et al., "Checkerboard artifact free sub-pixel convolution" (ICNR), 2017,
+        arXiv 1707.02937.
+        """
+        dim = self.linear_up.in_features
+        phases = self.linear_up.weight.view(4, dim, dim)
+        phases[1:] = phases[0]
+
     def _check(self, image: Tensor) -> None:
         channels = self.patch_embed_s.proj.in_channels
         if image.dim() != 4 or image.shape[1] != channels:

@@ -26,13 +26,22 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 import msformer
-from msformer.data import Reading, plain_name, prepare_image, read_image, resize_image, resize_labels
+from msformer.data import (
+    Reading,
+    is_colour,
+    is_ct,
+    plain_name,
+    prepare_image,
+    read_image,
+    resize_image,
+    resize_labels,
+)
 from msformer.medical import count_slices, is_medical, read_slice, write_nifti
 from msformer.output import complete_file, read_json, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
 from msformer.presets import LossWeights
 from msformer.segmentation import Progress, Segmentation, segment
-from msformer.selection import select
+from msformer.selection import AUTO, rule_for, select
 
 Record = dict[str, Any]
 
@@ -118,7 +127,7 @@ class Plan:
     reading: Reading
     """Of a job without a slice of its own."""
     mask: str | None = None
-    """The rule of `msformer.selection` by which a mask is written."""
+    """The rule of `msformer.selection` by which a mask is written, or ``"auto"``: as `rule_for` says of each image."""
 
     def suffixes(self, job: Job) -> list[str]:
         """Of the files that an image gets, but for the record."""
@@ -207,9 +216,13 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
         "label_counts": result.label_counts,
         "losses": result.losses,
     }
+    job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
     _write_pictures(job, folder, pixels, result)
-    mask = None if plan.mask is None else object_mask(pixels, result, plan.mask)
-    if mask is not None:
+    mask = None
+    if plan.mask is not None:
+        rule = rule_of(job, plan, pixels)
+        record["rule"] = rule
+        mask = object_mask(pixels, result, rule)
         with complete_file(job.file(folder, ".mask.png")) as temporary:
             PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
     if is_medical(job.source) and job.slice_index is None:
@@ -219,6 +232,13 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
             write_nifti(job.file(folder, ".mask.nii.gz"), [(mask, source)])
     write_json(job.file(folder, ".json"), record)
     return record
+
+
+def rule_of(job: Job, plan: Plan, pixels: NDArray[Any]) -> str:
+    """The rule by which the mask of an image is made."""
+    if plan.mask not in (None, AUTO):
+        return str(plan.mask)
+    return rule_for(is_colour(prepare_image(pixels)), is_ct(job.source, plan.reading_of(job).slice_index))
 
 
 def write_volumes(jobs: Sequence[Job], folder: Path, mask: bool) -> None:

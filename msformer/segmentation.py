@@ -76,6 +76,7 @@ def segment(
     num_heads: int | None = None,
     learning_rate: float | None = None,
     momentum: float | None = None,
+    icnr: bool | None = None,
     standardise: bool | None = None,
     margin: int | None = None,
     device: str | torch.device = "auto",
@@ -99,6 +100,7 @@ def segment(
         weights: factors of the losses.
         embed_dim, num_clusters, depth, num_heads: of the `MSFormer`; num_clusters is embed_dim unless given.
         learning_rate, momentum: of stochastic gradient descent.
+        icnr: the upsampling starts equal for the four pixels of a square, see `MSFormer.initialise_icnr`.
         standardise: each channel of the resized image is brought to mean 0 and variance 1.
         margin: pixels mirrored around the resized image, and taken off the label map.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
@@ -121,6 +123,7 @@ def segment(
         num_heads=num_heads,
         learning_rate=learning_rate,
         momentum=momentum,
+        icnr=icnr,
         standardise=standardise,
         margin=margin,
     )
@@ -146,6 +149,8 @@ def fit_image(
         used = resolve(None, chosen_device.type, torch.float32)
         with seeded(seed, chosen_device):
             model = MSFormer(3, settings.embed_dim, settings.num_clusters, settings.depth, settings.num_heads)
+        if settings.icnr:
+            model.initialise_icnr()
         model.to(chosen_device)
         fitted_image = fitted_image.to(chosen_device)
         rule = Rule(

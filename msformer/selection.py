@@ -93,6 +93,17 @@ def lung(labels: NDArray[Any], image: Tensor) -> Mask:
 RULES: dict[str, Rule] = {"central": central, "dark": dark, "lung": lung}
 
 
+AUTO = "auto"
+"""In place of a rule: that of `rule_for`."""
+
+
+def rule_for(colour: bool, ct: bool) -> str:
+    """The rule that did best on images of this kind: `dark` on photographs of skin, `lung` on CT slices of the chest;
+    for others `central`, which assumes least.
+    """
+    return "dark" if colour else "lung" if ct else "central"
+
+
 def grey_levels(image: Tensor) -> NDArray[np.uint8]:
     """``[3, h, w]`` in [0, 1] -> ``[h, w]``: mean of the channels in 256 levels, as Otsu's threshold counts them."""
     return (image.mean(0) * 255).round().to(torch.uint8).numpy()

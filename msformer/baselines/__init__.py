@@ -54,7 +54,7 @@ class Method:
     """Its place in tables: floors first, MS-Former last."""
     label_map: Callable[[Task], LabelMap]
     tables: tuple[int, ...] = (1,)
-    """Of the paper, in which it stands: 1 compares methods, 2 leaves losses of MS-Former out."""
+    """Tables of the paper it stands in: 1 compares methods, 2 leaves losses out. Empty: run by name only."""
 
 
 @cache
@@ -70,16 +70,16 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def choose_methods(names: Sequence[str], ablation: bool = False) -> tuple[Method, ...]:
-    """The methods of these names; ``("all",)`` are those of table 1, or with `ablation` those of table 2.
+    """The methods of these names, in their order; ``"all"`` are those of table 1, or with `ablation` of table 2.
 
     Raises:
         ValueError: an unknown name.
     """
     methods = all_methods()
-    if tuple(names) == ("all",):
-        return tuple(method for method in methods if (2 if ablation else 1) in method.tables)
-    unknown = [name for name in names if name not in {method.name for method in methods}]
+    table = [method.name for method in methods if (2 if ablation else 1) in method.tables]
+    known = {"all": table} | {method.name: [method.name] for method in methods}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        listed = ", ".join(method.name for method in methods)
-        raise ValueError(f"methods: unknown {', '.join(map(repr, unknown))}; expected all, or some of {listed}")
-    return tuple(method for method in methods if method.name in names)
+        raise ValueError(f"methods: unknown {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+    chosen = {each for name in names for each in known[name]}
+    return tuple(method for method in methods if method.name in chosen)

@@ -1,4 +1,4 @@
-"""MS-Former: as published, by another preset, and for a table of ablations with some of its losses only.
+"""MS-Former: by each preset, and for a table of ablations as published, with some of its losses only.
 
 Karimijafarbigloo, Azad, Kazerouni, Merhof, "MS-Former: Multi-Scale Self-Guided Transformer for Medical Image
 Segmentation", MIDL 2023, tables 1 and 2.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from msformer.baselines import LabelMap, Method, Task
-from msformer.presets import PUBLISHED, QUICK, LossWeights, Preset
+from msformer.presets import PUBLISHED, QUICK, SMOOTH, LossWeights, Preset
 from msformer.segmentation import fit_image
 
 
@@ -29,16 +29,16 @@ def _method(name: str, title: str, order: int, settings: Preset, tables: tuple[i
 
 
 def _ablation(name: str, title: str, order: int, inter: float = 0.0, intra: float = 0.0) -> Method:
-    settings = replace(AT_ITS_SIZE, weights=LossWeights(FULL.ce, inter, intra))
+    settings = replace(PUBLISHED, size=None, weights=LossWeights(FULL.ce, inter, intra))
     return _method(f"ms-former-{name}", f"MS-Former, {title}", order, settings, (2,))
 
 
-AT_ITS_SIZE = replace(PUBLISHED, size=None)
 FULL = PUBLISHED.weights
 METHODS = [
     _ablation("ce", "ce", 8),
     _ablation("ce-inter", "ce + inter", 9, inter=FULL.inter),
     _ablation("ce-intra", "ce + intra", 10, intra=FULL.intra),
-    _method("ms-former-quick", "MS-Former, quick", 11, QUICK, (1,)),
-    _method("ms-former", "MS-Former", 12, AT_ITS_SIZE, (1, 2)),
+    _method("ms-former-published", "MS-Former, published", 11, replace(PUBLISHED, size=None), (1, 2)),
+    _method("ms-former-quick", "MS-Former, quick", 12, QUICK, ()),
+    _method("ms-former", "MS-Former", 13, replace(SMOOTH, size=None), (1,)),
 ]

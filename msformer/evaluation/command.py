@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 import msformer
-from msformer.baselines import Method, all_methods, choose_methods
+from msformer.baselines import Method, choose_methods
+from msformer.data import Reading
 from msformer.evaluation.layouts import Found, find_cases
 from msformer.evaluation.page import Report, write_page
 from msformer.evaluation.protocols import GATE, PROTOCOLS
 from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
-from msformer.evaluation.summary import markdown, summarise, write_csv
+from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.selection import RULES
@@ -40,6 +42,7 @@ def run(
     ablation: bool,
     select: str,
     limit: int | None,
+    window: tuple[float, float] | None,
     size: int,
     seed: int,
     device: str,
@@ -52,13 +55,13 @@ def run(
         ValueError: an unknown method, layout or rule; no image with a mask; every image failed.
         OSError: a path that does not exist, or a report that cannot be written.
     """
-    if methods == "list":
-        for method in all_methods():
-            click.echo(f"{method.name:<20} {method.title}")
-        return {}
-    names = methods.split(",")
-    chosen = choose_methods(names if names == ["all"] else [*names, *FLOORS], ablation)
-    found = find_cases(data, layout, masks)
+    names = [name.strip() for name in methods.split(",")]
+    if ablation and names != ["all"]:
+        raise ValueError(f"methods: --ablation says which, got {methods!r} as well")
+    chosen = choose_methods([*names, *FLOORS], ablation)
+    found = find_cases(data, layout, masks, exclude=(out,))
+    if window is not None:
+        found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
     rule = RULE_OF_LAYOUT[found.layout] if select == "auto" else select
     if rule not in RULES:
         raise ValueError(f"select: unknown rule {rule!r}; expected auto, {', '.join(RULES)}")
@@ -82,30 +85,35 @@ def _write(
     summary = summarise(outcome.rows, methods)
     about = {
         "command": shlex.join(["msformer", *sys.argv[1:]]),
-        "data set": f"layout {found.layout}, {scores.image.nunique()} images",
+        "data set": f"layout {found.layout}, {scores.image.nunique()} images" + _empty(scores),
         "fitted size": f"{settings.size} x {settings.size} pixels",
         "seed": str(settings.seed),
         "blind rule": rule,
         "msformer": f"{msformer.__version__}, backend {settings.backend}",
         "machine": f"{platform.platform()}, torch {torch.__version__}, {settings.device}",
     }
-    report = Report(about, headings_of(rule), summary, scores, methods, outcome.failures)
+    report = Report(about, headings_of(rule), summary, scores, methods, outcome.failures, found.problems)
     write_csv(scores, out / "scores.csv")
     write_csv(summary, out / "summary.csv")
     with complete_file(out / "report.md") as temporary:
-        temporary.write_text(_markdown(report, found), encoding="utf-8")
+        temporary.write_text(_markdown(report), encoding="utf-8")
     write_json(out / "run.json", {**about, "failures": outcome.failures, "left out": list(found.problems)})
     scored = [case for case in found.cases if case.name in set(scores.image)]
     write_page(report, scored, Store(out, settings), rule, out / "report.html")
     _print(report, out)
 
 
-def _markdown(report: Report, found: Found) -> str:
+def _empty(scores: pd.DataFrame) -> str:
+    count = scores[scores.empty_truth].image.nunique()
+    return f", {count} of them without an object" if count else ""
+
+
+def _markdown(report: Report) -> str:
     parts = [f"# Evaluation\n\n{_listed(report.about.items())}", EXPLANATION, markdown(report.summary, report.headings)]
     if report.failures:
         parts.append(f"## Failed\n\n{_listed(report.failures.items())}")
-    if found.problems:
-        parts.append("## Left out\n\n" + "".join(f"- {problem}\n" for problem in found.problems))
+    if report.left_out:
+        parts.append("## Left out\n\n" + "".join(f"- {problem}\n" for problem in report.left_out))
     return "\n".join(parts)
 
 
@@ -123,8 +131,8 @@ def _print(report: Report, out: Path) -> None:
         table.add_column(protocol, justify="right")
     means = report.summary.set_index(["method", "protocol"]).dsc
     for method in report.methods:
-        cells = [means.get((method.name, protocol)) for protocol in PROTOCOLS]
-        table.add_row(method.title, *("-" if value is None else f"{100 * value:.1f}" for value in cells))
+        cells = [means.get((method.name, protocol), float("nan")) for protocol in PROTOCOLS]
+        table.add_row(method.title, *(percent(value) for value in cells))
     Console().print(table)
     images = report.scores.image.nunique()
     click.echo(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
@@ -144,5 +152,7 @@ EXPLANATION = """\
 Means over images with 95% bootstrap intervals, in percent, HD95 in pixels of the fitted image. The blind score is what
 a user without masks gets. The oracle scores look at the mask: what the label map holds, not what one finds. The
 published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
-that table without the row "everything". Fractions of nothing (an empty mask or prediction) are left out and counted.
+that table without the row "everything". Without an object in the true mask, finding nothing counts as 100 in the blind
+score, and the other three leave the image out; so are fractions of nothing, such as the precision of an empty
+prediction. "(without 2)" says that two images are left out.
 """

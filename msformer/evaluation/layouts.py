@@ -1,32 +1,30 @@
-"""Where data sets keep images and masks, and pairs of them as arrays.
+"""Where data sets keep images and masks.
 
 - ``ph2``: ``IMDxxx/IMDxxx_Dermoscopic_Image/IMDxxx.bmp`` with ``IMDxxx/IMDxxx_lesion/IMDxxx_lesion.bmp``.
 - ``lung``: ``2d_images/*.tif`` (Hounsfield units) with ``2d_masks/`` of the same names ("Finding and Measuring Lungs
   in CT Data").
 - ``isic``: ``*.jpg`` with ``*_Segmentation.png``, in one folder or in two.
-- ``pairs``: a folder ``images`` with a folder ``masks``, of the same names without suffix; or any two folders or files.
+- ``pairs``: a folder ``images`` with a folder ``masks``, of the same names without suffix, or with an ending such as
+  ``_mask``; or any two folders or files; or images and masks with such an ending in one folder.
+
+Names are compared without regard to upper and lower case, and to how accents are encoded.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from msformer.data import Reading, find_images, plain_name, prepare_image, read_image
-from msformer.medical import count_slices, is_medical, is_volume, read_slice, slices_with_labels
-from msformer.scoring import Mask
+from msformer.data import find_images, plain_name
+from msformer.medical import count_slices, is_medical, slices_with_labels
 
 LUNG_WINDOW = (-512.0, 512.0)
 """Hounsfield units that become black and white."""
 IMAGE_FOLDERS = ("images", "image", "imgs", "2d_images")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ground_truth", "2d_masks")
-_MASK_ENDINGS = ("_segmentation", "_mask", "_lesion", "_label", "_gt")
+MASK_ENDINGS = ("_segmentation", "_mask", "_lesion", "_label", "_gt")
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An image and its mask as arrays."""
-
-    image: Tensor
-    """``[3, H, W]``, float32 in [0, 1]."""
-    truth: Mask
-    """``[H, W]``."""
-    colour: bool
-    """False where the three channels are the same."""
-
-
-@dataclass(frozen=True)
 class Found:
     """The cases of a data set, and a line for each file that is not part of one."""
 
@@ -63,17 +49,32 @@ class Found:
     problems: tuple[str, ...]
 
 
-def find_cases(data: Path, layout: str = "auto", masks: Path | None = None) -> Found:
+@dataclass(frozen=True)
+class Source:
+    """Where is looked for images and masks."""
+
+    data: Path
+    masks: Path | None
+    exclude: tuple[Path, ...]
+    """Folders that are not looked into."""
+
+    def files(self, folder: Path, *exclude: Path) -> list[Path]:
+        """The images below a folder."""
+        return find_images([folder], exclude=(*self.exclude, *exclude))
+
+
+def find_cases(data: Path, layout: str = "auto", masks: Path | None = None, exclude: tuple[Path, ...] = ()) -> Found:
     """The images below a folder and their masks.
 
     Args:
         data: a folder, or with `masks` an image.
         layout: ``"auto"``, or a key of `LAYOUTS`.
         masks: a folder or file of masks, for layout ``pairs``.
+        exclude: folders to leave out, such as that of the results.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: an unknown layout, no image with a mask, or two masks for one image.
+        ValueError: an unknown layout, or no image with a mask.
     """
     for path in (data, masks):
         if path is not None and not path.exists():
@@ -86,126 +87,154 @@ def find_cases(data: Path, layout: str = "auto", masks: Path | None = None) -> F
         names = ["pairs"]
     else:
         names = list(LAYOUTS) if layout == "auto" else [layout]
+    reasons: list[str] = []
     for name in names:
-        found = Found(name, *_split(LAYOUTS[name](data, masks)))
+        found = Found(name, *_split(LAYOUTS[name](Source(data, masks, exclude))))
         if found.cases:
             return found
-    reasons = f": {'; '.join(found.problems[:5])}" if found.problems else ""
-    raise ValueError(f"{data}: no image with a mask in layout {' or '.join(names)}{reasons}")
+        reasons += found.problems
+    listed = f": {'; '.join(reasons[:5])}" if reasons else ""
+    raise ValueError(f"{data}: no image with a mask in layout {' or '.join(names)}{listed}")
 
 
 def _split(entries: Iterator[Case | str]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-    listed = list(entries)
-    cases = sorted((e for e in listed if isinstance(e, Case)), key=lambda case: case.name)
-    return tuple(cases), tuple(e for e in listed if isinstance(e, str))
+    """Cases by name, and problems, of which a second case of the same name is one."""
+    cases: dict[str, Case] = {}
+    problems = []
+    for entry in entries:
+        if isinstance(entry, str):
+            problems.append(entry)
+        elif _key(entry.name) in cases:
+            problems.append(f"{entry.image}: an image of the same name is {cases[_key(entry.name)].image}")
+        else:
+            cases[_key(entry.name)] = entry
+    return tuple(sorted(cases.values(), key=lambda case: case.name)), tuple(problems)
 
 
-def _ph2(data: Path, masks: Path | None) -> Iterator[Case | str]:
-    for folder in sorted(data.rglob("*_Dermoscopic_Image")):
-        name = folder.name.removesuffix("_Dermoscopic_Image")
-        image, mask = folder / f"{name}.bmp", folder.parent / f"{name}_lesion" / f"{name}_lesion.bmp"
-        yield from _case_or_problem(name, image, mask)
+def _key(name: str) -> str:
+    """What names are compared by: accents as one letter or as two, upper or lower case are the same."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
-def _case_or_problem(name: str, image: Path, mask: Path) -> Iterator[Case | str]:
-    missing = [path for path in (image, mask) if not path.exists()]
-    yield f"{missing[0]}: missing" if missing else Case(name, image, mask)
+def _ph2(source: Source) -> Iterator[Case | str]:
+    ending = "_dermoscopic_image"
+    for folder in sorted(source.data.rglob("*")):
+        if folder.is_dir() and folder.name.lower().endswith(ending):
+            name = folder.name[: -len(ending)]
+            parts = (folder.parent, folder.name, f"{name}.bmp"), (folder.parent, f"{name}_lesion", f"{name}_lesion.bmp")
+            image, mask = (_below(*part) for part in parts)
+            missing = [path for path in (image, mask) if not path.exists()]
+            yield f"{missing[0]}: missing" if missing else Case(name, image, mask)
 
 
-def _lung(data: Path, masks: Path | None) -> Iterator[Case | str]:
-    if not (data / "2d_images").is_dir() or not (data / "2d_masks").is_dir():
+def _below(folder: Path, *names: str) -> Path:
+    """A path below a folder, whose parts may be there in upper or lower case."""
+    for name in names:
+        same = [entry for entry in folder.iterdir() if _key(entry.name) == _key(name)] if folder.is_dir() else []
+        folder = same[0] if same else folder / name
+    return folder
+
+
+def _lung(source: Source) -> Iterator[Case | str]:
+    images, masks = (_below(source.data, name) for name in ("2d_images", "2d_masks"))
+    if images.is_dir() and masks.is_dir():
+        for entry in _paired(source, images, masks):
+            yield replace(entry, window=LUNG_WINDOW) if isinstance(entry, Case) else entry
+
+
+def _isic(source: Source) -> Iterator[Case | str]:
+    pictures = [file for file in source.files(source.data) if not is_medical(file)]
+    yield from _side_by_side(pictures, ("_segmentation",))
+
+
+def _pairs(source: Source) -> Iterator[Case | str]:
+    if source.masks is not None:
+        yield from _paired(source, source.data, source.masks)
         return
-    for entry in _paired(data / "2d_images", data / "2d_masks"):
-        yield entry if isinstance(entry, str) else Case(entry.name, entry.image, entry.mask, LUNG_WINDOW)
+    options = [[_below(source.data, name) for name in names] for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
+    images, masks = (next((folder for folder in folders if folder.is_dir()), source.data) for folders in options)
+    yield from _paired(source, images, masks)
 
 
-def _isic(data: Path, masks: Path | None) -> Iterator[Case | str]:
-    files = find_images([data])
-    segmentations = [f for f in files if plain_name(f).lower().endswith("_segmentation")]
-    if segmentations:
-        yield from _matched([f for f in files if f not in segmentations], segmentations)
-
-
-def _pairs(data: Path, masks: Path | None) -> Iterator[Case | str]:
-    if masks is not None:
-        yield from _paired(data, masks)
-        return
-    folders = [next((data / n for n in names if (data / n).is_dir()), None) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
-    if folders[0] is not None and folders[1] is not None:
-        yield from _paired(folders[0], folders[1])
-
-
-def _paired(images: Path, masks: Path) -> Iterator[Case | str]:
+def _paired(source: Source, images: Path, masks: Path) -> Iterator[Case | str]:
+    """Of two files, of two folders, of which one may lie in the other, or of one that holds both."""
     if images.is_file() and masks.is_file():
         yield from _slices(Case(plain_name(images), images, masks))
-        return
-    inside = masks if masks.is_dir() and masks.resolve().is_relative_to(images.resolve()) else None
-    yield from _matched(find_images([images], exclude=inside), find_images([masks]))
+    elif images.resolve() == masks.resolve():
+        yield from _side_by_side(source.files(images), MASK_ENDINGS)
+    else:
+        yield from _matched(source.files(images, *_inside(images, masks)), source.files(masks, *_inside(masks, images)))
+
+
+def _inside(outer: Path, inner: Path) -> list[Path]:
+    return [inner] if inner.resolve().is_relative_to(outer.resolve()) else []
+
+
+def _side_by_side(files: list[Path], endings: tuple[str, ...]) -> Iterator[Case | str]:
+    """Images and masks in one folder, told apart by the ends of their names; nothing if there is no mask."""
+    groups: dict[bool, list[Path]] = {False: [], True: []}
+    for file in files:
+        groups[_key(plain_name(file)).endswith(endings)].append(file)
+    if groups[True]:
+        yield from _matched(groups[False], groups[True])
 
 
 def _slices(case: Case) -> Iterator[Case | str]:
     """Of a volume, the slices with a mask; any other case as it is."""
-    if not is_volume(case.mask) or count_slices(case.mask) == 1:
-        yield case
+    try:
+        counts = count_slices(case.mask), count_slices(case.image)
+        found = slices_with_labels(case.mask) if counts[0] > 1 else []
+    except (ValueError, OSError) as error:
+        yield str(error)
         return
-    found = slices_with_labels(case.mask)
-    if not found:
+    if counts[0] != counts[1]:
+        yield f"{case.mask}: the number of slices of the mask is {counts[0]}, that of the image {counts[1]}"
+    elif counts[0] == 1:
+        yield case
+    elif found:
+        for index in found:
+            yield replace(case, name=f"{case.name}-slice-{index:03d}", slice_index=index)
+    else:
         yield f"{case.mask}: the mask is empty"
-    for index in found:
-        yield replace(case, name=f"{case.name}-slice-{index:03d}", slice_index=index)
-
-
-def _key(path: Path) -> str:
-    """The name that an image and its mask share."""
-    stem = plain_name(path).lower()
-    return next((stem.removesuffix(ending) for ending in _MASK_ENDINGS if stem.endswith(ending)), stem)
 
 
 def _matched(images: list[Path], masks: list[Path]) -> Iterator[Case | str]:
-    by_key: dict[str, Path] = {}
-    for mask in masks:
-        if _key(mask) in by_key:
-            raise ValueError(f"{mask}: a mask of the same name is {by_key[_key(mask)]}")
-        by_key[_key(mask)] = mask
-    seen: dict[str, Path] = {}
+    """Images and the masks of the same name, or of the same name with an ending."""
+    same, ended = (_by_key(masks, endings) for endings in ((), MASK_ENDINGS))
+    taken: dict[str, Path] = {}
+    used: set[Path] = set()
     for image in images:
-        key = plain_name(image).lower()
-        if key in seen:
-            raise ValueError(f"{image}: an image of the same name is {seen[key]}")
-        seen[key] = image
-        mask_of_it = by_key.pop(key, None)
-        if mask_of_it is None:
-            yield f"{image}: has no mask"
+        key = _key(plain_name(image))
+        candidates = same.get(key) or ended.get(key, [])
+        used.update(candidates)
+        if key in taken:
+            yield f"{image}: an image of the same name is {taken[key]}"
+        elif len(candidates) > 1:
+            yield f"{image}: has several masks: {', '.join(map(str, candidates))}"
+        elif candidates:
+            yield from _slices(Case(plain_name(image), image, candidates[0]))
         else:
-            yield from _slices(Case(plain_name(image), image, mask_of_it))
-    for mask in by_key.values():
-        yield f"{mask}: has no image"
+            yield f"{image}: has no mask"
+        taken.setdefault(key, image)
+    for mask in masks:
+        if mask not in used:
+            yield f"{mask}: has no image"
 
 
-LAYOUTS: dict[str, Callable[[Path, Path | None], Iterator[Case | str]]] = {
+def _by_key(masks: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Masks by the name of their image: their own, or where endings are given, theirs without one of them."""
+    found: dict[str, list[Path]] = {}
+    for mask in masks:
+        key = _key(plain_name(mask))
+        keys = [key.removesuffix(ending) for ending in endings if key.endswith(ending)] if endings else [key]
+        for name in keys:
+            found.setdefault(name, []).append(mask)
+    return found
+
+
+LAYOUTS: dict[str, Callable[[Source], Iterator[Case | str]]] = {
     "ph2": _ph2,
     "lung": _lung,
     "isic": _isic,
     "pairs": _pairs,
 }
-
-
-def read_pair(case: Case) -> Pair:
-    """Raises ValueError or OSError where a file cannot be read, or sizes differ."""
-    image = prepare_image(read_image(case.image, Reading(case.window, case.slice_index)))
-    truth = read_mask(case.mask, case.slice_index)
-    if truth.shape != tuple(image.shape[1:]):
-        sizes = " x ".join(map(str, truth.shape)), " x ".join(map(str, image.shape[1:]))
-        raise ValueError(f"{case.mask}: the mask has {sizes[0]} pixels, the image {sizes[1]}")
-    return Pair(image, truth, colour=not bool((image[0] == image[1]).all() and (image[0] == image[2]).all()))
-
-
-def read_mask(path: Path, slice_index: int | None = None) -> Mask:
-    """``[H, W]``: what is not 0; in a JPEG, whose black is not quite, what is brighter than half."""
-    if is_medical(path):
-        stored = read_slice(path, slice_index).pixels
-        return np.asarray(stored.reshape(*stored.shape[:2], -1).any(axis=2))
-    pixels: NDArray[Any] = read_image(path)
-    least = 127 if path.suffix.lower() in (".jpg", ".jpeg") else 0
-    mask: Mask = pixels > least
-    return np.asarray(mask.any(axis=2)) if mask.ndim == 3 else mask

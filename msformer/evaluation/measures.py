@@ -25,15 +25,18 @@ from msformer.scoring import Mask
 
 
 class Measures(NamedTuple):
-    """Fractions, and a distance in pixels."""
+    """Fractions, and a distance in pixels; None is left out of means."""
 
-    dsc: float
-    hm: float
+    dsc: float | None
+    hm: float | None
     xor: float | None
-    jaccard: float
+    jaccard: float | None
     precision: float | None
     recall: float | None
     hd95: float | None
+
+
+UNDEFINED = Measures(*[None] * len(Measures._fields))
 
 
 def measure(predicted: Mask, truth: Mask) -> Measures:

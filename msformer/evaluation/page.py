@@ -23,10 +23,11 @@ from torch import Tensor
 
 from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
-from msformer.evaluation.layouts import Case, read_pair
+from msformer.evaluation.layouts import Case
+from msformer.evaluation.pairs import read_pair
 from msformer.evaluation.protocols import PROTOCOLS
 from msformer.evaluation.store import Store
-from msformer.evaluation.summary import HEADER, table_rows
+from msformer.evaluation.summary import HEADER, percent, table_rows
 from msformer.output import complete_file
 from msformer.pictures import outline, overlay
 from msformer.scoring import Mask
@@ -47,6 +48,8 @@ class Report:
     scores: pd.DataFrame
     methods: tuple[Method, ...]
     failures: dict[str, str]
+    left_out: tuple[str, ...]
+    """A line for each file without its image or mask."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Shown:
     maps: str
     blind: str
     scores: dict[str, str]
-    """Dice coefficient by protocol, in percent."""
+    """Dice coefficient by protocol, in percent; "-" if there is none."""
 
 
 def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, path: Path) -> None:
@@ -98,7 +101,7 @@ def _pictures(case: Case, report: Report, store: Store, rule: str) -> tuple[str,
                 method.title,
                 picture_url(outline(overlay(pixels, labels), truth)),
                 picture_url(outline(shaded(pixels, chosen), truth)),
-                {protocol: f"{100 * dsc[method.name, protocol]:.1f}" for protocol in PROTOCOLS},
+                {protocol: percent(dsc[method.name, protocol]) for protocol in PROTOCOLS},
             )
         )
     return picture_url(pixels), picture_url(outline(pixels, truth)), shown
@@ -144,4 +147,4 @@ def box_plot(report: Report, protocol: str) -> Markup:
 
 def _dice_of(report: Report, protocol: str, method: Method) -> Iterator[float]:
     chosen = (report.scores.protocol == protocol) & (report.scores.method == method.name)
-    return (100 * value for value in report.scores[chosen].dsc)
+    return (100 * value for value in report.scores[chosen].dsc.dropna())

@@ -12,8 +12,9 @@ from typing import Any
 
 from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
-from msformer.evaluation.layouts import Case, Pair, read_pair
-from msformer.evaluation.measures import OwnSize, measure
+from msformer.evaluation.layouts import Case
+from msformer.evaluation.measures import UNDEFINED, OwnSize, measure
+from msformer.evaluation.pairs import Pair, read_pair
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
 from msformer.output import OutputError
@@ -77,20 +78,24 @@ def _evaluate(
 
 def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> list[Row]:
     """A row a protocol: image, method, protocol, the fields of `Measures`, dsc_full (at the image's own size), whether
-    mask and prediction are empty, the number of labels, steps and seconds of the fit."""
+    mask and prediction are empty, the number of labels, steps and seconds of the fit.
+
+    Where the true mask is empty, protocols that look at it would find nothing by looking; they get no measures.
+    """
     size = (fitted.labels.shape[0], fitted.labels.shape[1])
     truth = resize_labels(pair.truth, size)
     own_size = OwnSize(pair.truth, size)
     blind = select(rule, fitted.labels, resize_image(pair.image, size))
     rows = []
     for protocol, predicted in predictions(fitted.labels, truth, blind).items():
+        fair = protocol == "blind" or truth.any()
         rows.append(
             {
                 "image": case.name,
                 "method": method.name,
                 "protocol": protocol,
-                **measure(predicted, truth)._asdict(),
-                "dsc_full": own_size.dice(predicted),
+                **(measure(predicted, truth) if fair else UNDEFINED)._asdict(),
+                "dsc_full": own_size.dice(predicted) if fair else None,
                 "empty_truth": not truth.any(),
                 "empty_prediction": not predicted.any(),
                 "labels": len(set(fitted.labels.flat)),

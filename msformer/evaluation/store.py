@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 import msformer
 from msformer.baselines import Method, Task
 from msformer.data import resize_image
-from msformer.evaluation.layouts import Case, Pair
+from msformer.evaluation.layouts import Case
+from msformer.evaluation.pairs import Pair
 from msformer.memory import kept_memory
 from msformer.output import complete_file, read_json, write_json
 from msformer.pictures import indexed_png
 from msformer.runs import fingerprint, read_labels
 from msformer.segmentation import order_by_area
+from msformer_kernels import use_backend
 
 Report = Callable[..., None]
 """Called as ``report(done, steps)``."""
@@ -59,13 +61,14 @@ class Store:
         self.settings = settings
 
     def load(self, method: Method, case: Case) -> Fitted | None:
-        """What was made before; None if it was not, or from another image or with other settings."""
+        """What was made before; None if it was not, from another image, with other settings, or if it is damaged."""
         record = self._record(method, case)
-        return (
-            None
-            if record is None
-            else Fitted(read_labels(self._paths(method, case)[0]), record["steps"], record["seconds"])
-        )
+        if record is None:
+            return None
+        try:
+            return Fitted(read_labels(self._paths(method, case)[0]), record["steps"], record["seconds"])
+        except Exception:  # decoders raise whatever they like on damaged files
+            return None
 
     def has(self, method: Method, case: Case) -> bool:
         """Whether `load` finds something; an image that cannot be read has nothing."""
@@ -87,11 +90,12 @@ class Store:
         image = resize_image(pair.image, (size, size))
         task = Task(image, pair.colour, self.settings.seed, torch.device(self.settings.device), report)
         started = time.perf_counter()
-        with kept_memory():
+        with kept_memory(), use_backend(self.settings.backend):
             made = method.label_map(task)
         fitted = Fitted(order_by_area(made.labels), made.steps, round(time.perf_counter() - started, 3))
         labels, record = self._paths(method, case)
         labels.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # an older one is not that of the new map
         with complete_file(labels) as temporary:
             indexed_png(fitted.labels).save(temporary, format="PNG", optimize=True)
         write_json(record, self._key(case) | {"steps": fitted.steps, "seconds": fitted.seconds})

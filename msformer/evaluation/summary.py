@@ -69,6 +69,11 @@ def summarise(rows: Sequence[Row], methods: Sequence[Method]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def percent(value: float) -> str:
+    """With one digit; "-" for NaN."""
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
 def cell(line: pd.Series, name: str) -> str:
     """A mean with its interval, in percent but for HD95: ``81.2 [78.0, 84.1]``."""
     factor = 1 if name == "hd95" else 100

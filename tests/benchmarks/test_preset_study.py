@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ def test_names_are_joined() -> None:
         variant("margin+best", 129)
 
 
-@pytest.mark.parametrize("name", ["published", "margin"])
-def test_the_fit_is_that_of_segment(name: str) -> None:
+@pytest.mark.parametrize(("name", "change"), [("published", {}), ("margin", {"margin": 8}), ("icnr", {"icnr": True})])
+def test_the_fit_is_that_of_segment(name: str, change: dict[str, Any]) -> None:
     found = replace(variant(name, 33), max_steps=4, embed_dim=8).label_map(TASK)
-    settings = replace(PUBLISHED, size=33, margin=8 if name == "margin" else 0, max_steps=4, embed_dim=8)
+    settings = replace(PUBLISHED, size=33, max_steps=4, embed_dim=8, **change)
     expected = label_map(TASK, settings)
     assert (order_by_area(found.labels) == order_by_area(expected.labels)).all()
     assert found.steps == expected.steps

@@ -16,14 +16,14 @@ from msformer.baselines.ms_former import label_map
 from msformer.baselines.pixel_network import Fit, continuity, pixel_network, self_labelling
 from msformer.baselines.sgscn import context_consistency
 from msformer.data import prepare_image
-from msformer.presets import PUBLISHED, QUICK, LossWeights, Preset
+from msformer.presets import PUBLISHED, QUICK, SMOOTH, LossWeights, Preset
 from msformer.scoring import dice, oracle_union
 from msformer.segmentation import segment
 from tests.msformer.evaluation.data import disc, lesion, save
 
 TRUTH = disc(36, 40, 9)
-SHORT = replace(PUBLISHED, max_steps=5)
-SLOW = {"deepcluster", "iic", "kim", "ms-former-quick"}
+SHORT = replace(SMOOTH, max_steps=5)
+SLOW = {"deepcluster", "iic", "ms-former-published"}
 
 
 def task(seed: int = 0, **changes: object) -> Task:
@@ -70,9 +70,11 @@ def test_order_and_choice() -> None:
     assert chosen[-1] == "ms-former"
     assert {"kmeans-3", "kim", "sgscn"} <= set(chosen)
     assert [m.name for m in choose_methods(("ms-former", "otsu"))] == ["otsu", "ms-former"]
+    assert choose_methods(("all", "otsu")) == choose_methods(("all",))
     table_2 = [m.name for m in choose_methods(("all",), ablation=True)]
-    assert table_2 == ["everything", "otsu", "ms-former-ce", "ms-former-ce-inter", "ms-former-ce-intra", "ms-former"]
-    with pytest.raises(ValueError, match="methods: unknown 'unet'; expected all, or some of everything, otsu"):
+    ablations = [f"ms-former-{name}" for name in ("ce", "ce-inter", "ce-intra", "published")]
+    assert table_2 == ["everything", "otsu", *ablations]
+    with pytest.raises(ValueError, match="methods: unknown 'unet'; expected some of all, everything, otsu"):
         choose_methods(("otsu", "unet"))
 
 
@@ -89,8 +91,9 @@ def test_settings_of_ms_former(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(InterruptedError):
                 method.label_map(task())
     assert seen["ms-former-quick"] == QUICK
+    assert seen["ms-former"] == replace(SMOOTH, size=None)
     published = replace(PUBLISHED, size=None)
-    assert seen["ms-former"] == published
+    assert seen["ms-former-published"] == published
     for name, weights in (("ce", (1, 0, 0)), ("ce-inter", (1, 1.5, 0)), ("ce-intra", (1, 0, 1.3))):
         assert seen[f"ms-former-{name}"] == replace(published, weights=LossWeights(*weights))
 

@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import tifffile
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image as PILImage
@@ -71,19 +72,20 @@ def test_segment_a_folder(images: Path, tmp_path: Path, picture: Picture) -> Non
 def test_presets(images: Path, tmp_path: Path) -> None:
     """What is not given is as the preset says, and the record says it all."""
     found = {}
-    for preset in ("published", "quick"):
+    for preset in ("smooth", "published", "quick"):
         out = tmp_path / preset
         options = ["--preset", preset, *QUICK_OPTIONS, "--intra", "0.5", "--no-standardise"]
         assert run("segment", images / "a.png", "--out", out, *options).exit_code == 0
         found[preset] = json.loads((out / "a.json").read_text())["settings"]
-    for name, margin in (("published", 0), ("quick", 8)):
+    for name, margin in (("smooth", 0), ("published", 0), ("quick", 8)):
         assert found[name]["preset"] == name
+        assert found[name]["icnr"] == (name != "published")
         assert (found[name]["margin"], found[name]["size"], found[name]["embed_dim"]) == (margin, 33, 6)
         assert found[name]["weights"] == {"ce": 1, "inter": 1.5, "intra": 0.5}
         assert (found[name]["min_labels"], found[name]["standardise"]) == (3, False)
     wrong = run("segment", images, "--out", tmp_path / "x", "--preset", "best")
     assert wrong.exit_code == 2
-    assert "'best' is not one of 'published', 'quick'" in wrong.output
+    assert "'best' is not one of 'smooth', 'published', 'quick'" in wrong.output
 
 
 def test_done_images_are_skipped_until_something_changes(images: Path, tmp_path: Path, picture: Picture) -> None:
@@ -351,18 +353,36 @@ def test_masks(tmp_path: Path) -> None:
     save(tmp_path / "images" / "läsion 1.png", lesion(truth))
     out = tmp_path / "out"
     options = ["--size", "41", "--max-steps", "12", "--embed-dim", "12", "--depth", "1"]
-    result = run("segment", tmp_path / "images", "--out", out, "--mask", "dark", *options)
+    result = run("segment", tmp_path / "images", "--out", out, "--mask", *options)
     assert result.exit_code == 0, result.output
     with PILImage.open(out / "läsion 1.mask.png") as mask:
         pixels = np.asarray(mask)
     assert pixels.shape == truth.shape
     assert set(np.unique(pixels)) == {0, 255}
     assert dice(pixels > 0, truth) > 0.8
-    assert json.loads((out / "läsion 1.json").read_text())["settings"]["mask"] == "dark"
+    assert json.loads((out / "läsion 1.json").read_text())["rule"] == "dark"
     (out / "läsion 1.mask.png").unlink()
-    again = run("segment", tmp_path / "images", "--out", out, "--mask", "dark", *options)
+    again = run("segment", tmp_path / "images", "--out", out, "--mask", *options)
     assert "already done" not in again.output
     assert (out / "läsion 1.mask.png").exists()
+
+
+def test_the_rule_follows_the_kind_of_image(tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    save(folder / "photo.png", lesion(disc(60, 70, 16)))
+    save(folder / "grey.png", lesion(disc(60, 70, 16))[..., 0])
+    tifffile.imwrite(folder / "chest.tif", chest(lungs(64)))
+    write_dicom(folder / "slice", chest(lungs(64)))
+    options = ["--size", "41", "--max-steps", "2", "--embed-dim", "6", "--depth", "1", "--window", "-512", "512"]
+    result = run("segment", folder, "--out", out, "--mask", *options)
+    assert result.exit_code == 0, result.output
+    rules = {path.stem: json.loads(path.read_text()).get("rule") for path in out.glob("*.json")}
+    assert rules == {"photo": "dark", "grey": "central", "chest": "lung", "slice": "lung", "summary": None}
+    result = run("segment", folder, "--out", out, "--mask", "--select", "central", *options)
+    assert json.loads((out / "photo.json").read_text())["rule"] == "central"
+    usage = run("segment", folder, "--out", out, "--select", "dark")
+    assert usage.exit_code == 2
+    assert "--select is for --mask" in usage.output
 
 
 def test_dicom_and_nifti(tmp_path: Path) -> None:
@@ -375,7 +395,7 @@ def test_dicom_and_nifti(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "chest.nii.gz")
     write_dicom(folder / "slice", values)
     options = ["--size", "40", "--max-steps", "2", "--embed-dim", "6", "--depth", "1"]
-    result = run("segment", folder, "--out", out, "--mask", "lung", "--window", "-600", "600", *options)
+    result = run("segment", folder, "--out", out, "--mask", "--select", "lung", "--window", "-600", "600", *options)
     assert result.exit_code == 0, result.output
     endings = (".json", ".labels.png", ".labels.nii.gz", ".mask.png", ".mask.nii.gz", ".overlay.png")
     expected = {f"{name}{ending}" for name in ("chest", "slice") for ending in endings}
@@ -406,7 +426,7 @@ def test_all_slices_of_a_volume(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "chest.nii.gz")
     write_dicom(folder / "slice", volume[..., 0].T)
     (folder / "broken.nii").write_bytes(b"no volume")
-    options = ["--out", out, "--slice", "all", "--mask", "lung", *QUICK_OPTIONS]
+    options = ["--out", out, "--slice", "all", "--mask", "--select", "lung", *QUICK_OPTIONS]
     result = run("segment", folder, *options)
     assert result.exit_code == 1
     assert "broken.nii" in result.output

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from msformer.data import ImageError, find_images, prepare_image, read_image, resize_image, resize_labels
+from msformer.data import ImageError, find_images, plain_name, prepare_image, read_image, resize_image, resize_labels
 
 COLOUR = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3) * 4
 GREY = COLOUR[..., 0]
@@ -126,16 +126,27 @@ def test_missing_file(tmp_path: Path) -> None:
         read_image(tmp_path / "gone.png")
 
 
+def test_dicom_files_named_by_uid(tmp_path: Path) -> None:
+    names = ("1.2.840.113619.101", "1.2.840.113619.102", "IM0001")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "1.2.3").write_bytes(b"something else")
+    found = find_images([tmp_path])
+    assert [path.name for path in found] == sorted(names)
+    assert [plain_name(path) for path in found] == sorted(names), "none is cut, or two would share a name"
+    assert plain_name(Path("v.1.NII.gz")) == "v.1"
+
+
 def test_find_images_in_files_and_folders(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "sub/c.tif", "sub/notes.txt", ".hidden/d.png", "out/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_images([tmp_path / "b.png", tmp_path], exclude=tmp_path / "out")
+    found = find_images([tmp_path / "b.png", tmp_path], exclude=[tmp_path / "out"])
     assert [str(p.relative_to(tmp_path)) for p in found] == ["b.png", "a.JPG", "sub/c.tif"]
     with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
         find_images([tmp_path / "gone"])
     with pytest.raises(ValueError, match="no images"):
-        find_images([tmp_path / "sub" / ".."], exclude=tmp_path)
+        find_images([tmp_path / "sub" / ".."], exclude=[tmp_path])
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")

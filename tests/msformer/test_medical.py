@@ -23,6 +23,7 @@ from msformer.medical import (
     is_medical,
     read_dicom,
     read_nifti,
+    show,
     write_nifti,
 )
 
@@ -136,16 +137,23 @@ def test_hounsfield_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
-def test_monochrome1_is_inverted_with_its_window(dtype: type[np.integer[Any]], tmp_path: Path) -> None:
+def test_monochrome1_is_shown_inverted(dtype: type[np.integer[Any]], tmp_path: Path) -> None:
     pixels = GREY.astype(dtype)
     tags: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": 5, "WindowCenter": 15, "WindowWidth": 10}
     plain = read_dicom(save_dicom(tmp_path / "plain", pixels, **tags))
     inverted = read_dicom(save_dicom(tmp_path / "inverted", pixels, "MONOCHROME1", **tags))
-    assert np.array_equal(inverted.pixels, np.invert(pixels) * 2.0 + 5)
-    assert plain.window == (10, 20)
-    assert inverted.window is not None
-    expected = 255 - apply_window(plain.pixels, 10, 20).astype(int)
-    assert np.abs(apply_window(inverted.pixels, *inverted.window) - expected).max() <= 1  # halves are rounded to even
+    assert np.array_equal(inverted.pixels, plain.pixels)
+    assert inverted.window == plain.window == (10, 20)
+    for window in (None, (12.0, 40.0)):
+        assert np.array_equal(show(inverted, window), 255 - show(plain, window))
+
+
+def test_monochrome1_in_the_window_of_ct(tmp_path: Path) -> None:
+    """It is of Hounsfield units, whichever way they are shown."""
+    pixels = np.array([[0, 1024, 1536, 4095]], np.uint16)
+    tags: dict[str, Any] = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": -1024, "BitsStored": 12}
+    found = read_dicom(save_dicom(tmp_path / "a.dcm", pixels, "MONOCHROME1", HighBit=11, **tags))
+    assert np.array_equal(show(found), [[255, 127, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -211,15 +219,15 @@ def test_run_length_encoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_becomes_the_minimum_of_the_others(photometric: str, tmp_path: Path) -> None:
+def test_padding_becomes_the_darkest_of_the_others(photometric: str, tmp_path: Path) -> None:
     pixels = GREY + 100
     pixels[0, :3] = -2000, -1999, -1990
     tags: dict[str, Any] = {"PixelPaddingValue": -2000, "RescaleSlope": 1, "RescaleIntercept": -10}
     one = read_dicom(save_dicom(tmp_path / "a.dcm", pixels, photometric, **tags)).pixels
     several = read_dicom(save_dicom(tmp_path / "b.dcm", pixels, photometric, PixelPaddingRangeLimit=-1990, **tags))
-    others = np.sort(one.reshape(-1)[1:])
-    assert one[0, 0] == others[0]
-    assert np.all(several.pixels[0, :3] == several.pixels.reshape(-1)[3:].min())
+    darkest = np.max if photometric == "MONOCHROME1" else np.min
+    assert one[0, 0] == darkest(one.reshape(-1)[1:])
+    assert np.all(several.pixels[0, :3] == darkest(several.pixels.reshape(-1)[3:]))
 
 
 def test_padding_of_the_wrong_sign_and_padding_alone(tmp_path: Path) -> None:

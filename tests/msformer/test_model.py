@@ -102,6 +102,18 @@ def test_logits_equal_the_unfused_layers() -> None:
     torch.testing.assert_close(model._logits(small, large, (35, 33), (18, 17)), expected)
 
 
+def test_icnr_tells_no_pixels_of_a_flat_image_apart() -> None:
+    """But near its edges, where convolutions see zeros."""
+    model, flat = tiny(depth=1), torch.full((1, 3, 48, 48), 0.3)
+    inner = model(flat).logits[0, :, 16:32, 16:32]
+    assert inner.flatten(1).std(1).max() > 1e-2
+    assert (inner - inner[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2)).abs().max() > 1e-2
+    first = model.linear_up.weight[:6].clone()
+    model.initialise_icnr()
+    assert model(flat).logits[0, :, 16:32, 16:32].flatten(1).std(1).max() < 1e-5
+    assert all(torch.equal(phase, first) for phase in model.linear_up.weight.split(6))
+
+
 def test_bad_images_and_sizes() -> None:
     with pytest.raises(ValueError, match=r"image: 32 x 40 pixels are too small, expected at least 33"):
         tiny()(torch.rand(1, 3, 32, 40))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 import msformer
-from msformer.presets import DEFAULT, PRESETS, PUBLISHED, LossWeights, find_preset
+from msformer.presets import DEFAULT, PRESETS, PUBLISHED, SMOOTH, LossWeights, find_preset
 from msformer.segmentation import framed
 from tests.msformer.conftest import QUICK
 
@@ -24,7 +24,7 @@ def test_the_published_one() -> None:
     assert PUBLISHED.weights == LossWeights(1, 1.5, 1.3)
     assert (PUBLISHED.embed_dim, PUBLISHED.num_clusters, PUBLISHED.depth, PUBLISHED.num_heads) == (100, None, 2, 1)
     assert (PUBLISHED.learning_rate, PUBLISHED.momentum) == (0.1, 0.9)
-    assert (PUBLISHED.margin, PUBLISHED.standardise) == (0, False)
+    assert (PUBLISHED.margin, PUBLISHED.icnr, PUBLISHED.standardise) == (0, False, False)
 
 
 def test_what_is_given_overrides() -> None:
@@ -43,6 +43,17 @@ def test_segment_takes_a_preset(name: str, picture: Picture) -> None:
     assert msformer.segment(picture, preset=other, **explicit, **QUICK).losses == by_name.losses
     if name == DEFAULT:
         assert msformer.segment(picture, **QUICK).losses == by_name.losses
+
+
+def test_the_default_is_the_published_one_with_icnr(picture: Picture) -> None:
+    assert PRESETS[DEFAULT] is SMOOTH
+    assert replace(PUBLISHED, icnr=True) == SMOOTH
+    smooth, published, without = (
+        msformer.segment(picture, **(QUICK | change))
+        for change in ({}, {"preset": "published"}, {"preset": "smooth", "icnr": False})
+    )
+    assert without.losses == published.losses
+    assert smooth.losses != published.losses
 
 
 def test_size_of_the_image_itself(picture: Picture) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import msformer.baselines.otsu as otsu
@@ -19,9 +20,10 @@ from msformer.baselines import LabelMap, Method, Task, all_methods
 from msformer.cli import main
 from msformer.evaluation import command
 from msformer.evaluation.protocols import PROTOCOLS
+from msformer_kernels.backends import resolve
 from tests.msformer.evaluation import data
 
-FAST = "everything,otsu,kmeans-2"
+FAST = "everything, otsu, kmeans-2"
 
 
 def evaluate(*arguments: object) -> Result:
@@ -105,6 +107,70 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert len(pd.read_csv(out / "scores.csv")) == 36 * len(PROTOCOLS)
 
 
+def test_a_run_killed_while_it_makes_a_map_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old record must not stand beside the new map."""
+    data.make_pairs(tmp_path / "data", ("a",))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    first = pd.read_csv(tmp_path / "out" / "scores.csv").drop(columns="seconds")
+    monkeypatch.setattr("msformer.evaluation.store.write_json", None)  # the run ends where the record is written
+    assert evaluate(*arguments, "--size", 50).exit_code == 1
+    monkeypatch.undo()
+    again = evaluate(*arguments)
+    assert "1 of 2 label maps were already done" in again.output, "that of the method that was not reached"
+    assert pd.read_csv(tmp_path / "out" / "scores.csv").drop(columns="seconds").equals(first)
+
+
+def test_a_damaged_map_is_made_again(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path / "data", ("a", "b"))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    damaged = tmp_path / "out" / "maps" / "otsu" / "a.png"
+    whole = damaged.read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        damaged.write_bytes(content)
+        again = evaluate(*arguments)
+        assert again.exit_code == 0, again.output
+        assert damaged.read_bytes() == whole
+
+
+def test_the_backend_is_the_one_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def asks(task: Task) -> LabelMap:
+        used.append(resolve(None, "cpu", torch.float32))
+        return otsu.label_map(task)
+
+    methods = [Method(m.name, m.title, m.order, asks) for m in all_methods()]
+    monkeypatch.setattr("msformer.baselines.all_methods", lambda: tuple(methods))
+    data.make_pairs(tmp_path / "data", ("a",))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out", "--backend", "reference")
+    assert evaluate(*arguments).exit_code == 0
+    assert set(used) == {"reference"}
+    assert "backend reference" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_results_below_the_data_are_not_data(tmp_path: Path) -> None:
+    data.make_isic(tmp_path)
+    arguments = ("--data", tmp_path, "--methods", "otsu", "--out", tmp_path / "report")
+    for _ in range(2):
+        result = evaluate(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "left out" not in result.output
+
+
+def test_a_window(tmp_path: Path) -> None:
+    data.make_lung(tmp_path / "lung")
+    shown = []
+    for arguments in ((), ("--window", -2000, 5000)):
+        out = tmp_path / f"out{len(arguments)}"
+        result = evaluate("--data", tmp_path / "lung", "--methods", "otsu", "--out", out, *arguments)
+        assert result.exit_code == 0, result.output
+        record = json.loads((out / "maps" / "otsu" / "ID_0001_Z_0100.json").read_text())
+        shown.append(record["settings"]["window"])
+    assert shown == [[-512, 512], [-2000, 5000]]
+
+
 def test_failures_are_named_and_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.make_pairs(tmp_path / "data")
     (tmp_path / "data" / "images" / "a.png").write_bytes(b"no image")
@@ -137,9 +203,14 @@ def test_empty_and_full_masks_and_odd_images(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     summary = pd.read_csv(tmp_path / "out" / "summary.csv")
     assert (summary.empty_truths == 1).all()
-    assert (summary[summary.protocol == "published"].empty_predictions >= 1).all()
+    assert (summary.images == 4).all()
+    assert (summary.dsc_count == np.where(summary.protocol == "blind", 4, 3)).all()
+    assert "4 images, 1 of them without an object" in (tmp_path / "out" / "report.html").read_text()
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     full = scores[(scores.image == "c") & (scores.method == "everything") & (scores.protocol == "blind")].iloc[0]
+    found = scores[(scores.image == "b") & (scores.method == "everything")].set_index("protocol")
+    assert found.dsc["blind"] == 0
+    assert found.dsc.drop("blind").isna().all(), "they look at the mask, and would find nothing by looking"
     assert full.dsc == full.precision == full.recall == full.dsc_full == 1
     assert "(without 1)" in (tmp_path / "out" / "report.md").read_text()
 
@@ -167,7 +238,7 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = evaluate("--data", tmp_path / "isic", "--ablation", "--out", tmp_path / "table2")
     assert done.exit_code == 0, done.output
     titles = list(pd.read_csv(tmp_path / "table2" / "summary.csv").title.unique())
-    variants = ["MS-Former, ce", "MS-Former, ce + inter", "MS-Former, ce + intra", "MS-Former"]
+    variants = ["MS-Former, ce", "MS-Former, ce + inter", "MS-Former, ce + intra", "MS-Former, published"]
     assert titles == ["everything", "Otsu", *variants]
 
 
@@ -179,9 +250,11 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("--layout", "cityscapes"), "layout: unknown 'cityscapes'"),
         (("--data", "nowhere"), "nowhere: no such file or folder"),
         (("--device", "tpu"), "device: 'tpu' cannot be used"),
+        (("--ablation", "--methods", "otsu"), "methods: --ablation says which, got 'otsu' as well"),
+        (("--window", "5", "5"), "window: expected two numbers, the lower first, got (5.0, 5.0)"),
     ],
 )
-def test_errors_of_usage(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_errors_of_usage(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     data.make_pairs(tmp_path / "data")
     result = evaluate("--data", tmp_path / "data", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 1
@@ -190,7 +263,7 @@ def test_errors_of_usage(arguments: tuple[str, str], message: str, tmp_path: Pat
 
 
 def test_methods_are_listed() -> None:
-    result = evaluate("--data", ".", "--methods", "list", "--out", "nowhere")
+    result = evaluate("--methods", "list")
     assert result.exit_code == 0
     for method in all_methods():
         assert method.name in result.output

@@ -1,7 +1,8 @@
-"""Finding images and masks in every layout, and reading them."""
+"""Finding images and masks in every layout."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from msformer.evaluation.layouts import Case, find_cases, read_mask, read_pair
+from msformer.evaluation.layouts import find_cases
+from msformer.evaluation.pairs import read_pair
 from tests.msformer.evaluation import data
 
 
@@ -84,42 +86,93 @@ def test_errors(tmp_path: Path) -> None:
         find_cases(tmp_path / "pairs", "ph2")
     with pytest.raises(ValueError, match="masks: is for layout pairs, not ph2"):
         find_cases(tmp_path / "pairs", "ph2", tmp_path / "pairs" / "masks")
-    data.save(tmp_path / "pairs" / "masks" / "a_mask.png", np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match="a mask of the same name is"):
-        find_cases(tmp_path / "pairs")
+    data.make_ph2(tmp_path / "ph2")
+    for mask in (tmp_path / "ph2").rglob("*_lesion.bmp"):
+        mask.unlink()
+    with pytest.raises(ValueError, match=r"no image with a mask in layout ph2 or .*: .*IMD002_lesion\.bmp: missing"):
+        find_cases(tmp_path / "ph2")
 
 
-def test_mismatched_sizes(tmp_path: Path) -> None:
-    image = data.save(tmp_path / "i.png", np.zeros((4, 6, 3), np.uint8))
-    mask = data.save(tmp_path / "m.png", np.zeros((6, 4), np.uint8))
-    with pytest.raises(ValueError, match=r"m.png: the mask has 6 x 4 pixels, the image 4 x 6"):
-        read_pair(Case("i", image, mask))
+def test_masks_with_an_ending(tmp_path: Path) -> None:
+    """A mask of the very same name comes before one with an ending."""
+    data.make_pairs(tmp_path, ("a", "b_lesion", "c"))
+    (tmp_path / "masks" / "c.png").rename(tmp_path / "masks" / "C_Mask.PNG")
+    data.save(tmp_path / "masks" / "a_mask.png", np.zeros((4, 4), np.uint8))
+    found = find_cases(tmp_path)
+    assert [(case.name, case.mask.name) for case in found.cases] == [
+        ("a", "a.png"),
+        ("b_lesion", "b_lesion.png"),
+        ("c", "C_Mask.PNG"),
+    ]
+    assert [line.split("/")[-1] for line in found.problems] == ["a_mask.png: has no image"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "LA"])
-def test_masks_of_every_kind(mode: str, tmp_path: Path) -> None:
-    truth = data.disc()
-    path = data.save(tmp_path / "mask.png", truth.astype(np.uint8) * 255, mode)
-    assert (read_mask(path) == truth).all()
+def test_images_and_masks_in_one_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        data.save(tmp_path / f"{name}.png", data.lesion(data.disc()))
+        data.save(tmp_path / f"{name}_mask.png", data.disc().astype(np.uint8))
+    for found in (find_cases(tmp_path), find_cases(tmp_path, masks=tmp_path)):
+        assert (found.layout, [case.name for case in found.cases], found.problems) == ("pairs", ["a", "b"], ())
+    (tmp_path / "Masks").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}_mask.png").rename(tmp_path / "Masks" / f"{name}.png")
+    assert [case.name for case in find_cases(tmp_path).cases] == ["a", "b"]
 
 
-@pytest.mark.parametrize("value", [0, 255])
-def test_empty_and_full_masks(value: int, tmp_path: Path) -> None:
-    path = data.save(tmp_path / "mask.png", np.full((5, 7), value, np.uint8))
-    assert read_mask(path).mean() == value / 255
+def test_accents_and_case(tmp_path: Path) -> None:
+    """Some systems write an accent as a letter of its own."""
+    mask = data.disc().astype(np.uint8)
+    data.save(tmp_path / "Images" / unicodedata.normalize("NFC", "Läsion.PNG"), data.lesion(data.disc()))
+    data.save(tmp_path / "Masks" / unicodedata.normalize("NFD", "läsion.png"), mask)
+    found = find_cases(tmp_path)
+    assert len(found.cases) == 1
+    assert found.problems == ()
 
 
-def test_masks_of_ones_and_of_jpeg(tmp_path: Path) -> None:
-    truth = data.disc()
-    assert (read_mask(data.save(tmp_path / "ones.png", truth.astype(np.uint8))) == truth).all()
-    jpeg = read_mask(data.save(tmp_path / "lossy.jpg", truth.astype(np.uint8) * 255))
-    assert (jpeg != truth).mean() < 0.01, "the ringing of a JPEG is not part of the mask"
+def test_ph2_in_upper_case(tmp_path: Path) -> None:
+    data.make_ph2(tmp_path)
+    for path in list(tmp_path.rglob("*.bmp")):
+        path.rename(path.with_suffix(".BMP"))
+    found = find_cases(tmp_path)
+    assert (found.layout, len(found.cases), found.problems) == ("ph2", 2, ())
 
 
-def test_a_row_of_pixels(tmp_path: Path) -> None:
-    image = data.save(tmp_path / "i.png", np.full((1, 50, 3), 100, np.uint8))
-    mask = data.save(tmp_path / "m.png", np.ones((1, 50), np.uint8))
-    assert read_pair(Case("i", image, mask)).truth.shape == (1, 50)
+def test_the_same_name_twice(tmp_path: Path) -> None:
+    """The first is taken, the others are named."""
+    data.make_ph2(tmp_path / "ph2")
+    data.make_ph2(tmp_path / "ph2" / "copy")
+    found = find_cases(tmp_path / "ph2")
+    assert [case.name for case in found.cases] == ["IMD002", "IMD003"]
+    assert len(found.problems) == 2
+    assert all("an image of the same name is" in line for line in found.problems)
+    data.make_pairs(tmp_path / "pairs")
+    data.save(tmp_path / "pairs" / "images" / "b.jpg", data.lesion(data.disc()))
+    data.save(tmp_path / "pairs" / "masks" / "c.bmp", data.disc().astype(np.uint8))
+    found = find_cases(tmp_path / "pairs")
+    assert [case.name for case in found.cases] == ["a", "b"]
+    assert any("b.png: an image of the same name is" in line for line in found.problems)
+    assert any("c.png: has several masks: " in line for line in found.problems)
+
+
+def test_earlier_results_are_no_data(tmp_path: Path) -> None:
+    data.make_isic(tmp_path)
+    data.save(tmp_path / "report" / "maps" / "otsu" / "ISIC_0000001.png", data.disc().astype(np.uint8))
+    found = find_cases(tmp_path, exclude=(tmp_path / "report",))
+    assert (len(found.cases), found.problems) == (2, ())
+
+
+def test_a_volume_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path)
+    (tmp_path / "masks" / "b.png").unlink()
+    (tmp_path / "masks" / "b.nii.gz").write_bytes(b"junk")
+    volume = nibabel.Nifti1Image(np.zeros((48, 40, 3), np.uint8), np.eye(4))
+    (tmp_path / "masks" / "c.png").unlink()
+    nibabel.save(volume, tmp_path / "masks" / "c.nii.gz")
+    found = find_cases(tmp_path)
+    assert [case.name for case in found.cases] == ["a"]
+    assert any("b.nii.gz: not a NIfTI file" in line for line in found.problems)
+    expected = "c.nii.gz: the number of slices of the mask is 3, that of the image 1"
+    assert any(expected in line for line in found.problems)
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["up", "down"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +22,9 @@ BROWSER = next(
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation with spaces & ümlaut")
-    data.make_pairs(folder / "data", ("a <b>", "b", "c"))
+    data.make_pairs(folder / "data", ("a <b>", "b", "c", "empty"))
+    data.save(folder / "data" / "masks" / "empty.png", np.zeros((40, 48), np.uint8))
+    data.save(folder / "data" / "masks" / "alone.png", np.zeros((40, 48), np.uint8))
     arguments = ["--methods", "everything,otsu,kmeans-3", "--size", "40", "--out", str(folder / "out")]
     done = CliRunner().invoke(main, ["evaluate", "--data", str(folder / "data"), *arguments])
     assert done.exit_code == 0, done.output
@@ -33,7 +36,8 @@ def test_the_page_is_self_contained(report: Path) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("http://matplotlib.org", ""), "nothing is fetched; namespaces of SVG are names only"
-    assert text.count("data:image/jpeg;base64,") == 3 * (2 + 3 * 2)
+    assert text.count("data:image/jpeg;base64,") == 4 * (2 + 3 * 2)
+    assert "alone.png: has no image" in text
     assert "a &lt;b&gt;" in text
     assert "<b>" not in text.split("a &lt;b&gt;")[0].split("<main")[1]
 
@@ -69,7 +73,9 @@ def test_in_a_browser(page: Any) -> None:
         return page.locator("article h3").all_inner_texts()
 
     def scores() -> list[float]:
-        return [float(text) for text in page.locator("figure.chosen b").all_inner_texts()]
+        texts = page.locator("figure.chosen b").all_inner_texts()
+        assert texts[-1] == "-", "what has no score stands last"
+        return [float(text) for text in texts[:-1]]
 
     page.select_option("#method", "Otsu")
     page.select_option("#protocol", "oracle")
@@ -80,11 +86,11 @@ def test_in_a_browser(page: Any) -> None:
     assert sorted(lefts)[2] == page.locator("figure.chosen").first.bounding_box()["x"], "image, border, chosen"
     page.select_option("#order", "-1")
     assert scores() == sorted(scores(), reverse=True)
-    assert set(order()) == set(worst_first) == {"a <b>", "b", "c"}
+    assert set(order()) == set(worst_first) == {"a <b>", "b", "c", "empty"}
     page.select_option("#method", "")
-    assert order() == ["a <b>", "b", "c"]
+    assert order() == ["a <b>", "b", "c", "empty"]
     assert page.locator(".mask:visible").count() == 0
     page.select_option("#show", "blind")
     assert page.locator(".map:visible").count() == 0
-    assert page.locator(".mask:visible").count() == 9
+    assert page.locator(".mask:visible").count() == 12
     assert page.problems == []

@@ -46,12 +46,20 @@ def test_empty_masks_are_never_a_division_by_zero() -> None:
 
 
 def test_border_distance_is_that_of_the_worse_direction() -> None:
-    """Of two squares, one with a far pixel: the 95th percentile leaves it out one way only if it is rare."""
+    """A second square, far on the right, is far from the first, but not the first from both."""
     truth = np.zeros((40, 60), bool)
     truth[5:25, 5:25] = True
-    shifted = np.roll(truth, 7, axis=1)
-    assert measure(shifted, truth).hd95 == 7.0
-    assert measure(truth, shifted).hd95 == 7.0
+    both = truth | np.roll(truth, 30, axis=1)
+    # 20 of the 152 pixels of the borders of both, those of the right edge, are 30 away, no other is farther
+    assert measure(both, truth).hd95 == measure(truth, both).hd95 == 30.0
+
+
+def test_border_distance_leaves_the_farthest_twentieth_out() -> None:
+    truth = np.zeros((40, 60), bool)
+    truth[5:25, 5:25] = True
+    speck = truth.copy()
+    speck[15, 50] = True  # 1 of 77 pixels of the border
+    assert measure(speck, truth).hd95 == measure(truth, speck).hd95 == 0.0
 
 
 def test_different_sizes() -> None:
