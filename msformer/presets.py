@@ -84,11 +84,11 @@ PUBLISHED = Preset(
 )
 """Of the published demo (Karimijafarbigloo et al., "MS-Former", MIDL 2023)."""
 
-SMOOTH = replace(PUBLISHED, icnr=True)
-"""Without checkerboards: on CT the best label is much better, elsewhere nothing is worse (docs/evaluation.md)."""
+SMOOTH = replace(PUBLISHED, icnr=True, margin=8)
+"""Without checkerboards, and without a frame that shares its label with the object (docs/evaluation.md)."""
 
-QUICK = replace(SMOOTH, size=129, margin=8)
-"""In a third of the time: half the size, whose loss in quality the margin makes up for (docs/evaluation.md)."""
+QUICK = replace(SMOOTH, size=129)
+"""In a third of the time: half the size, with coarser borders (docs/evaluation.md)."""
 
 PRESETS = {"smooth": SMOOTH, "published": PUBLISHED, "quick": QUICK}
 DEFAULT = "smooth"

@@ -38,7 +38,7 @@ METHODS = [
     _ablation("ce", "ce", 8),
     _ablation("ce-inter", "ce + inter", 9, inter=FULL.inter),
     _ablation("ce-intra", "ce + intra", 10, intra=FULL.intra),
-    _method("ms-former-published", "MS-Former, published", 11, replace(PUBLISHED, size=None), (1, 2)),
+    _method("ms-former-published", "MS-Former, published", 11, replace(PUBLISHED, size=None), (2,)),
     _method("ms-former-quick", "MS-Former, quick", 12, QUICK, ()),
     _method("ms-former", "MS-Former", 13, replace(SMOOTH, size=None), (1,)),
 ]

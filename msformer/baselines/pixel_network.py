@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,30 @@ def self_labelling(logits: Tensor) -> Tensor:
 
 def continuity(logits: Tensor) -> Tensor:
     """Mean absolute difference of the logits between vertical neighbours, plus that between horizontal ones."""
-    down = (logits[..., 1:, :] - logits[..., :-1, :]).abs().mean()
-    right = (logits[..., 1:] - logits[..., :-1]).abs().mean()
-    return down + right
+    found: Tensor = _Continuity.apply(logits)
+    return found
+
+
+class _Continuity(torch.autograd.Function):
+    """Written as one function for the sake of its backward: autograd would make a gradient of the whole image for each
+    of the four crops, and add them up, a quarter of the time of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return torch.stack([logits.diff(dim=dim).abs_().mean() for dim in (2, 3)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        result = torch.zeros_like(logits)
+        for dim in (2, 3):
+            signs = logits.diff(dim=dim).sign_()
+            signs *= grad / signs.numel()
+            result.narrow(dim, 1, signs.shape[dim]).add_(signs)
+            result.narrow(dim, 0, signs.shape[dim]).sub_(signs)
+        return result
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,9 @@ def test_order_and_choice() -> None:
     chosen = [method.name for method in choose_methods(("all",))]
     assert chosen[-1] == "ms-former"
     assert {"kmeans-3", "kim", "sgscn"} <= set(chosen)
+    assert "ms-former-published" not in chosen
+    both = choose_methods(("all", "ms-former-published"))
+    assert [method.name for method in both[-2:]] == ["ms-former-published", "ms-former"]
     assert [m.name for m in choose_methods(("ms-former", "otsu"))] == ["otsu", "ms-former"]
     assert choose_methods(("all", "otsu")) == choose_methods(("all",))
     table_2 = [m.name for m in choose_methods(("all",), ablation=True)]
@@ -121,6 +124,7 @@ def test_continuity() -> None:
     logits[:, 0, 0] = 1.0
     assert continuity(logits).item() == pytest.approx(4 / (2 * 2 * 4))
     assert continuity(logits.transpose(2, 3)).item() == pytest.approx(4 / (2 * 2 * 4))
+    torch.autograd.gradcheck(continuity, torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True))
 
 
 def test_self_labelling_is_cross_entropy_against_the_argmax() -> None:

@@ -77,7 +77,7 @@ def test_presets(images: Path, tmp_path: Path) -> None:
         options = ["--preset", preset, *QUICK_OPTIONS, "--intra", "0.5", "--no-standardise"]
         assert run("segment", images / "a.png", "--out", out, *options).exit_code == 0
         found[preset] = json.loads((out / "a.json").read_text())["settings"]
-    for name, margin in (("smooth", 0), ("published", 0), ("quick", 8)):
+    for name, margin in (("smooth", 8), ("published", 0), ("quick", 8)):
         assert found[name]["preset"] == name
         assert found[name]["icnr"] == (name != "published")
         assert (found[name]["margin"], found[name]["size"], found[name]["embed_dim"]) == (margin, 33, 6)

@@ -45,12 +45,12 @@ def test_segment_takes_a_preset(name: str, picture: Picture) -> None:
         assert msformer.segment(picture, **QUICK).losses == by_name.losses
 
 
-def test_the_default_is_the_published_one_with_icnr(picture: Picture) -> None:
+def test_the_default_is_the_published_one_with_icnr_and_margin(picture: Picture) -> None:
     assert PRESETS[DEFAULT] is SMOOTH
-    assert replace(PUBLISHED, icnr=True) == SMOOTH
+    assert replace(PUBLISHED, icnr=True, margin=8) == SMOOTH
     smooth, published, without = (
         msformer.segment(picture, **(QUICK | change))
-        for change in ({}, {"preset": "published"}, {"preset": "smooth", "icnr": False})
+        for change in ({}, {"preset": "published"}, {"preset": "smooth", "icnr": False, "margin": 0})
     )
     assert without.losses == published.losses
     assert smooth.losses != published.losses
