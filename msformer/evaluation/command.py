@@ -92,7 +92,7 @@ def _write(
         "msformer": f"{msformer.__version__}, backend {settings.backend}",
         "machine": f"{platform.platform()}, torch {torch.__version__}, {settings.device}",
     }
-    report = Report(about, headings_of(rule), summary, scores, methods, outcome.failures, found.problems)
+    report = Report(about, EXPLANATION, headings_of(rule), summary, scores, methods, outcome.failures, found.problems)
     write_csv(scores, out / "scores.csv")
     write_csv(summary, out / "summary.csv")
     with complete_file(out / "report.md") as temporary:
@@ -109,7 +109,11 @@ def _empty(scores: pd.DataFrame) -> str:
 
 
 def _markdown(report: Report) -> str:
-    parts = [f"# Evaluation\n\n{_listed(report.about.items())}", EXPLANATION, markdown(report.summary, report.headings)]
+    parts = [
+        f"# Evaluation\n\n{_listed(report.about.items())}",
+        report.explanation,
+        markdown(report.summary, report.headings),
+    ]
     if report.failures:
         parts.append(f"## Failed\n\n{_listed(report.failures.items())}")
     if report.left_out:
@@ -154,5 +158,7 @@ a user without masks gets. The oracle scores look at the mask: what the label ma
 published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
 that table without the row "everything". Without an object in the true mask, finding nothing counts as 100 in the blind
 score, and the other three leave the image out; so are fractions of nothing, such as the precision of an empty
-prediction. "(without 2)" says that two images are left out.
+prediction. "(without 2)" says that two images are left out. The last method is compared with every other one image by
+image. Speckle is the share of pixels that differ from both neighbours along their row, or along their column: maps with
+much of it are no pleasure to look at.
 """

@@ -9,12 +9,14 @@ With A the prediction and G the truth:
 
 A fraction of nothing is None, which means leave out; it is never a 0/0. If both masks are empty they agree: DSC =
 Jaccard = 1 and HM = 0.
+
+`speckle` needs no true mask: it tells whether a label map is one to look at.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,3 +96,13 @@ def border_distance(predicted: Mask, truth: Mask) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's own use of an argument of its own
         return float(compute_hausdorff_distance(found, wanted, include_background=True, percentile=95))
+
+
+def speckle(labels: NDArray[Any]) -> float:
+    """Of a label map ``[h, w]``, the share of its inner pixels that differ from both neighbours along their row, or
+    from both along their column: near 1 for a checkerboard, 0 for two halves.
+    """
+    inner = labels[1:-1, 1:-1]
+    along = ((labels[1:-1, :-2], labels[1:-1, 2:]), (labels[:-2, 1:-1], labels[2:, 1:-1]))
+    alone = np.any([np.all([inner != neighbour for neighbour in pair], axis=0) for pair in along], axis=0)
+    return float(alone.mean()) if inner.size else 0.0

@@ -27,7 +27,7 @@ from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import read_pair
 from msformer.evaluation.protocols import PROTOCOLS
 from msformer.evaluation.store import Store
-from msformer.evaluation.summary import HEADER, percent, table_rows
+from msformer.evaluation.summary import header, percent, table_rows
 from msformer.output import complete_file
 from msformer.pictures import outline, overlay
 from msformer.scoring import Mask
@@ -42,6 +42,8 @@ class Report:
     """What the page shows."""
 
     about: dict[str, str]
+    explanation: str
+    """Of the tables."""
     headings: dict[str, str]
     """Of the table of each protocol."""
     summary: pd.DataFrame
@@ -72,7 +74,13 @@ def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, p
         .render(
             report=report,
             tables=[
-                (protocol, heading, HEADER, table_rows(report.summary, protocol), box_plot(report, protocol))
+                (
+                    protocol,
+                    heading,
+                    header(report.summary),
+                    table_rows(report.summary, protocol),
+                    box_plot(report, protocol),
+                )
                 for protocol, heading in report.headings.items()
             ],
             gallery=[(case.name, *_pictures(case, report, store, rule)) for case in cases],

@@ -13,7 +13,7 @@ from typing import Any
 from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case
-from msformer.evaluation.measures import UNDEFINED, OwnSize, measure
+from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
@@ -78,13 +78,19 @@ def _evaluate(
 
 def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> list[Row]:
     """A row a protocol: image, method, protocol, the fields of `Measures`, dsc_full (at the image's own size), whether
-    mask and prediction are empty, the number of labels, steps and seconds of the fit.
+    mask and prediction are empty, labels and speckle of the map, steps and seconds of its fit.
 
     Where the true mask is empty, protocols that look at it would find nothing by looking; they get no measures.
     """
     size = (fitted.labels.shape[0], fitted.labels.shape[1])
     truth = resize_labels(pair.truth, size)
     own_size = OwnSize(pair.truth, size)
+    made = {
+        "labels": len(set(fitted.labels.flat)),
+        "speckle": speckle(fitted.labels),
+        "steps": fitted.steps,
+        "seconds": fitted.seconds,
+    }
     blind = select(rule, fitted.labels, resize_image(pair.image, size))
     rows = []
     for protocol, predicted in predictions(fitted.labels, truth, blind).items():
@@ -98,9 +104,7 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
                 "dsc_full": own_size.dice(predicted) if fair else None,
                 "empty_truth": not truth.any(),
                 "empty_prediction": not predicted.any(),
-                "labels": len(set(fitted.labels.flat)),
-                "steps": fitted.steps,
-                "seconds": fitted.seconds,
+                **made,
             }
         )
     return rows

@@ -1,4 +1,8 @@
-"""Tables of an evaluation: means over images with 95% bootstrap intervals, as Markdown and CSV."""
+"""Tables of an evaluation: means over images with 95% bootstrap intervals, as Markdown and CSV.
+
+Every method is also compared with the last one, MS-Former in the tables of the paper: by the mean of the differences
+of the Dice coefficients, image by image, which tells more than whether two intervals overlap.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +44,19 @@ def mean_and_interval(values: NDArray[np.float64]) -> tuple[float, float, float]
 
 
 def summarise(rows: Sequence[Row], methods: Sequence[Method]) -> pd.DataFrame:
-    """A line for each protocol and method, in their orders.
+    """A line for each protocol and method with results, in their orders.
 
-    Columns: protocol, method, title, images, empty_truths, empty_predictions, labels, steps, seconds (means), and for
-    each of `MEASURES` its mean, ``_low``, ``_high`` and ``_count``, the images it could be computed for.
+    Columns: protocol, method, title, images, empty_truths, empty_predictions, labels, speckle, steps, seconds (means),
+    and for each of `MEASURES`, and for ``difference``, the DSC less that of the last method, its mean, ``_low``,
+    ``_high`` and ``_count``, the images it could be computed for.
     """
     scores = pd.DataFrame(rows)
+    present = [method for method in methods if (scores.method == method.name).any()]
     lines = []
     for protocol in PROTOCOLS:
-        for method in methods:
+        last = _by_image(scores, protocol, present[-1].name)
+        for method in present:
             some = scores[(scores.protocol == protocol) & (scores.method == method.name)]
-            if some.empty:
-                continue
             line = {
                 "protocol": protocol,
                 "method": method.name,
@@ -59,14 +64,22 @@ def summarise(rows: Sequence[Row], methods: Sequence[Method]) -> pd.DataFrame:
                 "images": len(some),
                 "empty_truths": int(some.empty_truth.sum()),
                 "empty_predictions": int(some.empty_prediction.sum()),
-                **{name: float(some[name].mean()) for name in ("labels", "steps", "seconds")},
+                **{name: float(some[name].mean()) for name in ("labels", "speckle", "steps", "seconds")},
             }
-            for name in MEASURES:
-                values = some[name].astype(float).dropna().to_numpy()
+            columns = {name: some[name].astype(float) for name in MEASURES}
+            columns["difference"] = _by_image(scores, protocol, method.name) - last
+            for name, column in columns.items():
+                values = column.dropna().to_numpy()
                 line[name], line[f"{name}_low"], line[f"{name}_high"] = mean_and_interval(values)
                 line[f"{name}_count"] = len(values)
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _by_image(scores: pd.DataFrame, protocol: str, method: str) -> pd.Series:
+    """The Dice coefficients of a method, by the name of the image."""
+    some = scores[(scores.protocol == protocol) & (scores.method == method)]
+    return some.set_index("image").dsc.astype(float)
 
 
 def percent(value: float) -> str:
@@ -76,40 +89,44 @@ def percent(value: float) -> str:
 
 def cell(line: pd.Series, name: str) -> str:
     """A mean with its interval, in percent but for HD95: ``81.2 [78.0, 84.1]``."""
-    factor = 1 if name == "hd95" else 100
     if np.isnan(line[name]):
         return "-"
-    interval = (
-        ""
-        if np.isnan(line[f"{name}_low"])
-        else (f" [{factor * line[f'{name}_low']:.1f}, {factor * line[f'{name}_high']:.1f}]")
-    )
+    factor, sign = 1 if name == "hd95" else 100, "+" if name == "difference" else ""
+    mean, low, high = (f"{factor * line[name + end]:{sign}.1f}" for end in ("", "_low", "_high"))
+    interval = "" if np.isnan(line[f"{name}_low"]) else f" [{low}, {high}]"
     missing = line["images"] - line[f"{name}_count"]
-    return f"{factor * line[name]:.1f}{interval}" + (f" (without {missing})" if missing else "")
+    return f"{mean}{interval}" + (f" (without {missing})" if missing else "")
+
+
+def header(summary: pd.DataFrame) -> list[str]:
+    """Of the columns of `table_rows`."""
+    difference = f"DSC less that of {summary.title.iloc[-1]}"
+    return ["method", *MEASURES.values(), difference, "empty predictions", "labels", "speckle", "s an image"]
 
 
 def table_rows(summary: pd.DataFrame, protocol: str) -> list[list[str]]:
-    """The cells of the table of one protocol: method, measures, empty predictions, labels, seconds an image."""
+    """The cells of the table of one protocol, a line a method."""
+    lines = summary[summary.protocol == protocol]
     return [
         [
             line["title"],
             *(cell(line, name) for name in MEASURES),
+            "" if line["method"] == summary.method.iloc[-1] else cell(line, "difference"),
             str(line["empty_predictions"]),
             f"{line['labels']:.1f}",
+            percent(line["speckle"]),
             f"{line['seconds']:.1f}",
         ]
-        for _, line in summary[summary.protocol == protocol].iterrows()
+        for _, line in lines.iterrows()
     ]
-
-
-HEADER = ["method", *MEASURES.values(), "empty predictions", "labels", "s an image"]
 
 
 def markdown(summary: pd.DataFrame, headings: dict[str, str]) -> str:
     """A table a protocol under its heading."""
+    columns = header(summary)
     parts = []
     for protocol, heading in headings.items():
-        lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *table_rows(summary, protocol)]
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *table_rows(summary, protocol)]
         parts.append(f"### {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
 

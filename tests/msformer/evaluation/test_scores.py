@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from msformer.baselines import Method, otsu
 from msformer.data import resize_labels
-from msformer.evaluation.measures import OwnSize, measure
+from msformer.evaluation.measures import OwnSize, measure, speckle
 from msformer.evaluation.protocols import PROTOCOLS, predictions, published
-from msformer.evaluation.summary import mean_and_interval
+from msformer.evaluation.summary import cell, header, mean_and_interval, summarise, table_rows
 from msformer.scoring import dice
 from tests.msformer.evaluation.data import disc
 
@@ -67,6 +68,19 @@ def test_different_sizes() -> None:
         measure(EMPTY, np.zeros((3, 3), bool))
 
 
+def test_speckle() -> None:
+    rows, columns = np.mgrid[:9, :12]
+    assert speckle((rows + columns) % 2) == 1
+    assert speckle(2 * (rows % 2) + columns % 2) == 1, "four labels that repeat every two pixels"
+    assert speckle(columns % 2) == 1, "stripes"
+    assert speckle(columns // 2 % 2) == 0
+    assert speckle(columns // 6) == 0
+    half = np.where(rows < 5, (rows + columns) % 2, 2)
+    assert speckle(half) == 4 / 7
+    for shape in ((1, 5), (2, 2), (1, 1)):
+        assert speckle(np.zeros(shape, int)) == 0
+
+
 def test_protocols() -> None:
     truth = disc(40, 48, 9)
     labels = np.zeros((40, 48), np.uint8)
@@ -118,3 +132,29 @@ def test_dice_at_the_own_size_is_that_of_the_resized_mask(size: tuple[int, int])
         own_size = OwnSize(truth, size)
         for predicted in (random.random(size) > 0.4, np.zeros(size, bool), np.ones(size, bool)):
             assert own_size.dice(predicted) == dice(resize_labels(predicted, truth.shape), truth)
+
+
+def test_methods_are_compared_with_the_last_image_by_image() -> None:
+    """An image that one of the two has no score for does not count; a method without results does not stand last."""
+    methods = [Method(name, name.title(), order, otsu.label_map) for order, name in enumerate(("one", "two", "three"))]
+    dice_of = {"one": [0.5, 0.6, 0.9, 0.1], "two": [0.7, 0.9, 0.8, None]}
+    rest = {"hm": 0, "xor": 0, "jaccard": 0, "precision": 0, "recall": 0, "hd95": 2, "dsc_full": 0}
+    rest |= {"empty_truth": False, "empty_prediction": False, "labels": 2, "speckle": 0.25, "steps": 1, "seconds": 1.0}
+    rows = [
+        {"image": str(image), "method": name, "protocol": protocol, **rest, "dsc": value}
+        for name, values in dice_of.items()
+        for image, value in enumerate(values)
+        for protocol in PROTOCOLS
+    ]
+    summary = summarise(rows[::-1], methods)
+    assert list(summary.method.unique()) == ["one", "two"]
+    first = summary.iloc[0]
+    assert first.difference == pytest.approx((-0.2 - 0.3 + 0.1) / 3)
+    assert first.difference_low == pytest.approx(-0.3)
+    assert first.difference_high == pytest.approx(0.1)
+    assert cell(first, "difference") == "-13.3 [-30.0, +10.0] (without 1)"
+    line = dict(zip(header(summary), table_rows(summary, "blind")[0], strict=True))
+    assert line["DSC less that of Two"] == "-13.3 [-30.0, +10.0] (without 1)"
+    assert line["HD95, px"] == "2.0 [2.0, 2.0]"
+    assert line["speckle"] == "25.0"
+    assert dict(zip(header(summary), table_rows(summary, "blind")[1], strict=True))["DSC less that of Two"] == ""
