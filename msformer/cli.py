@@ -236,7 +236,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     help="Names, joined by commas; 'list' prints them.",
 )
 @click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
-@click.option("--select", default="auto", show_default=True, help="Rule of the blind score: central, dark or lung.")
+@click.option("--select", default="auto", show_default=True, help="Rule of the blind score: central, dark, lung.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option(

@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from msformer.medical import AIR, ImageError, apply_window, is_dicom, is_medical, read_slice, show
+from msformer.medical import AIR, CT_WINDOW, ImageError, apply_window, is_dicom, is_medical, read_slice, show
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
@@ -100,7 +100,8 @@ def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArr
     point. Of a DICOM or NIfTI file (`msformer.medical`), the slice as it is shown, 8 bits.
 
     EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
-    read, with a warning. A window is applied to any grey image.
+    read, with a warning. A window is applied to any grey image; without one, an image with values as low as only CT
+    has, such as a TIFF of Hounsfield units, is shown from -512 to 512.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
@@ -110,14 +111,19 @@ def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArr
     if is_medical(path):
         return show(read_slice(path, reading.slice_index), reading.window)
     pixels = _read_ordinary(path)
-    return pixels if reading.window is None or pixels.ndim == 3 else apply_window(pixels, *reading.window)
+    window = CT_WINDOW if reading.window is None and _has_air(pixels) else reading.window
+    return pixels if window is None or pixels.ndim == 3 else apply_window(pixels, *window)
 
 
 def is_ct(path: Path, slice_index: int | None = None) -> bool:
     """Whether a file is of computed tomography: as DICOM says, else by values as low as only CT has."""
     if is_medical(path):
         return read_slice(path, slice_index).modality == "CT"
-    return bool(read_image(path).min() <= AIR)
+    return _has_air(_read_ordinary(path))
+
+
+def _has_air(pixels: NDArray[Any]) -> bool:
+    return pixels.size > 0 and bool(pixels.min() <= AIR)
 
 
 def is_colour(image: Tensor) -> bool:
@@ -181,7 +187,7 @@ def _decode_tiff(path: Path) -> NDArray[np.generic]:
             if inverted:
                 pixels = ~pixels
             orientation = page.tags.get("Orientation")
-            return _turn_upright(pixels.squeeze(), 1 if orientation is None else int(orientation.value))
+            return _turn_upright(pixels, 1 if orientation is None else int(orientation.value))
     # palettes, CMYK, JPEG's YCbCr: pillow knows how to show them
     return _decode_with_pillow(path)
 

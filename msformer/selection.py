@@ -1,7 +1,8 @@
 """Which labels of a map are the object, when there is no mask to ask: rules that look at the image and the map only.
 
 - ``central``: labels that cover more of the middle of the image than of its border.
-- ``dark``: labels that are dark, where they lie in the middle; for lesions on skin.
+- ``dark``: labels that are dark, where they lie in the middle; for lesions on skin. Where what is dark lies around
+  the middle, it is not the object, which is then found as by ``central``.
 - ``lung``: labels that are dark within the body, for CT slices through the chest. Outside air and lung often share a
   label; `body_mask` tells them apart.
 
@@ -70,14 +71,16 @@ def _excess(labels: NDArray[Any]) -> dict[int, float]:
 
 def dark(labels: NDArray[Any], image: Tensor) -> Mask:
     """Labels whose mean, weighted with the middle, is at most Otsu's threshold, or at most `FADING` times that where
-    they cover more of the middle than of the border; the darkest if there is none.
+    they cover more of the middle than of the border; the darkest if there is none. If what these are lies around the
+    middle, the object is not dark, and found as by `central`.
     """
     grey, middle = grey_levels(image), _middle(labels.shape)
     means = {int(v): np.average(grey[labels == v], weights=middle[labels == v]) for v in np.unique(labels)}
     threshold, excess = threshold_otsu(grey), _excess(labels)
     limits = {v: threshold * (FADING if excess[v] > 0 else 1) for v in means}
     found = [v for v in means if means[v] <= limits[v]] or [min(means, key=lambda v: means[v])]
-    return clean_up(np.isin(labels, found))
+    parts = main_parts(np.isin(labels, found))
+    return filled(parts) if True in _central(parts) else central(labels, image)
 
 
 def lung(labels: NDArray[Any], image: Tensor) -> Mask:
@@ -126,18 +129,26 @@ def body_mask(image: Tensor) -> Mask:
 
 
 def clean_up(mask: Mask, largest_hole: float = 1.0) -> Mask:
-    """The mask without specks, judged by their share of the middle of the image, and with holes filled that are no
-    larger than this share of the image; its rim is that of what lies next to it.
+    """The mask without specks, and with holes filled that are no larger than this share of the image."""
+    return filled(main_parts(mask), largest_hole)
+
+
+def main_parts(mask: Mask) -> Mask:
+    """The mask without specks, judged by their share of the middle of the image; its rim is that of what lies next to
+    it.
     """
-    margins = [(_rim(size), _rim(size)) for size in mask.shape]
-    inner = mask[tuple(slice(before, size - after) for size, (before, after) in zip(mask.shape, margins, strict=True))]
-    holes, _ = ndimage.label(ndimage.binary_fill_holes(inner) & ~inner)
-    filled = inner | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest_hole * inner.size))
-    parts, count = ndimage.label(filled)
+    kept = mask[_inner(mask.shape)]
+    parts, count = ndimage.label(kept)
     if count > 1:
-        weights = ndimage.sum_labels(_middle(inner.shape), parts, range(1, count + 1))
-        filled = np.isin(parts, 1 + np.flatnonzero(weights >= LEAST_PART * weights.max()))
-    return np.pad(filled, margins, mode="edge")
+        weights = ndimage.sum_labels(_middle(kept.shape), parts, range(1, count + 1))
+        kept = np.isin(parts, 1 + np.flatnonzero(weights >= LEAST_PART * weights.max()))
+    return np.pad(kept, [(_rim(size), _rim(size)) for size in mask.shape], mode="edge")
+
+
+def filled(mask: Mask, largest_hole: float = 1.0) -> Mask:
+    """The mask with holes filled that are no larger than this share of the image."""
+    holes, _ = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)
+    return mask | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest_hole * mask.size))
 
 
 def _middle(shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -157,3 +168,8 @@ def _border(shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 def _rim(size: int) -> int:
     return round(RIM * size)
+
+
+def _inner(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """What is looked at: all but the rim."""
+    return tuple(slice(_rim(size), size - _rim(size)) for size in shape)

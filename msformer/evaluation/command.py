@@ -26,12 +26,12 @@ from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
-from msformer.selection import RULES
+from msformer.selection import AUTO, RULES
 from msformer_kernels.backends import resolve
 
 FLOORS = ("everything", "otsu")
 """Methods in every table, so that no number stands there without what the simplest guess gets."""
-RULE_OF_LAYOUT = {"ph2": "dark", "isic": "dark", "lung": "lung", "pairs": "central"}
+RULE_OF_LAYOUT = {"ph2": "dark", "isic": "dark", "lung": "lung", "pairs": AUTO}
 
 
 def run(
@@ -62,9 +62,9 @@ def run(
     found = find_cases(data, layout, masks, exclude=(out,))
     if window is not None:
         found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
-    rule = RULE_OF_LAYOUT[found.layout] if select == "auto" else select
-    if rule not in RULES:
-        raise ValueError(f"select: unknown rule {rule!r}; expected auto, {', '.join(RULES)}")
+    if select not in (AUTO, *RULES):
+        raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
+    rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select
     device = str(find_device(device))
     settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
     prepare_folder(out)
@@ -74,33 +74,38 @@ def run(
     outcome = evaluate(cases, chosen, rule, Store(out, settings))
     if not outcome.rows:
         raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
-    _write(out, found, chosen, rule, settings, outcome)
+    _write(out, found, chosen, settings, outcome)
     return outcome.failures
 
 
-def _write(
-    out: Path, found: Found, methods: tuple[Method, ...], rule: str, settings: Settings, outcome: Outcome
-) -> None:
+def _write(out: Path, found: Found, methods: tuple[Method, ...], settings: Settings, outcome: Outcome) -> None:
     scores = pd.DataFrame(outcome.rows)
     summary = summarise(outcome.rows, methods)
+    rules = _rules(scores)
     about = {
         "command": shlex.join(["msformer", *sys.argv[1:]]),
         "data set": f"layout {found.layout}, {scores.image.nunique()} images" + _empty(scores),
         "fitted size": f"{settings.size} x {settings.size} pixels",
         "seed": str(settings.seed),
-        "blind rule": rule,
+        "blind rule": rules,
         "msformer": f"{msformer.__version__}, backend {settings.backend}",
         "machine": f"{platform.platform()}, torch {torch.__version__}, {settings.device}",
     }
-    report = Report(about, EXPLANATION, headings_of(rule), summary, scores, methods, outcome.failures, found.problems)
+    report = Report(about, EXPLANATION, headings_of(rules), summary, scores, methods, outcome.failures, found.problems)
     write_csv(scores, out / "scores.csv")
     write_csv(summary, out / "summary.csv")
     with complete_file(out / "report.md") as temporary:
         temporary.write_text(_markdown(report), encoding="utf-8")
     write_json(out / "run.json", {**about, "failures": outcome.failures, "left out": list(found.problems)})
     scored = [case for case in found.cases if case.name in set(scores.image)]
-    write_page(report, scored, Store(out, settings), rule, out / "report.html")
+    write_page(report, scored, Store(out, settings), out / "report.html")
     _print(report, out)
+
+
+def _rules(scores: pd.DataFrame) -> str:
+    """The rule of the blind score; where there are several, with the number of images of each."""
+    counts = scores.groupby("image").rule.first().value_counts()
+    return counts.index[0] if len(counts) == 1 else ", ".join(f"{rule} ({count})" for rule, count in counts.items())
 
 
 def _empty(scores: pd.DataFrame) -> str:
@@ -142,10 +147,10 @@ def _print(report: Report, out: Path) -> None:
     click.echo(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
 
 
-def headings_of(rule: str) -> dict[str, str]:
-    """A heading for the table of each protocol."""
+def headings_of(rules: str) -> dict[str, str]:
+    """A heading for the table of each protocol; `rules` are those of the blind score."""
     return {
-        "blind": f"Blind: labels chosen by the rule “{rule}”, without the mask",
+        "blind": f"Blind: labels chosen without the mask, by the rule {rules}",
         "oracle": "Oracle: the one label with the best DSC",
         "oracle-union": "Oracle union: every label that lies mostly in the mask",
         "published": f"As published: the label covering most of the mask, within the mask dilated by {GATE} pixels",

@@ -65,7 +65,7 @@ class Shown:
     """Dice coefficient by protocol, in percent; "-" if there is none."""
 
 
-def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, path: Path) -> None:
+def write_page(report: Report, cases: Sequence[Case], store: Store, path: Path) -> None:
     """Writes the page; label maps come from the store."""
     source = files("msformer.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     html = (
@@ -83,7 +83,7 @@ def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, p
                 )
                 for protocol, heading in report.headings.items()
             ],
-            gallery=[(case.name, *_pictures(case, report, store, rule)) for case in cases],
+            gallery=[(case.name, *_pictures(case, report, store)) for case in cases],
             protocols=PROTOCOLS,
             width=THUMBNAIL[1],
         )
@@ -92,11 +92,12 @@ def write_page(report: Report, cases: Sequence[Case], store: Store, rule: str, p
         temporary.write_text(html, encoding="utf-8")
 
 
-def _pictures(case: Case, report: Report, store: Store, rule: str) -> tuple[str, str, list[Shown]]:
+def _pictures(case: Case, report: Report, store: Store) -> tuple[str, str, list[Shown]]:
     """The image, the image with the true border, and what each method made of it."""
     pair = read_pair(case)
     pixels, truth = _pixels(resize_image(pair.image, THUMBNAIL)), resize_labels(pair.truth, THUMBNAIL)
-    dsc = report.scores[report.scores.image == case.name].set_index(["method", "protocol"]).dsc
+    scores = report.scores[report.scores.image == case.name].set_index(["method", "protocol"])
+    dsc, rule = scores.dsc, scores.rule.iloc[0]
     shown = []
     for method in report.methods:
         fitted = store.load(method, case)

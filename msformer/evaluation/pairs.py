@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msformer.data import Reading, is_colour, prepare_image, read_image
+from msformer.data import Reading, is_colour, is_ct, prepare_image, read_image
 from msformer.evaluation.layouts import Case
 from msformer.medical import Geometry, is_medical, is_volume, read_slice, show
 from msformer.scoring import Mask
+from msformer.selection import AUTO, rule_for
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def read_pair(case: Case) -> Pair:
         sizes = " x ".join(map(str, truth.shape)), " x ".join(map(str, image.shape[1:]))
         raise ValueError(f"{case.mask}: the mask has {sizes[0]} pixels, the image {sizes[1]}")
     return Pair(image, truth, colour=is_colour(image))
+
+
+def rule_of(case: Case, pair: Pair, rule: str) -> str:
+    """The rule of the blind score, or instead of ``"auto"`` that by which `msformer segment --mask` makes its masks."""
+    return rule_for(pair.colour, is_ct(case.image, case.slice_index)) if rule == AUTO else rule
 
 
 def read_mask(path: Path, slice_index: int | None = None) -> Mask:

@@ -14,7 +14,7 @@ from msformer.baselines import Method
 from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
-from msformer.evaluation.pairs import Pair, read_pair
+from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
 from msformer.output import OutputError
@@ -54,6 +54,7 @@ def _evaluate(
     for case in cases:
         try:
             pair = read_pair(case)
+            chosen = rule_of(case, pair, rule)
         except (ValueError, OSError) as error:
             failures[case.name] = str(error)
             progress.ended(case.name, f"failed: {error}", items=len(methods))
@@ -67,7 +68,7 @@ def _evaluate(
                     progress.ended(name, f"{len(set(fitted.labels.flat))} labels, {fitted.seconds:.1f} s")
                 else:
                     progress.skipped()
-                rows += score(case, pair, method, fitted, rule)
+                rows += score(case, pair, method, fitted, chosen)
             except (OutputError, BackendError):
                 raise
             except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
@@ -77,8 +78,9 @@ def _evaluate(
 
 
 def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> list[Row]:
-    """A row a protocol: image, method, protocol, the fields of `Measures`, dsc_full (at the image's own size), whether
-    mask and prediction are empty, labels and speckle of the map, steps and seconds of its fit.
+    """A row a protocol: image, method, protocol, rule of the blind score, the fields of `Measures`, dsc_full (at the
+    image's own size), whether mask and prediction are empty, labels and speckle of the map, steps and seconds of its
+    fit.
 
     Where the true mask is empty, protocols that look at it would find nothing by looking; they get no measures.
     """
@@ -100,6 +102,7 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
                 "image": case.name,
                 "method": method.name,
                 "protocol": protocol,
+                "rule": rule,
                 **(measure(predicted, truth) if fair else UNDEFINED)._asdict(),
                 "dsc_full": own_size.dice(predicted) if fair else None,
                 "empty_truth": not truth.any(),

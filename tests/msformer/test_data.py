@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from msformer.data import ImageError, find_images, plain_name, prepare_image, read_image, resize_image, resize_labels
+from msformer.data import (
+    ImageError,
+    Reading,
+    find_images,
+    is_ct,
+    plain_name,
+    prepare_image,
+    read_image,
+    resize_image,
+    resize_labels,
+)
 
 COLOUR = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3) * 4
 GREY = COLOUR[..., 0]
@@ -186,3 +196,24 @@ def test_resizing() -> None:
     labels = np.arange(4).reshape(2, 2)
     assert resize_labels(labels, (4, 4)).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     assert resize_labels(np.arange(9).reshape(3, 3), (1, 1)).tolist() == [[4]]
+
+
+def test_a_tiff_of_hounsfield_units_is_shown_in_the_window_of_ct(tmp_path: Path) -> None:
+    values = np.array([[-1000, -512, 0, 512, 1500]], dtype=np.int16)
+    path = tmp_path / "ct.tif"
+    tifffile.imwrite(path, values)
+    assert np.array_equal(read_image(path), [[0, 0, 128, 255, 255]])
+    assert np.array_equal(read_image(path, Reading((-1000, 1500))), [[0, 50, 102, 154, 255]])
+    assert is_ct(path)
+    tifffile.imwrite(path, values // 10)
+    assert np.array_equal(read_image(path), values // 10), "no value is as low as that of air"
+    assert not is_ct(path)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (1, 7, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_a_tiff_one_pixel_wide(shape: tuple[int, ...], dtype: type, tmp_path: Path) -> None:
+    pixels = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    path = tmp_path / "line.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack")
+    assert np.array_equal(read_image(path), pixels)

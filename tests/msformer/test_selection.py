@@ -43,6 +43,26 @@ def test_dark_corners_with_the_label_of_the_lesion() -> None:
     assert (select("dark", (truth | ~field).astype(int), image) == truth).all()
 
 
+def test_a_dark_frame_around_the_field_with_the_label_of_the_lesion() -> None:
+    """It closes around everything: what it encloses is no hole."""
+    truth, field = disc(128, 128, 30), disc(128, 128, 56)
+    image = skin(truth | ~field)
+    for labels in ((truth | ~field).astype(int), truth + 2 * ~field):
+        assert (select("dark", labels, image) == truth).all()
+
+
+@pytest.mark.parametrize("radius", [12, 30])
+def test_a_bright_object_on_dark_ground(radius: int) -> None:
+    truth = disc(128, 128, radius)
+    for labels in (truth.astype(int), truth + 2 * disc(128, 128, radius / 2)):
+        assert (select("dark", labels, skin(~truth)) == truth).all()
+
+
+def test_a_lesion_that_covers_most_of_the_border() -> None:
+    truth = disc(128, 128, 80)
+    assert dice(select("dark", truth.astype(int), skin(truth)), truth) > 0.99
+
+
 def test_shaded_skin_around_the_field_is_no_lesion() -> None:
     """A little brighter than the threshold is the fading edge of a lesion in the middle, but shaded skin outside it."""
     rows, columns = np.mgrid[:128, :128] - 63.5

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from click.testing import CliRunner, Result
 
@@ -47,7 +48,7 @@ def test_a_report(tmp_path: Path) -> None:
     assert summary.loc[("published", "everything"), "dsc"] > summary.loc[("oracle", "everything"), "dsc"]
     text = (out / "report.md").read_text()
     for heading in (
-        "Blind: labels chosen by the rule “central”",
+        "Blind: labels chosen without the mask, by the rule dark",
         "Oracle: the one label",
         "within the mask dilated by 6",
     ):
@@ -240,6 +241,28 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     titles = list(pd.read_csv(tmp_path / "table2" / "summary.csv").title.unique())
     variants = ["MS-Former, ce", "MS-Former, ce + inter", "MS-Former, ce + intra", "MS-Former, published"]
     assert titles == ["everything", "Otsu", *variants]
+
+
+def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None:
+    """That by which `msformer segment --mask` makes its masks, unless --select says otherwise."""
+    folder = data.make_pairs(tmp_path / "data", ("photo",))
+    for name, values, mask in (
+        ("chest", data.chest(data.lungs()), data.lungs()),
+        ("bright", 50 + 150 * data.disc().astype(np.uint8), data.disc()),
+    ):
+        tifffile.imwrite(folder / "images" / f"{name}.tif", values)
+        data.save(folder / "masks" / f"{name}.png", mask.astype(np.uint8) * 255)
+    arguments = ("--data", folder, "--methods", "otsu", "--out", tmp_path / "out")
+    result = evaluate(*arguments)
+    assert result.exit_code == 0, result.output
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    found = scores[(scores.method == "otsu") & (scores.protocol == "blind")].set_index("image")
+    assert found.rule.to_dict() == {"photo": "dark", "chest": "lung", "bright": "central"}
+    assert (found.dsc > 0.9).all()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"{rule} (1)" in text for rule in ("dark", "lung", "central"))
+    assert evaluate(*arguments, "--select", "central").exit_code == 0
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv").rule) == {"central"}
 
 
 @pytest.mark.parametrize(
