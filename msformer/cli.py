@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that help and errors of usage come 
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,9 @@ def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -
 @click.version_option(package_name="msformer")
 def main() -> None:
     """MS-Former segments medical images without labels, by fitting a small transformer to each image."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal cannot show
 
 
 @main.command()
@@ -242,7 +246,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 @click.option(
     "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
@@ -332,7 +336,7 @@ def outcome(record: Record) -> str:
 def run_all(
     jobs: list[Job], out: Path, plan: Plan, overwrite: bool, at_once: int | None
 ) -> tuple[dict[str, Record], dict[str, str]]:
-    """Segments what is not done yet; returns the records by name, and the errors by source."""
+    """Segments what is not done yet; returns the records by name, and the errors by origin."""
     from torch import OutOfMemoryError
 
     from msformer.output import OutputError, prepare_folder
@@ -362,12 +366,12 @@ def run_all(
         except (OutputError, BackendError):
             raise
         except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
-            failures[str(job.source)] = str(error)
+            failures[job.origin] = str(error)
             progress.ended(job.name, f"failed: {error}")
 
     with RunProgress(len(jobs)) as progress:
         for_each(jobs, segment_one, at_once or images_at_once(plan.fit["device"]))
-    return finished, {str(job.source): failures[str(job.source)] for job in jobs if str(job.source) in failures}
+    return finished, {job.origin: failures[job.origin] for job in jobs if job.origin in failures}
 
 
 def images_at_once(device: str) -> int:

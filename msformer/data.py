@@ -24,6 +24,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from msformer.medical import AIR, CT_WINDOW, ImageError, apply_window, is_dicom, is_medical, read_slice, show
+from msformer.output import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
@@ -33,12 +34,12 @@ def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Iterable[Path]
     """The image files among the given files and folders (and their subfolders), sorted within each, without repeats.
 
     Args:
-        exclude: folders to leave out, such as that of earlier results.
+        exclude: folders to leave out where they lie below a given one, such as that of earlier results.
 
     Raises:
         FileNotFoundError: a path that does not exist.
         PermissionError: a folder that cannot be read.
-        ValueError: no image at all.
+        ValueError: no image at all, or a given folder is to be left out.
     """
     found: dict[Path, Path] = {}
     given = [Path(path) for path in paths]
@@ -46,9 +47,12 @@ def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Iterable[Path]
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
+        if path.is_dir() and path.resolve() in excluded:
+            raise ValueError(f"{path}: results cannot go into the folder that the images are in; expected another")
+        left_out = {folder for folder in excluded if path.resolve() in folder.parents}
         for file in _images_below(path) if path.is_dir() else [path]:
-            if excluded.isdisjoint(file.resolve().parents):
-                found.setdefault(file.resolve(), file)
+            if left_out.isdisjoint(file.resolve().parents):
+                found.setdefault(file.parent.resolve() / file.name, file)  # links to one image are several
     if not found:
         listed = ", ".join(map(str, given))
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in: {listed}")
@@ -61,7 +65,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
     except PermissionError as error:
         raise PermissionError(f"{folder}: the folder cannot be read: {error.strerror}") from error
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name.upper() == "DICOMDIR":
             continue
         if entry.is_dir():
             yield from _images_below(entry)
@@ -72,9 +76,9 @@ def _images_below(folder: Path) -> Iterator[Path]:
 def plain_name(path: Path) -> str:
     """The name of an image file without its suffix, of which ``.nii.gz`` is one, and the end of a DICOM UID is none."""
     if path.suffix[1:].isdigit():
-        return path.name
+        return printable(path.name)
     stem = path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
-    return stem or path.name
+    return printable(stem or path.name)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArr
     point. Of a DICOM or NIfTI file (`msformer.medical`), the slice as it is shown, 8 bits.
 
     EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
-    read, with a warning. A window is applied to any grey image; without one, an image with values as low as only CT
-    has, such as a TIFF of Hounsfield units, is shown from -512 to 512.
+    read, with a warning. A window is applied to any grey image; without one, an image of signed integers as low as
+    only CT has, such as a TIFF of Hounsfield units, is shown from -512 to 512.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
@@ -123,12 +127,23 @@ def is_ct(path: Path, slice_index: int | None = None) -> bool:
 
 
 def _has_air(pixels: NDArray[Any]) -> bool:
-    return pixels.size > 0 and bool(pixels.min() <= AIR)
+    """Of signed integers; floating-point values as low may be anything."""
+    return pixels.dtype.kind == "i" and bool(pixels.min(initial=0) <= AIR)
 
 
 def is_colour(image: Tensor) -> bool:
     """Whether the channels of an image ``[3, H, W]`` differ."""
     return not bool((image[0] == image[1]).all() and (image[0] == image[2]).all())
+
+
+def read_alpha(path: Path) -> NDArray[np.uint8] | None:
+    """The alpha channel ``[H, W]`` of an image that Pillow can read; None if it has none, or is of another kind."""
+    try:
+        with PILImage.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            return np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+    except (OSError, ValueError):
+        return None
 
 
 def _read_ordinary(path: Path) -> NDArray[np.generic]:
@@ -186,6 +201,9 @@ def _decode_tiff(path: Path) -> NDArray[np.generic]:
                 pixels = np.moveaxis(pixels, 0, -1)
             if inverted:
                 pixels = ~pixels
+            if 1 < page.bitspersample < 8:  # stored in bytes, the upper bits of which mean nothing
+                white = 2**page.bitspersample - 1
+                pixels = (pixels & white) * (255 // white)
             orientation = page.tags.get("Orientation")
             return _turn_upright(pixels, 1 if orientation is None else int(orientation.value))
     # palettes, CMYK, JPEG's YCbCr: pillow knows how to show them

@@ -14,6 +14,7 @@ import gzip
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,8 @@ def read_dicom(path: str | PathLike[str]) -> Slice:
         stored = _stored_pixels(dataset, path)
         grey, inverted = stored.ndim == 2, dataset.PhotometricInterpretation == "MONOCHROME1"
         pixels = _grey(dataset, stored, inverted) if grey else _colour(dataset, stored)
+        if not np.isfinite(pixels).all():
+            raise ImageError(f"{path}: holds NaN or infinite values")
         geometry = _dicom_geometry(dataset, pixels.shape[0], pixels.shape[1])
         window = _dicom_window(dataset) if grey else None
         return Slice(pixels, window, geometry, str(dataset.get("Modality") or ""), inverted)
@@ -244,6 +247,9 @@ def _grey(dataset: Any, stored: NDArray[Any], inverted: bool) -> NDArray[np.floa
     """Stored values ``[H, W]`` -> values in the modality's units."""
     from pydicom.pixels import apply_modality_lut
 
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        if keyword in dataset and dataset[keyword].is_empty:
+            del dataset[keyword]
     values = apply_modality_lut(stored, dataset).astype(np.float64)
     padding = _padding(dataset, stored)
     if padding.any() and not padding.all():
@@ -276,9 +282,9 @@ def _numbers(dataset: Any, keyword: str, count: int | None = None) -> NDArray[np
 
 def _dicom_geometry(dataset: Any, rows: int, columns: int) -> Geometry:
     """The picture as a volume ``[columns, rows, 1]``. DICOM PS3.3, C.7.6.2.1.1, and its LPS+ turned into RAS+."""
-    spacing = _numbers(dataset, "PixelSpacing", 2)  # between rows, between columns
-    if not spacing.size or (spacing <= 0).any():
-        spacing = np.ones(2)
+    keywords = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    spacings = [_numbers(dataset, keyword, 2) for keyword in keywords]  # between rows, between columns
+    spacing = next((found for found in spacings if found.size and (found > 0).all()), np.ones(2))
     depths = [_numbers(dataset, keyword, 1) for keyword in ("SliceThickness", "SpacingBetweenSlices")]
     depth = next((float(found[0]) for found in depths if found.size and found[0] > 0), 1.0)
     axes = _numbers(dataset, "ImageOrientationPatient", 6).reshape(-1, 3)
@@ -326,7 +332,17 @@ def read_nifti(path: str | PathLike[str], index: int | None = None) -> Slice:
         geometry = Geometry(np.asarray(image.affine, np.float64), image.shape, place, orientation, image.header.copy())
         low, high = float(image.header["cal_min"]), float(image.header["cal_max"])
         window = (low, high) if np.isfinite([low, high]).all() and low < high else None
-        return Slice(pixels, window, geometry, "CT" if pixels.min() <= AIR else "")
+        modality = "CT" if _lowest_value(path, path.stat().st_mtime_ns) <= AIR else ""
+        return Slice(pixels, window, geometry, modality)
+
+
+@lru_cache(maxsize=16)
+def _lowest_value(path: Path, changed: int) -> float:
+    """Of a whole NIfTI file, last changed at this time: a slice of tissue alone is of CT where others hold air."""
+    data = _open_nifti(path).dataobj
+    stored = data.get_unscaled()
+    ends = [float(find.reduce(stored, axis=None)) for find in (np.fmin, np.fmax)]
+    return min(data.slope * end + data.inter for end in ends)
 
 
 def _open_nifti(path: Path) -> Any:

@@ -6,6 +6,7 @@ id; those of processes that are gone are removed by the next run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,8 @@ def complete_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the block or the renaming failed with an OSError (disk full, no permission, ...).
     """
-    temporary = path.with_name(f".msformer-{os.getpid()}-{path.name}")
+    # short, since a name may be as long as the file system allows
+    temporary = path.with_name(f".msformer-{os.getpid()}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -72,15 +74,22 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """With a replacement character for what is no Unicode; names of files need not be."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON that a person can read."""
     with complete_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        temporary.write_text(printable(text) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if there is none, or it is damaged."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is none, or the file is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None

@@ -20,6 +20,8 @@ from PIL import ImageFilter
 
 OKABE_ITO = ("#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#999999")
 ROWS_PER_SHEET = 6
+TALLEST = 9.0
+"""Inches that a row of a contact sheet is high at most; its pictures are 3 wide."""
 
 
 def palette(count: int = 256) -> NDArray[np.uint8]:
@@ -102,13 +104,18 @@ class SheetRow:
     """Its border is drawn into the first picture."""
 
 
+def _shortened(name: str, most: int = 40) -> str:
+    """A name whose middle is left out if it is long, so that it fits above its picture."""
+    return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2) :]}"
+
+
 def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
     """Draws one page, a row an image: the image, the overlay, the label map; as PNG. `border` is what the masks' is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    heights = [3 * row.image.shape[0] / row.image.shape[1] for row in rows]
+    heights = [min(3 * row.image.shape[0] / row.image.shape[1], TALLEST) for row in rows]
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.03, hspace=0.01, wspace=0.01)
     figure = Figure(figsize=(9.6, sum(heights) + 0.42 * len(rows) + 0.4), layout=layout)
     FigureCanvasAgg(figure)
@@ -125,7 +132,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        left.set_title(row.name, fontsize=10, fontweight="bold", loc="left")
+        left.set_title(_shortened(row.name), fontsize=10, fontweight="bold", loc="left", parse_math=False)
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
     first = "image" if rows[0].mask is None else f"image, {border} in green"
     for axis, title in zip(axes[-1], [first, "overlay", "labels"], strict=True):

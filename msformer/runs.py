@@ -11,6 +11,7 @@ image whose record has the same settings and the same input (by content) is not 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import threading
@@ -37,7 +38,7 @@ from msformer.data import (
     resize_labels,
 )
 from msformer.medical import count_slices, is_medical, read_slice, write_nifti
-from msformer.output import complete_file, read_json, write_json
+from msformer.output import complete_file, printable, read_record, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
 from msformer.presets import LossWeights
 from msformer.segmentation import Progress, Segmentation, segment
@@ -62,6 +63,11 @@ class Job:
         return folder / f"{self.name}{suffix}"
 
     @property
+    def origin(self) -> str:
+        """The file, and if it is one of several, the slice."""
+        return str(self.source) if self.slice_index is None else f"{self.source}, slice {self.slice_index}"
+
+    @property
     def volume(self) -> str:
         """The name of the results of the whole volume."""
         return self.name if self.slice_index is None else self.name.removesuffix(_slice_suffix(self.slice_index))
@@ -80,21 +86,23 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_
     """
     taken: set[str] = set()
     jobs = []
-    folders = [root.resolve() for root in roots if root.is_dir()]
+    folders = [Path(os.path.abspath(root)) for root in roots if root.is_dir()]
     for source in sources:
         resolved = source.resolve()
-        root = next((root for root in folders if root in resolved.parents), resolved.parent)
-        plain = resolved.relative_to(root).with_name(plain_name(resolved)).as_posix()
-        digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:8]
+        place = Path(os.path.abspath(source))  # where a link lies, not where it leads
+        root = next((root for root in folders if root in place.parents), place.parent)
+        plain = printable(place.relative_to(root).with_name(plain_name(place)).as_posix())
+        digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]
         candidates = (plain, f"{plain}-{source.suffix[1:].lower()}", f"{plain}-{digest}")
         slices = _slices(source) if all_slices else [None]
         for candidate in candidates:
-            names = [f"{candidate}{_slice_suffix(index)}" for index in slices]
+            # a volume's own name is that of the file which holds all of its slices
+            names = list(dict.fromkeys([candidate, *(f"{candidate}{_slice_suffix(index)}" for index in slices)]))
             free = taken.isdisjoint(names) and all(_free(folder, name, resolved) for name in names)
             if free or candidate == candidates[-1]:
                 break
         taken.update(names)
-        jobs += [Job(source, name, index) for name, index in zip(names, slices, strict=True)]
+        jobs += [Job(source, f"{candidate}{_slice_suffix(index)}", index) for index in slices]
     return jobs
 
 
@@ -110,8 +118,9 @@ def _slices(source: Path) -> list[int | None]:
 def _free(folder: Path, name: str, source: Path) -> bool:
     if name == SUMMARY:
         return False
-    record = read_json(folder / f"{name}.json")
-    return record is None or record.get("source") == str(source)
+    path = folder / f"{name}.json"
+    record = read_record(path)
+    return not path.exists() if record is None else record.get("source") == printable(str(source))
 
 
 def fingerprint(source: Path) -> str:
@@ -136,7 +145,12 @@ class Plan:
         return [*(f".{kind}.png" for kind in kinds), ".overlay.png", *volumes]
 
     def reading_of(self, job: Job) -> Reading:
-        return self.reading if job.slice_index is None else replace(self.reading, slice_index=job.slice_index)
+        """A file of one slice is read whatever slice is asked for of volumes."""
+        if job.slice_index is not None:
+            return replace(self.reading, slice_index=job.slice_index)
+        if self.reading.slice_index is not None and count_slices(job.source) == 1:
+            return replace(self.reading, slice_index=None)
+        return self.reading
 
 
 class Interrupted(Exception):
@@ -171,9 +185,9 @@ def for_each(jobs: Sequence[Job], work: Callable[[Job, Callable[[], None]], None
 
 def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
     """The record of this image, if it is complete and was made from the same input with the same settings."""
-    settings = settings_record(plan)
-    record: Record | None = read_json(job.file(folder, ".json"))
-    if record is None or record.get("settings") != settings or record.get("source") != str(job.source.resolve()):
+    wanted = {"settings": settings_record(plan), "source": printable(str(job.source.resolve()))}
+    record = read_record(job.file(folder, ".json"))
+    if record is None or any(record.get(key) != value for key, value in wanted.items()):
         return None
     if not all(job.file(folder, suffix).exists() for suffix in plan.suffixes(job)):
         return None
@@ -202,7 +216,7 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
     pixels = read_image(job.source, plan.reading_of(job))
     result = segment(pixels, progress=progress, **plan.fit)
     record = {
-        "source": str(job.source.resolve()),
+        "source": printable(str(job.source.resolve())),
         "sha256": fingerprint(job.source),
         "settings": settings_record(plan),
         "labels": result.num_labels,
@@ -226,7 +240,7 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
         with complete_file(job.file(folder, ".mask.png")) as temporary:
             PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
     if is_medical(job.source) and job.slice_index is None:
-        source = read_slice(job.source, plan.reading.slice_index)
+        source = read_slice(job.source, plan.reading_of(job).slice_index)
         write_nifti(job.file(folder, ".labels.nii.gz"), [(_from_one(result.labels_full), source)])
         if mask is not None:
             write_nifti(job.file(folder, ".mask.nii.gz"), [(mask, source)])
@@ -256,6 +270,7 @@ def write_volumes(jobs: Sequence[Job], folder: Path, mask: bool) -> None:
         if job.slice_index is not None:
             volumes.setdefault(job.volume, []).append(job)
     for name, slices in volumes.items():
+        (folder / f"{name}.json").unlink(missing_ok=True)  # of a single slice, whose files these replace
         found = [(job, read_slice(job.source, job.slice_index)) for job in slices]
         labels = [(_from_one(read_labels(job.file(folder, ".labels.png"))), slice) for job, slice in found]
         write_nifti(folder / f"{name}.labels.nii.gz", labels)

@@ -6,7 +6,8 @@
 - ``lung``: labels that are dark within the body, for CT slices through the chest. Outside air and lung often share a
   label; `body_mask` tells them apart.
 
-All end with `clean_up`. A map of one label leaves nothing to choose: the object is everything. docs/evaluation.md has
+All end with `clean_up`. A map of one label leaves nothing to choose: the object is everything, or for ``lung`` nothing
+where there is no body. docs/evaluation.md has
 what each is worth on which images.
 """
 
@@ -47,7 +48,7 @@ def select(rule: str, labels: NDArray[Any], image: Tensor) -> Mask:
     """
     if rule not in RULES:
         raise ValueError(f"select: unknown rule {rule!r}; expected one of {', '.join(RULES)}")
-    if labels.min() == labels.max():
+    if labels.min() == labels.max() and not (rule == "lung" and not body_mask(image).any()):
         return np.ones(labels.shape, dtype=np.bool_)
     return RULES[rule](labels, image)
 

@@ -55,6 +55,8 @@ class Method:
     label_map: Callable[[Task], LabelMap]
     tables: tuple[int, ...] = (1,)
     """Tables of the paper it stands in: 1 compares methods, 2 leaves losses out. Empty: run by name only."""
+    settings: str = ""
+    """What else decides its result, in words: label maps that were made with another are made anew."""
 
 
 @cache

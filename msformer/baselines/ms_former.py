@@ -25,7 +25,7 @@ def label_map(task: Task, settings: Preset) -> LabelMap:
 
 
 def _method(name: str, title: str, order: int, settings: Preset, tables: tuple[int, ...]) -> Method:
-    return Method(name, title, order, partial(label_map, settings=settings), tables)
+    return Method(name, title, order, partial(label_map, settings=settings), tables, str(settings))
 
 
 def _ablation(name: str, title: str, order: int, inter: float = 0.0, intra: float = 0.0) -> Method:

@@ -12,6 +12,7 @@ Names are compared without regard to upper and lower case, and to how accents ar
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from msformer.data import find_images, plain_name
 from msformer.medical import count_slices, is_medical, slices_with_labels
+from msformer.output import printable
 
 LUNG_WINDOW = (-512.0, 512.0)
 """Hounsfield units that become black and white."""
@@ -103,28 +105,43 @@ def _split(entries: Iterator[Case | str]) -> tuple[tuple[Case, ...], tuple[str, 
     problems = []
     for entry in entries:
         if isinstance(entry, str):
-            problems.append(entry)
-        elif _key(entry.name) in cases:
-            problems.append(f"{entry.image}: an image of the same name is {cases[_key(entry.name)].image}")
+            problems.append(printable(entry))
+        elif _exact(entry.name) in cases:
+            problems.append(printable(f"{entry.image}: an image of the same name is {cases[_exact(entry.name)].image}"))
         else:
-            cases[_key(entry.name)] = entry
+            cases[_exact(entry.name)] = entry
     return tuple(sorted(cases.values(), key=lambda case: case.name)), tuple(problems)
 
 
+def _exact(name: str) -> str:
+    """A name in which accents as one letter or as two are the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _key(name: str) -> str:
-    """What names are compared by: accents as one letter or as two, upper or lower case are the same."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """What names are compared by: upper and lower case are the same, too."""
+    return _exact(name).casefold()
 
 
 def _ph2(source: Source) -> Iterator[Case | str]:
     ending = "_dermoscopic_image"
-    for folder in sorted(source.data.rglob("*")):
-        if folder.is_dir() and folder.name.lower().endswith(ending):
+    for folder in _folders(source.data):
+        if folder.name.lower().endswith(ending):
             name = folder.name[: -len(ending)]
             parts = (folder.parent, folder.name, f"{name}.bmp"), (folder.parent, f"{name}_lesion", f"{name}_lesion.bmp")
             image, mask = (_below(*part) for part in parts)
             missing = [path for path in (image, mask) if not path.exists()]
             yield f"{missing[0]}: missing" if missing else Case(name, image, mask)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """The folders below one, each once, those behind links, too."""
+    seen: set[Path] = set()
+    for path, names, _ in os.walk(top, followlinks=True):
+        new = {name: Path(path, name).resolve() for name in sorted(names)}
+        names[:] = [name for name, place in new.items() if place not in seen]
+        seen.update(new.values())
+        yield from (Path(path, name) for name in names)
 
 
 def _below(folder: Path, *names: str) -> Path:
@@ -144,7 +161,7 @@ def _lung(source: Source) -> Iterator[Case | str]:
 
 def _isic(source: Source) -> Iterator[Case | str]:
     pictures = [file for file in source.files(source.data) if not is_medical(file)]
-    yield from _side_by_side(pictures, ("_segmentation",))
+    yield from _side_by_side(pictures, source.data, ("_segmentation",))
 
 
 def _pairs(source: Source) -> Iterator[Case | str]:
@@ -158,25 +175,29 @@ def _pairs(source: Source) -> Iterator[Case | str]:
 
 def _paired(source: Source, images: Path, masks: Path) -> Iterator[Case | str]:
     """Of two files, of two folders, of which one may lie in the other, or of one that holds both."""
-    if images.is_file() and masks.is_file():
+    same = images.resolve() == masks.resolve()
+    if same and images.is_file():
+        yield f"{images}: has no mask"
+    elif same:
+        yield from _side_by_side(source.files(images), images, MASK_ENDINGS)
+    elif images.is_file() and masks.is_file():
         yield from _slices(Case(plain_name(images), images, masks))
-    elif images.resolve() == masks.resolve():
-        yield from _side_by_side(source.files(images), MASK_ENDINGS)
     else:
-        yield from _matched(source.files(images, *_inside(images, masks)), source.files(masks, *_inside(masks, images)))
+        pictures, labels = source.files(images, *_inside(images, masks)), source.files(masks, *_inside(masks, images))
+        yield from _matched(pictures, labels, (images, masks))
 
 
 def _inside(outer: Path, inner: Path) -> list[Path]:
     return [inner] if inner.resolve().is_relative_to(outer.resolve()) else []
 
 
-def _side_by_side(files: list[Path], endings: tuple[str, ...]) -> Iterator[Case | str]:
+def _side_by_side(files: list[Path], folder: Path, endings: tuple[str, ...]) -> Iterator[Case | str]:
     """Images and masks in one folder, told apart by the ends of their names; nothing if there is no mask."""
     groups: dict[bool, list[Path]] = {False: [], True: []}
     for file in files:
         groups[_key(plain_name(file)).endswith(endings)].append(file)
     if groups[True]:
-        yield from _matched(groups[False], groups[True])
+        yield from _matched(groups[False], groups[True], (folder, folder))
 
 
 def _slices(case: Case) -> Iterator[Case | str]:
@@ -198,27 +219,40 @@ def _slices(case: Case) -> Iterator[Case | str]:
         yield f"{case.mask}: the mask is empty"
 
 
-def _matched(images: list[Path], masks: list[Path]) -> Iterator[Case | str]:
-    """Images and the masks of the same name, or of the same name with an ending."""
-    same, ended = (_by_key(masks, endings) for endings in ((), MASK_ENDINGS))
-    taken: dict[str, Path] = {}
+def _matched(images: list[Path], masks: list[Path], roots: tuple[Path, Path]) -> Iterator[Case | str]:
+    """Images and the masks of the same name, or of the same name with an ending; `roots` are the folders that both
+    were found in.
+
+    Of several masks, that in the subfolder of the same name is taken, then that whose name is the same to the letter.
+    Images of one name in several subfolders are named with these.
+    """
+    plain = [plain_name(image) for image in images]
+    own = {_key(name) for name in plain}
+    same = _by_key(masks, ())
+    ended = _by_key([mask for mask in masks if _key(plain_name(mask)) not in own], MASK_ENDINGS)
     used: set[Path] = set()
-    for image in images:
-        key = _key(plain_name(image))
-        candidates = same.get(key) or ended.get(key, [])
+    for image, name in zip(images, plain, strict=True):
+        place = _subfolder(image, roots[0])
+        unique = plain.count(name) == 1
+        candidates = same.get(_key(name)) or ended.get(_key(name), [])
         used.update(candidates)
-        if key in taken:
-            yield f"{image}: an image of the same name is {taken[key]}"
-        elif len(candidates) > 1:
+        candidates = [mask for mask in candidates if _key(_subfolder(mask, roots[1])) == _key(place)] or candidates
+        candidates = [mask for mask in candidates if _exact(plain_name(mask)) == _exact(name)] or candidates
+        if len(candidates) > 1:
             yield f"{image}: has several masks: {', '.join(map(str, candidates))}"
         elif candidates:
-            yield from _slices(Case(plain_name(image), image, candidates[0]))
+            yield from _slices(Case(name if unique or not place else f"{place}/{name}", image, candidates[0]))
         else:
             yield f"{image}: has no mask"
-        taken.setdefault(key, image)
     for mask in masks:
         if mask not in used:
             yield f"{mask}: has no image"
+
+
+def _subfolder(file: Path, root: Path) -> str:
+    """In which of the root's subfolders a file lies; "" for none."""
+    folder = file.parent.relative_to(root) if file.parent.is_relative_to(root) else Path()
+    return printable("" if folder == Path() else folder.as_posix())
 
 
 def _by_key(masks: list[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msformer.data import Reading, is_colour, is_ct, prepare_image, read_image
+from msformer.data import Reading, is_colour, is_ct, prepare_image, read_alpha, read_image
 from msformer.evaluation.layouts import Case
 from msformer.medical import Geometry, is_medical, is_volume, read_slice, show
 from msformer.scoring import Mask
@@ -58,10 +58,15 @@ def rule_of(case: Case, pair: Pair, rule: str) -> str:
 
 
 def read_mask(path: Path, slice_index: int | None = None) -> Mask:
-    """``[H, W]``: what is not 0; in a JPEG, whose black is not quite, what is brighter than half."""
+    """``[H, W]``: what is not 0; in a JPEG, whose black is not quite, what is brighter than half; in a picture of one
+    colour whose alpha channel is not, what is opaque.
+    """
     if is_medical(path):
         return _anything(read_slice(path, slice_index).pixels)
     pixels: NDArray[Any] = read_image(path)
+    alpha = read_alpha(path) if (pixels == pixels[:1, :1]).all() else None
+    if alpha is not None and alpha.min() < alpha.max():
+        return alpha > 127
     return _anything(pixels > (127 if path.suffix.lower() in (".jpg", ".jpeg") else 0))
 
 

@@ -17,7 +17,7 @@ from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
-from msformer.output import OutputError
+from msformer.output import OutputError, printable
 from msformer.progress import RunProgress
 from msformer.selection import select
 from msformer_kernels import BackendError
@@ -55,9 +55,10 @@ def _evaluate(
         try:
             pair = read_pair(case)
             chosen = rule_of(case, pair, rule)
-        except (ValueError, OSError) as error:
-            failures[case.name] = str(error)
-            progress.ended(case.name, f"failed: {error}", items=len(methods))
+            _check_object(case, pair, store.settings.size)
+        except (ValueError, OSError, MemoryError) as error:
+            failures[case.name] = printable(str(error))
+            progress.ended(case.name, f"failed: {failures[case.name]}", items=len(methods))
             continue
         for method in methods:
             name = f"{case.name}, {method.title}"
@@ -71,10 +72,16 @@ def _evaluate(
                 rows += score(case, pair, method, fitted, chosen)
             except (OutputError, BackendError):
                 raise
-            except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-                failures[name] = str(error)
-                progress.ended(name, f"failed: {error}")
+            except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+                failures[name] = printable(str(error))
+                progress.ended(name, f"failed: {failures[name]}")
     return Outcome(rows, failures)
+
+
+def _check_object(case: Case, pair: Pair, size: int) -> None:
+    """Raises ValueError for an object of which no pixel is left at the fitted size."""
+    if pair.truth.any() and not resize_labels(pair.truth, (size, size)).any():
+        raise ValueError(f"{case.mask}: its {pair.truth.sum()} pixels vanish at {size} x {size}; take a larger --size")
 
 
 def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> list[Row]:

@@ -1,8 +1,8 @@
 """Label maps of methods on images, kept in a folder so that none is made twice.
 
 ``maps/<method>/<image>.png`` is the label map at the fitted size, ``maps/<method>/<image>.json`` the record of how it
-was made, written last: a map with a record is complete. It counts as done for the same image (by content), settings and
-version.
+was made, written last: a map with a record is complete. It counts as done for the same image (by content), settings of
+the evaluation and of the method, and version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msformer.data import resize_image
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import Pair
 from msformer.memory import kept_memory
-from msformer.output import complete_file, read_json, write_json
+from msformer.output import complete_file, read_record, write_json
 from msformer.pictures import indexed_png
 from msformer.runs import fingerprint, read_labels
 from msformer.segmentation import order_by_area
@@ -79,10 +79,11 @@ class Store:
 
     def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
         labels, record = self._paths(method, case)
-        found: dict[str, Any] | None = read_json(record)
+        found = read_record(record)
         if found is None or not labels.exists():
             return None
-        return found if {k: found.get(k) for k in ("settings", "version", "sha256")} == self._key(case) else None
+        key = self._key(method, case)
+        return found if {name: found.get(name) for name in key} == key else None
 
     def fit(self, method: Method, case: Case, pair: Pair, report: Report) -> Fitted:
         """Makes the label map and keeps it; raises what the method raises."""
@@ -98,18 +99,19 @@ class Store:
         record.unlink(missing_ok=True)  # an older one is not that of the new map
         with complete_file(labels) as temporary:
             indexed_png(fitted.labels).save(temporary, format="PNG", optimize=True)
-        write_json(record, self._key(case) | {"steps": fitted.steps, "seconds": fitted.seconds})
+        write_json(record, self._key(method, case) | {"steps": fitted.steps, "seconds": fitted.seconds})
         return fitted
 
     def _paths(self, method: Method, case: Case) -> tuple[Path, Path]:
         return tuple(self.folder / method.name / f"{case.name}{suffix}" for suffix in (".png", ".json"))  # type: ignore[return-value]
 
-    def _key(self, case: Case) -> dict[str, Any]:
+    def _key(self, method: Method, case: Case) -> dict[str, Any]:
         reading: dict[str, Any] = {"window": None if case.window is None else list(case.window)}
         if case.slice_index is not None:
             reading["slice"] = case.slice_index
         return {
             "settings": asdict(self.settings) | reading,
+            "method": method.settings,
             "version": msformer.__version__,
             "sha256": fingerprint(case.image),
         }

@@ -44,24 +44,23 @@ def mean_and_interval(values: NDArray[np.float64]) -> tuple[float, float, float]
 
 
 def summarise(rows: Sequence[Row], methods: Sequence[Method]) -> pd.DataFrame:
-    """A line for each protocol and method with results, in their orders.
+    """A line for each protocol and method, in their orders.
 
-    Columns: protocol, method, title, images, empty_truths, empty_predictions, labels, speckle, steps, seconds (means),
-    and for each of `MEASURES`, and for ``difference``, the DSC less that of the last method, its mean, ``_low``,
-    ``_high`` and ``_count``, the images it could be computed for.
+    Columns: protocol, method, title, images (those that any method has results for), empty_truths, empty_predictions,
+    labels, speckle, steps, seconds (means), and for each of `MEASURES`, and for ``difference``, the DSC less that of
+    the last method, its mean, ``_low``, ``_high`` and ``_count``, the images it could be computed for.
     """
     scores = pd.DataFrame(rows)
-    present = [method for method in methods if (scores.method == method.name).any()]
     lines = []
     for protocol in PROTOCOLS:
-        last = _by_image(scores, protocol, present[-1].name)
-        for method in present:
+        last = _by_image(scores, protocol, methods[-1].name)
+        for method in methods:
             some = scores[(scores.protocol == protocol) & (scores.method == method.name)]
             line = {
                 "protocol": protocol,
                 "method": method.name,
                 "title": method.title,
-                "images": len(some),
+                "images": scores.image.nunique(),
                 "empty_truths": int(some.empty_truth.sum()),
                 "empty_predictions": int(some.empty_prediction.sum()),
                 **{name: float(some[name].mean()) for name in ("labels", "speckle", "steps", "seconds")},
@@ -113,9 +112,9 @@ def table_rows(summary: pd.DataFrame, protocol: str) -> list[list[str]]:
             *(cell(line, name) for name in MEASURES),
             "" if line["method"] == summary.method.iloc[-1] else cell(line, "difference"),
             str(line["empty_predictions"]),
-            f"{line['labels']:.1f}",
+            "-" if np.isnan(line["labels"]) else f"{line['labels']:.1f}",
             percent(line["speckle"]),
-            f"{line['seconds']:.1f}",
+            "-" if np.isnan(line["seconds"]) else f"{line['seconds']:.1f}",
         ]
         for _, line in lines.iterrows()
     ]

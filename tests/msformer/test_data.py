@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import imagecodecs
@@ -21,6 +22,7 @@ from msformer.data import (
     is_ct,
     plain_name,
     prepare_image,
+    read_alpha,
     read_image,
     resize_image,
     resize_labels,
@@ -155,8 +157,34 @@ def test_find_images_in_files_and_folders(tmp_path: Path) -> None:
     assert [str(p.relative_to(tmp_path)) for p in found] == ["b.png", "a.JPG", "sub/c.tif"]
     with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
         find_images([tmp_path / "gone"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
-        find_images([tmp_path / "sub" / ".."], exclude=[tmp_path])
+        find_images([tmp_path / "empty"])
+
+
+def test_results_beside_or_above_the_images(tmp_path: Path) -> None:
+    """Only what lies below a given folder is left out; into the folder itself results cannot go."""
+    image = tmp_path / "sub" / "a.png"
+    image.parent.mkdir()
+    image.touch()
+    assert find_images([image], exclude=[tmp_path / "sub"]) == [image]
+    assert find_images([tmp_path / "sub"], exclude=[tmp_path]) == [image]
+    with pytest.raises(ValueError, match=r"results cannot go into the folder that the images are in"):
+        find_images([tmp_path / "sub" / ".." / "sub"], exclude=[tmp_path / "sub"])
+
+
+def test_links_to_one_image_are_several_images(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "SHA256-abc").touch()
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).symlink_to(tmp_path / "store" / "SHA256-abc")
+    assert [path.name for path in find_images([tmp_path, tmp_path / "." / "a.png"])] == ["a.png", "b.png"]
+
+
+def test_the_index_of_a_cd_is_no_image(tmp_path: Path) -> None:
+    for name in ("DICOMDIR", "IM0001"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    assert [path.name for path in find_images([tmp_path])] == ["IM0001"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")
@@ -217,3 +245,38 @@ def test_a_tiff_one_pixel_wide(shape: tuple[int, ...], dtype: type, tmp_path: Pa
     path = tmp_path / "line.tif"
     tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim == 3 else "minisblack")
     assert np.array_equal(read_image(path), pixels)
+
+
+def test_floating_point_values_are_not_taken_for_hounsfield_units(tmp_path: Path) -> None:
+    path = tmp_path / "phase.tif"
+    tifffile.imwrite(path, np.array([[-5000.0, 0.0, 5000.0]], dtype=np.float32))
+    assert np.array_equal(read_image(path), [[-5000, 0, 5000]])
+    assert not is_ct(path)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_tiff_of_four_bits_a_pixel(inverted: bool, tmp_path: Path) -> None:
+    """Written by hand: two pixels a byte."""
+    tags = [(256, 4, 4), (257, 4, 1), (258, 3, 4), (259, 3, 1), (262, 3, 0 if inverted else 1)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, 2)]
+    content = b"II*\0" + struct.pack("<I", 10) + bytes([0x0F, 0x5A]) + struct.pack("<H", len(tags))
+    content += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    expected = np.array([[0, 255, 85, 170]])
+    assert np.array_equal(read_image(path), 255 - expected if inverted else expected)
+
+
+def test_alpha(tmp_path: Path) -> None:
+    channel = np.array([[0, 255, 130]], dtype=np.uint8)
+    for mode, suffix in (("RGBA", "png"), ("LA", "png"), ("RGBA", "tif")):
+        image = PILImage.new(mode, (3, 1), 255 if mode == "LA" else "white")
+        image.putalpha(PILImage.fromarray(channel))
+        image.save(tmp_path / f"a.{suffix}")
+        found = read_alpha(tmp_path / f"a.{suffix}")
+        assert found is not None
+        assert np.array_equal(found, channel)
+    PILImage.fromarray(COLOUR).save(tmp_path / "b.png")
+    assert read_alpha(tmp_path / "b.png") is None
+    (tmp_path / "c.png").write_bytes(b"no image")
+    assert read_alpha(tmp_path / "c.png") is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,21 @@ def test_failures_are_named_and_do_not_stop_the_run(tmp_path: Path, monkeypatch:
     assert "## Failed" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_an_image_that_does_not_fit_the_memory_is_a_failure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(task: Task) -> LabelMap:
+        raise MemoryError("cannot allocate")
+
+    methods = [replace(m, label_map=large) if m.name == "kmeans-2" else m for m in all_methods()]
+    monkeypatch.setattr("msformer.baselines.all_methods", lambda: tuple(methods))
+    data.make_pairs(tmp_path / "data", ("a",))
+    result = evaluate("--data", tmp_path / "data", "--methods", FAST, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "failed: a, k-means, k = 2: cannot allocate" in result.output
+    assert "| k-means, k = 2 | - |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_empty_and_full_masks_and_odd_images(tmp_path: Path) -> None:
     folder = data.make_pairs(tmp_path / "data", ("läsion 1", "b", "c", "d"))
     data.save(folder / "masks" / "b.png", np.zeros((40, 48), np.uint8))
@@ -241,6 +258,60 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     titles = list(pd.read_csv(tmp_path / "table2" / "summary.csv").title.unique())
     variants = ["MS-Former, ce", "MS-Former, ce + inter", "MS-Former, ce + intra", "MS-Former, published"]
     assert titles == ["everything", "Otsu", *variants]
+
+
+def test_an_object_that_vanishes_is_not_an_empty_mask(tmp_path: Path) -> None:
+    folder = data.make_pairs(tmp_path / "data", ("a", "b"))
+    small = np.zeros((400, 480), bool)
+    small[201, 203] = True
+    data.save(folder / "images" / "b.png", data.lesion(small))
+    data.save(folder / "masks" / "b.png", small.astype(np.uint8))
+    result = evaluate("--data", folder, "--methods", "otsu", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "b.png: its 1 pixels vanish at 40 x 40; take a larger --size" in result.output
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv").image) == {"a"}
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    folder = data.make_pairs(tmp_path / "data", ("a", "b", "c"))
+    for kind, name in (("images", "b"), ("masks", "b"), ("images", "c")):
+        os.rename(folder / kind / f"{name}.png", os.fsencode(folder / kind / name) + b"\xe4.png")
+    arguments = ("--data", folder, "--methods", "otsu", "--out", tmp_path / "out")
+    result = evaluate(*arguments)
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv").image) == {"a", "b\ufffd"}
+    assert "c\ufffd.png: has no mask" in (tmp_path / "out" / "report.md").read_text()
+    assert "4 of 4 label maps were already done" in evaluate(*arguments).output
+
+
+def test_a_folder_for_each_patient(tmp_path: Path) -> None:
+    for patient in ("p1", "p2"):
+        data.save(tmp_path / "data" / "images" / patient / "1.png", data.lesion(data.disc()))
+        data.save(tmp_path / "data" / "masks" / patient / "1.png", data.disc().astype(np.uint8))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv").image) == {"p1/1", "p2/1"}
+    assert "4 of 4 label maps were already done" in evaluate(*arguments).output
+
+
+def test_a_method_with_other_settings_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.make_pairs(tmp_path / "data", ("a",))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    methods = [replace(m, settings="another") if m.name == "otsu" else m for m in all_methods()]
+    monkeypatch.setattr("msformer.baselines.all_methods", lambda: tuple(methods))
+    assert "1 of 2 label maps were already done" in evaluate(*arguments).output
+
+
+def test_a_record_that_is_none(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path / "data", ("a",))
+    arguments = ("--data", tmp_path / "data", "--methods", "otsu", "--out", tmp_path / "out")
+    assert evaluate(*arguments).exit_code == 0
+    for content in ("[]", "{}", "1", '{"settings": 3'):
+        (tmp_path / "out" / "maps" / "otsu" / "a.json").write_text(content)
+        result = evaluate(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "1 of 2 label maps were already done" in result.output
 
 
 def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None:

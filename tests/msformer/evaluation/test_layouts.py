@@ -154,6 +154,63 @@ def test_the_same_name_twice(tmp_path: Path) -> None:
     assert any("c.png: has several masks: " in line for line in found.problems)
 
 
+def test_an_image_is_not_its_own_mask(tmp_path: Path) -> None:
+    image = data.save(tmp_path / "a.png", data.lesion(data.disc()))
+    for masks in (None, image):
+        with pytest.raises(ValueError, match=r"a\.png: has no mask"):
+            find_cases(image, masks=masks)
+
+
+def test_a_mask_of_another_image_is_not_taken(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path, ("a", "a_lesion"))
+    (tmp_path / "masks" / "a.png").unlink()
+    found = find_cases(tmp_path)
+    assert [(case.name, case.mask.name) for case in found.cases] == [("a_lesion", "a_lesion.png")]
+    assert len(found.problems) == 1
+    assert "a.png: has no mask" in found.problems[0]
+
+
+def test_a_folder_for_each_patient(tmp_path: Path) -> None:
+    for number, patient in enumerate(("p1", "p2")):
+        for name in ("1", f"only {patient}"):
+            truth = data.disc(radius=8 + number)
+            data.save(tmp_path / "images" / patient / f"{name}.png", data.lesion(truth))
+            data.save(tmp_path / "masks" / patient / f"{name}.png", truth.astype(np.uint8))
+    found = find_cases(tmp_path)
+    assert [case.name for case in found.cases] == ["only p1", "only p2", "p1/1", "p2/1"]
+    assert all(case.image.parent.name == case.mask.parent.name for case in found.cases)
+    assert found.problems == ()
+
+
+def test_names_that_differ_in_case_only(tmp_path: Path) -> None:
+    names = ("Lesion", "lesion", "Mass", "Maß")
+    data.make_pairs(tmp_path, names)
+    if len(list((tmp_path / "images").iterdir())) < len(names):
+        pytest.skip("this file system takes them for the same")
+    found = find_cases(tmp_path)
+    assert [case.name for case in found.cases] == sorted(names)
+    assert all(case.image.name == case.mask.name for case in found.cases)
+
+
+def test_masks_that_are_links_to_one_file(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path)
+    for name in ("b", "c"):
+        (tmp_path / "masks" / f"{name}.png").unlink()
+        (tmp_path / "masks" / f"{name}.png").symlink_to(tmp_path / "masks" / "a.png")
+    found = find_cases(tmp_path)
+    assert ([case.name for case in found.cases], found.problems) == (["a", "b", "c"], ())
+
+
+def test_ph2_behind_links(tmp_path: Path) -> None:
+    root = data.make_ph2(tmp_path / "store") / "PH2 Dataset images"
+    (tmp_path / "ph2").mkdir()
+    for case in root.iterdir():
+        (tmp_path / "ph2" / case.name).symlink_to(case)
+    (root / "IMD002" / "loop").symlink_to(tmp_path / "ph2")
+    found = find_cases(tmp_path / "ph2")
+    assert (found.layout, [case.name for case in found.cases]) == ("ph2", ["IMD002", "IMD003"])
+
+
 def test_earlier_results_are_no_data(tmp_path: Path) -> None:
     data.make_isic(tmp_path)
     data.save(tmp_path / "report" / "maps" / "otsu" / "ISIC_0000001.png", data.disc().astype(np.uint8))

@@ -21,7 +21,7 @@ BROWSER = next(
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluation with spaces & ümlaut")
+    folder = tmp_path_factory.mktemp("evaluation with spaces & ümlaut" + "_and_a_long_name" * 5)
     data.make_pairs(folder / "data", ("a <b>", "b", "c", "empty"))
     data.save(folder / "data" / "masks" / "empty.png", np.zeros((40, 48), np.uint8))
     data.save(folder / "data" / "masks" / "alone.png", np.zeros((40, 48), np.uint8))

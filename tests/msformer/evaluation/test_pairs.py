@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import read_mask, read_pair
@@ -41,6 +42,15 @@ def test_masks_of_ones_and_of_jpeg(tmp_path: Path) -> None:
     assert (read_mask(data.save(tmp_path / "ones.png", truth.astype(np.uint8))) == truth).all()
     jpeg = read_mask(data.save(tmp_path / "lossy.jpg", truth.astype(np.uint8) * 255))
     assert (jpeg != truth).mean() < 0.01, "the ringing of a JPEG is not part of the mask"
+
+
+@pytest.mark.parametrize("colour", ["white", "black"])
+def test_a_mask_that_lives_in_the_alpha_channel(colour: str, tmp_path: Path) -> None:
+    truth = data.disc()
+    image = PILImage.new("RGBA", truth.shape[::-1], colour)
+    image.putalpha(PILImage.fromarray(truth.astype(np.uint8) * 255))
+    image.save(tmp_path / "m.png")
+    assert (read_mask(tmp_path / "m.png") == truth).all()
 
 
 def test_a_row_of_pixels(tmp_path: Path) -> None:

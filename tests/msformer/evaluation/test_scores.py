@@ -135,7 +135,7 @@ def test_dice_at_the_own_size_is_that_of_the_resized_mask(size: tuple[int, int])
 
 
 def test_methods_are_compared_with_the_last_image_by_image() -> None:
-    """An image that one of the two has no score for does not count; a method without results does not stand last."""
+    """An image that one of the two has no score for does not count."""
     methods = [Method(name, name.title(), order, otsu.label_map) for order, name in enumerate(("one", "two", "three"))]
     dice_of = {"one": [0.5, 0.6, 0.9, 0.1], "two": [0.7, 0.9, 0.8, None]}
     rest = {"hm": 0, "xor": 0, "jaccard": 0, "precision": 0, "recall": 0, "hd95": 2, "dsc_full": 0}
@@ -146,8 +146,7 @@ def test_methods_are_compared_with_the_last_image_by_image() -> None:
         for image, value in enumerate(values)
         for protocol in PROTOCOLS
     ]
-    summary = summarise(rows[::-1], methods)
-    assert list(summary.method.unique()) == ["one", "two"]
+    summary = summarise(rows[::-1], methods[:2])
     first = summary.iloc[0]
     assert first.difference == pytest.approx((-0.2 - 0.3 + 0.1) / 3)
     assert first.difference_low == pytest.approx(-0.3)
@@ -158,3 +157,21 @@ def test_methods_are_compared_with_the_last_image_by_image() -> None:
     assert line["HD95, px"] == "2.0 [2.0, 2.0]"
     assert line["speckle"] == "25.0"
     assert dict(zip(header(summary), table_rows(summary, "blind")[1], strict=True))["DSC less that of Two"] == ""
+
+
+def test_a_method_that_failed_on_images_says_so() -> None:
+    methods = [Method(name, name.title(), order, otsu.label_map) for order, name in enumerate(("one", "two", "three"))]
+    rest = dict.fromkeys(("hm", "xor", "jaccard", "precision", "recall", "hd95", "dsc_full"), 0.5)
+    rest |= {"empty_truth": False, "empty_prediction": False, "labels": 2, "speckle": 0.0, "steps": 1, "seconds": 1.0}
+    rows = [
+        {"image": image, "method": name, "protocol": protocol, **rest, "dsc": 0.75}
+        for name, images in (("one", "abcd"), ("two", "b"))
+        for image in images
+        for protocol in PROTOCOLS
+    ]
+    summary = summarise(rows, methods)
+    assert (summary.images == 4).all()
+    lines = {line[0]: line[1:] for line in table_rows(summary, "oracle")}
+    assert lines["One"][0] == "75.0 [75.0, 75.0]"
+    assert lines["Two"][0] == "75.0 (without 3)"
+    assert lines["Three"] == [*["-"] * 8, "", "0", "-", "-", "-"]
