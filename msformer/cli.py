@@ -131,7 +131,7 @@ def main() -> None:
 @click.option("--mask", is_flag=True, help="Write a mask of the object, too.")
 @click.option(
     "--select",
-    type=click.Choice(["auto", "central", "dark", "lung"]),
+    type=click.Choice(["auto", "central", "dark", "lesion", "lung"]),
     default="auto",
     show_default=True,
     help="Rule by which the mask is made.",
@@ -153,8 +153,9 @@ def segment(
     """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, contact sheets and summary.json.
-    With --mask also a binary mask of the object, made by the rule of --select: dark for lesions on skin, lung for CT of
-    the chest, central for anything else; auto takes dark for colour images, lung for CT, central for other grey ones.
+    With --mask also a binary mask of the object, made by the rule of --select: lesion for dermoscopy, dark for other
+    dark objects, lung for CT of the chest, central for anything else; auto takes lesion for colour images, lung for
+    CT, central for other grey ones.
     Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
@@ -240,7 +241,9 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     help="Names, joined by commas; 'list' prints them.",
 )
 @click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
-@click.option("--select", default="auto", show_default=True, help="Rule of the blind score: central, dark, lung.")
+@click.option(
+    "--select", default="auto", show_default=True, help="Rule of the blind score: central, dark, lesion, lung."
+)
 @click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option(

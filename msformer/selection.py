@@ -1,8 +1,10 @@
 """Which labels of a map are the object, when there is no mask to ask: rules that look at the image and the map only.
 
 - ``central``: labels that cover more of the middle of the image than of its border.
-- ``dark``: labels that are dark, where they lie in the middle; for lesions on skin. Where what is dark lies around
-  the middle, it is not the object, which is then found as by ``central``.
+- ``dark``: labels that are dark, where they lie in the middle. Where what is dark lies around the middle, it is not the
+  object, which is then found as by ``central``.
+- ``lesion``: ``dark``, and around it what has not yet faded into the skin; for dermoscopy. Where the border of a lesion
+  is drawn is a matter of the image more than of the label map, and those who draw it include the fading.
 - ``lung``: labels that are dark within the body, for CT slices through the chest. Outside air and lung often share a
   label; `body_mask` tells them apart.
 
@@ -36,6 +38,12 @@ FADING = 1.1
 """Of Otsu's threshold: lesions fade out, and those who draw their masks include the fading."""
 VESSEL = 0.003
 """Of the image: holes in the lungs that are not larger are vessels, and part of them."""
+REACH = 0.045
+"""Of the image's side: how far from the dark part a lesion may fade."""
+AROUND = 0.1
+"""Of the image's side: skin is what is farther than `REACH` from the dark part, and nearer than this."""
+FADED = 0.2
+"""Of the contrast between lesion and skin: what is darker than skin by less is skin."""
 LEAST_PART = 0.3
 """Parts of the object with less than this share of the weight of the largest are specks."""
 
@@ -84,6 +92,21 @@ def dark(labels: NDArray[Any], image: Tensor) -> Mask:
     return filled(parts) if True in _central(parts) else central(labels, image)
 
 
+def lesion(labels: NDArray[Any], image: Tensor) -> Mask:
+    """`dark`, with the pixels near it that are connected to it and darker than the skin around by `FADED` of the
+    contrast; medians tell the grey values of lesion and skin. A sharp border stays where it is.
+    """
+    found, grey = dark(labels, image), grey_levels(image).astype(np.float64)
+    away = ndimage.distance_transform_edt(~found) / np.mean(found.shape)
+    around = grey[(away > REACH) & (away <= AROUND)]
+    skin, contrast = (np.median(around), np.median(around) - np.median(grey[found])) if around.size else (0, 0)
+    if contrast <= 0:
+        return found
+    limit = skin - FADED * contrast
+    parts, _ = ndimage.label(found | ((away <= REACH) & (grey < limit)))
+    return filled(np.isin(parts, np.unique(parts[found])))
+
+
 def lung(labels: NDArray[Any], image: Tensor) -> Mask:
     """Within the body of a CT slice, labels that are no brighter there than Otsu's threshold."""
     body, grey = body_mask(image), grey_levels(image)
@@ -94,7 +117,7 @@ def lung(labels: NDArray[Any], image: Tensor) -> Mask:
     return clean_up(np.isin(labels, found) & body, largest_hole=VESSEL)
 
 
-RULES: dict[str, Rule] = {"central": central, "dark": dark, "lung": lung}
+RULES: dict[str, Rule] = {"central": central, "dark": dark, "lesion": lesion, "lung": lung}
 
 
 AUTO = "auto"
@@ -102,10 +125,10 @@ AUTO = "auto"
 
 
 def rule_for(colour: bool, ct: bool) -> str:
-    """The rule that did best on images of this kind: `dark` on photographs of skin, `lung` on CT slices of the chest;
+    """The rule that did best on images of this kind: `lesion` on photographs of skin, `lung` on CT slices of the chest;
     for others `central`, which assumes least.
     """
-    return "dark" if colour else "lung" if ct else "central"
+    return "lesion" if colour else "lung" if ct else "central"
 
 
 def grey_levels(image: Tensor) -> NDArray[np.uint8]:

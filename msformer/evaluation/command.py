@@ -31,7 +31,7 @@ from msformer_kernels.backends import resolve
 
 FLOORS = ("everything", "otsu")
 """Methods in every table, so that no number stands there without what the simplest guess gets."""
-RULE_OF_LAYOUT = {"ph2": "dark", "isic": "dark", "lung": "lung", "pairs": AUTO}
+RULE_OF_LAYOUT = {"ph2": "lesion", "isic": "lesion", "lung": "lung", "pairs": AUTO}
 
 
 def run(
@@ -163,7 +163,7 @@ a user without masks gets. The oracle scores look at the mask: what the label ma
 published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
 that table without the row "everything". Without an object in the true mask, finding nothing counts as 100 in the blind
 score, and the other three leave the image out; so are fractions of nothing, such as the precision of an empty
-prediction. "(without 2)" says that two images are left out. The last method is compared with every other one image by
-image. Speckle is the share of pixels that differ from both neighbours along their row, or along their column: maps with
+prediction. "(without 2)" says that two images are left out. Every method is compared with the last one image by image:
+"less" it is the mean of the differences. Speckle is the share of pixels that differ from both neighbours along their row, or along their column: maps with
 much of it are no pleasure to look at.
 """

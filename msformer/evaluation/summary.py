@@ -99,8 +99,9 @@ def cell(line: pd.Series, name: str) -> str:
 
 def header(summary: pd.DataFrame) -> list[str]:
     """Of the columns of `table_rows`."""
-    difference = f"DSC less that of {summary.title.iloc[-1]}"
-    return ["method", *MEASURES.values(), difference, "empty predictions", "labels", "speckle", "s an image"]
+    difference = f"less {summary.title.iloc[-1]}"
+    names = ["method", *MEASURES.values(), "empty predictions", "labels", "speckle", "s an image"]
+    return [*names[:2], difference, *names[2:]]
 
 
 def table_rows(summary: pd.DataFrame, protocol: str) -> list[list[str]]:
@@ -109,8 +110,9 @@ def table_rows(summary: pd.DataFrame, protocol: str) -> list[list[str]]:
     return [
         [
             line["title"],
-            *(cell(line, name) for name in MEASURES),
+            cell(line, "dsc"),
             "" if line["method"] == summary.method.iloc[-1] else cell(line, "difference"),
+            *(cell(line, name) for name in list(MEASURES)[1:]),
             str(line["empty_predictions"]),
             "-" if np.isnan(line["labels"]) else f"{line['labels']:.1f}",
             percent(line["speckle"]),

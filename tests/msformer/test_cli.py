@@ -360,7 +360,7 @@ def test_masks(tmp_path: Path) -> None:
     assert pixels.shape == truth.shape
     assert set(np.unique(pixels)) == {0, 255}
     assert dice(pixels > 0, truth) > 0.8
-    assert json.loads((out / "läsion 1.json").read_text())["rule"] == "dark"
+    assert json.loads((out / "läsion 1.json").read_text())["rule"] == "lesion"
     (out / "läsion 1.mask.png").unlink()
     again = run("segment", tmp_path / "images", "--out", out, "--mask", *options)
     assert "already done" not in again.output
@@ -377,7 +377,7 @@ def test_the_rule_follows_the_kind_of_image(tmp_path: Path) -> None:
     result = run("segment", folder, "--out", out, "--mask", *options)
     assert result.exit_code == 0, result.output
     rules = {path.stem: json.loads(path.read_text()).get("rule") for path in out.glob("*.json")}
-    assert rules == {"photo": "dark", "grey": "central", "chest": "lung", "slice": "lung", "summary": None}
+    assert rules == {"photo": "lesion", "grey": "central", "chest": "lung", "slice": "lung", "summary": None}
     result = run("segment", folder, "--out", out, "--mask", "--select", "central", *options)
     assert json.loads((out / "photo.json").read_text())["rule"] == "central"
     usage = run("segment", folder, "--out", out, "--select", "dark")

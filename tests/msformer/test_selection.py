@@ -12,7 +12,7 @@ from torch import Tensor
 from msformer.data import prepare_image
 from msformer.medical import apply_window
 from msformer.scoring import dice
-from msformer.selection import FADING, RULES, body_mask, clean_up, grey_levels, select
+from msformer.selection import FADING, REACH, RULES, body_mask, clean_up, grey_levels, select
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs
 
 TRUTH = disc(64, 80, 16)
@@ -83,6 +83,42 @@ def test_a_lesion_of_several_labels() -> None:
         assert (select(rule, labels, skin()) == TRUTH).all()
 
 
+def fading(radius: float, width: float, size: int = 128) -> Tensor:
+    """A lesion whose border fades into the skin over a width."""
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    grey = 80 + 120 * np.clip((np.hypot(rows, columns) - radius) / max(width, 1e-9), 0, 1)
+    return prepare_image(np.stack([grey.astype(np.uint8)] * 3, axis=2))
+
+
+def test_the_fading_border_of_a_lesion_belongs_to_it() -> None:
+    core = disc(128, 128, 30)
+    image = fading(30, 6)
+    found = select("lesion", core.astype(int), image)
+    assert dice(found, disc(128, 128, 30 + 0.8 * 6)) > 0.98, "up to where a fifth of the contrast is left"
+    assert (select("dark", core.astype(int), image) == core).all()
+    for sharp in (skin(core), fading(30, 0)):
+        assert dice(select("lesion", core.astype(int), sharp), core) > 0.99
+    far = select("lesion", core.astype(int), fading(30, 20))
+    assert far.sum() <= disc(128, 128, 31 + REACH * 128).sum(), "not farther than a lesion fades"
+
+
+def test_a_dark_spot_beside_the_lesion_is_not_its_border() -> None:
+    truth = disc(128, 128, 30)
+    pixels = lesion(truth)
+    pixels[64, 97:99] = 60
+    found = select("lesion", truth.astype(int), prepare_image(pixels))
+    assert (found == truth).all()
+
+
+@pytest.mark.parametrize("radius", [12, 30, 200])
+def test_a_lesion_of_any_size_and_a_bright_object(radius: int) -> None:
+    """`lesion` is `dark` where the border is sharp, no skin is to be seen, or the object is bright."""
+    truth = disc(128, 128, radius)
+    for image in (skin(truth), skin(~truth)):
+        labels = truth + 2 * disc(128, 128, radius / 2)
+        assert (select("lesion", labels, image) == select("dark", labels, image)).all()
+
+
 def test_specks_and_holes() -> None:
     labels = TRUTH.astype(int)
     labels[30:33, 38:41] = 0
@@ -113,7 +149,7 @@ def test_one_label_is_everything(rule: str) -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(ValueError, match="select: unknown rule 'best'; expected one of central, dark, lung"):
+    with pytest.raises(ValueError, match="select: unknown rule 'best'; expected one of central, dark, lesion, lung"):
         select("best", np.zeros((4, 4), int), torch.zeros(3, 4, 4))
 
 

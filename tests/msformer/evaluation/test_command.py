@@ -50,7 +50,7 @@ def test_a_report(tmp_path: Path) -> None:
     assert summary.loc[("published", "everything"), "dsc"] > summary.loc[("oracle", "everything"), "dsc"]
     text = (out / "report.md").read_text()
     for heading in (
-        "Blind: labels chosen without the mask, by the rule dark",
+        "Blind: labels chosen without the mask, by the rule lesion",
         "Oracle: the one label",
         "within the mask dilated by 6",
     ):
@@ -246,7 +246,7 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
         summary = pd.read_csv(out / "summary.csv").set_index(["protocol", "method"])
         assert set(summary.index.get_level_values("method")) == {"everything", "otsu"}, "the floors are always there"
         assert summary.dsc["blind", "otsu"] > 0.9
-    assert rules == {"lung": "lung", "isic": "dark"}
+    assert rules == {"lung": "lung", "isic": "lesion"}
 
     def fast(task: Task) -> LabelMap:
         return otsu.label_map(task)
@@ -328,10 +328,10 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     found = scores[(scores.method == "otsu") & (scores.protocol == "blind")].set_index("image")
-    assert found.rule.to_dict() == {"photo": "dark", "chest": "lung", "bright": "central"}
+    assert found.rule.to_dict() == {"photo": "lesion", "chest": "lung", "bright": "central"}
     assert (found.dsc > 0.9).all()
     text = (tmp_path / "out" / "report.md").read_text()
-    assert all(f"{rule} (1)" in text for rule in ("dark", "lung", "central"))
+    assert all(f"{rule} (1)" in text for rule in ("lesion", "lung", "central"))
     assert evaluate(*arguments, "--select", "central").exit_code == 0
     assert set(pd.read_csv(tmp_path / "out" / "scores.csv").rule) == {"central"}
 
@@ -340,7 +340,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (("--methods", "unet"), "methods: unknown 'unet'"),
-        (("--select", "best"), "select: unknown rule 'best'; expected auto, central, dark, lung"),
+        (("--select", "best"), "select: unknown rule 'best'; expected auto, central, dark, lesion, lung"),
         (("--layout", "cityscapes"), "layout: unknown 'cityscapes'"),
         (("--data", "nowhere"), "nowhere: no such file or folder"),
         (("--device", "tpu"), "device: 'tpu' cannot be used"),

@@ -153,10 +153,10 @@ def test_methods_are_compared_with_the_last_image_by_image() -> None:
     assert first.difference_high == pytest.approx(0.1)
     assert cell(first, "difference") == "-13.3 [-30.0, +10.0] (without 1)"
     line = dict(zip(header(summary), table_rows(summary, "blind")[0], strict=True))
-    assert line["DSC less that of Two"] == "-13.3 [-30.0, +10.0] (without 1)"
+    assert line["less Two"] == "-13.3 [-30.0, +10.0] (without 1)"
     assert line["HD95, px"] == "2.0 [2.0, 2.0]"
     assert line["speckle"] == "25.0"
-    assert dict(zip(header(summary), table_rows(summary, "blind")[1], strict=True))["DSC less that of Two"] == ""
+    assert dict(zip(header(summary), table_rows(summary, "blind")[1], strict=True))["less Two"] == ""
 
 
 def test_a_method_that_failed_on_images_says_so() -> None:
@@ -174,4 +174,4 @@ def test_a_method_that_failed_on_images_says_so() -> None:
     lines = {line[0]: line[1:] for line in table_rows(summary, "oracle")}
     assert lines["One"][0] == "75.0 [75.0, 75.0]"
     assert lines["Two"][0] == "75.0 (without 3)"
-    assert lines["Three"] == [*["-"] * 8, "", "0", "-", "-", "-"]
+    assert lines["Three"] == ["-", "", *["-"] * 7, "0", "-", "-", "-"]
