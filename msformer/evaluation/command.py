@@ -163,7 +163,7 @@ a user without masks gets. The oracle scores look at the mask: what the label ma
 published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
 that table without the row "everything". Without an object in the true mask, finding nothing counts as 100 in the blind
 score, and the other three leave the image out; so are fractions of nothing, such as the precision of an empty
-prediction. "(without 2)" says that two images are left out. Every method is compared with the last one image by image:
-"less" it is the mean of the differences. Speckle is the share of pixels that differ from both neighbours along their row, or along their column: maps with
-much of it are no pleasure to look at.
+prediction. "(without 2)" says that two images are left out. The column "less …" compares every method with the last
+one: its DSC less the other's, image by image. Speckle is the share of pixels that differ from both neighbours along
+their row, or along their column: maps with much of it are no pleasure to look at.
 """
