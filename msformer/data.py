@@ -2,7 +2,8 @@
 
 That form is a float32 tensor ``[3, H, W]`` with values in [0, 1]. 8-bit values are divided by 255. 16-bit and
 floating-point values have no agreed white point (12-bit cameras, Hounsfield units), so they are stretched from the
-image's own minimum and maximum to 0 and 1; a constant image becomes zeros. Grey images become three equal channels.
+image's own minimum and maximum to 0 and 1; a constant image becomes zeros. (Files of Hounsfield units are shown in
+the window of CT, see `read_image`.) Grey images become three equal channels.
 """
 
 from __future__ import annotations

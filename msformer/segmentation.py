@@ -89,9 +89,9 @@ def segment(
     state is left as it was. May be called from several threads: on a GPU each fit has a stream of its own.
 
     Args:
-        image: a path; a PIL image; an array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is
-            dropped); or a tensor ``[1 or 3, H, W]``. 8-bit values are divided by 255; 16-bit and floating-point values
-            are stretched from their minimum and maximum to 0 and 1.
+        image: a path, read as `msformer.data.read_image` says; a PIL image; an array ``[H, W]``, ``[H, W, 1]``,
+            ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is dropped); or a tensor ``[1 or 3, H, W]``. 8-bit values are divided
+            by 255; 16-bit and floating-point values are stretched from their minimum and maximum to 0 and 1.
         preset: a name in `msformer.presets.PRESETS`; what is not given below is as it says.
         size: side the image is resized to (area-weighted when shrinking), or (height, width); None keeps its size.
         max_steps: steps at most.

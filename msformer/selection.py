@@ -9,8 +9,7 @@
   label; `body_mask` tells them apart.
 
 All end with `clean_up`. A map of one label leaves nothing to choose: the object is everything, or for ``lung`` nothing
-where there is no body. docs/evaluation.md has
-what each is worth on which images.
+where there is no body. docs/evaluation.md has what each is worth on which images.
 """
 
 from __future__ import annotations
