@@ -15,7 +15,7 @@ TORCH_CPU_VERSION := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test bench lint build clean
 
@@ -31,14 +31,13 @@ bench: $(VENV)/installed-bench
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typing && ln -sfn ../../kernels build/typing/msformer_kernels
-	MYPYPATH=build/typing $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks
+	MYPYPATH=kernels $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/_native*
+	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_native*
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

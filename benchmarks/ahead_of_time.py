@@ -101,7 +101,7 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from msformer_kernels.triton_table import architecture
+    from msformer_kernels.triton.table import architecture
 
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     launch = JITFunction.run
@@ -125,7 +125,7 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
 def launch_everything(dim: int, dtype: torch.dtype, attention_only: bool) -> None:
     """Calls every operator, or self-attention only, forward and backward, with the triton backend."""
     import msformer_kernels as kernels
-    from msformer_kernels import backends
+    from msformer_kernels.core import backends
 
     heads = {32: 1, 64: 2, 100: 1, 160: 5, 256: 8}.get(dim, 1)
     block = kernels.EfficientTransformerBlock(dim, num_heads=heads).to(dtype)

@@ -47,9 +47,7 @@ def import_kernels() -> None:
     try:
         import msformer_kernels  # noqa: F401
     except ImportError:
-        folder = Path(tempfile.mkdtemp())
-        (folder / "msformer_kernels").symlink_to(ROOT / "kernels")
-        sys.path.insert(0, str(folder))
+        sys.path.insert(0, str(ROOT / "kernels"))
 
 
 @dataclass

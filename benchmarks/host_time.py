@@ -38,7 +38,7 @@ def calls(dim: int) -> dict[str, Callable[[], Any]]:
 def measure(target: str = "sm_90", dim: int = 32, repeats: int = 300) -> Iterator[tuple[str, float]]:
     """(operator, seconds a call)"""
     import msformer_kernels as kernels
-    from msformer_kernels import backends
+    from msformer_kernels.core import backends
 
     torch.set_num_threads(1)
     interpreted = mock.patch.object(backends, "_interpreted", True)

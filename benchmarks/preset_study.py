@@ -39,7 +39,7 @@ from msformer.model import MSFormer
 from msformer.output import complete_file, prepare_folder
 from msformer.presets import LossWeights
 from msformer.segmentation import seeded
-from msformer_kernels.backends import resolve
+from msformer_kernels.core.backends import resolve
 
 SHOWN = ("blind", "oracle", "oracle-union")
 

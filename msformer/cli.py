@@ -103,7 +103,7 @@ def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -
     from msformer.data import Reading
     from msformer.runs import Plan
     from msformer.segmentation import find_device
-    from msformer_kernels.backends import resolve
+    from msformer_kernels.core.backends import resolve
 
     run = {name: values.pop(name) for name in ("preset", "seed")}
     device = find_device(values.pop("device"))

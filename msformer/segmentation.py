@@ -30,7 +30,7 @@ from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.presets import DEFAULT, LossWeights, Preset, Size, find_preset
 from msformer.streams import own_stream
-from msformer_kernels.backends import resolve
+from msformer_kernels.core.backends import resolve
 
 Labels = NDArray[np.integer]
 ImageLike = str | PathLike[str] | NDArray[np.generic] | Tensor | PILImage.Image

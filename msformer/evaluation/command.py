@@ -27,7 +27,7 @@ from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.selection import AUTO, RULES
-from msformer_kernels.backends import resolve
+from msformer_kernels.core.backends import resolve
 
 FLOORS = ("everything", "otsu")
 """Methods in every table, so that no number stands there without what the simplest guess gets."""

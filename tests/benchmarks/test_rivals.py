@@ -135,7 +135,7 @@ def test_images_agree_in_their_first_loss() -> None:
 
 
 def test_each_rival_runs_on_its_backend() -> None:
-    from msformer_kernels.backends import resolve
+    from msformer_kernels.core.backends import resolve
 
     for rival in ("published", "eager", "compile", "exact", *backends()):
         with running(rival, "float32"):

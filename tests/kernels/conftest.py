@@ -39,7 +39,7 @@ def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     name, _, form = name_and_form.partition("-")
     require(name)
     if name == "triton":
-        calls = import_module("msformer_kernels.efficient_self_attention.triton_calls")
+        calls = import_module("msformer_kernels.ops.efficient_self_attention.triton_calls")
         monkeypatch.setattr(calls, "MOST_FOLDED", 128 if form == "folded" else 0)
         # the folded form serves float32 only with tf32, which the interpreter computes in full float32
         before = torch.backends.cuda.matmul.allow_tf32
@@ -47,10 +47,9 @@ def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         yield name
         torch.backends.cuda.matmul.allow_tf32 = before
         return
-    native = import_module("msformer_kernels._native")
-    native.set_form(form)
+    arguments = import_module("msformer_kernels.native.arguments")
+    monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
     yield name
-    native.set_form("by_shape")
 
 
 @pytest.fixture
@@ -71,12 +70,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def isa() -> Iterator[None]:
-    """Puts the instruction set back."""
-    native = pytest.importorskip("msformer_kernels._native")
-    before = native.isa()
-    yield
-    native.set_isa(before)

@@ -73,21 +73,6 @@ def check_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
     check_rule(ours, eager, truth)
 
 
-@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[14], SMALL[15], SMALL[20], LARGE[2], LARGE[4]], ids=str)
-def test_every_instruction_set(case: Case, float64_backend: str, isa: None) -> None:
-    from msformer_kernels import _native
-
-    tensors = cast(case.make(), torch.float32)
-    expected = run(case, cast(case.make(), torch.float64), "reference")
-    for name in _native.available_isas():
-        _native.set_isa(name)
-        for key, found in run(case, tensors, float64_backend).items():
-            scale = max(1.0, expected[key].abs().max().item())
-            torch.testing.assert_close(
-                found.double(), expected[key], rtol=0, atol=2e-5 * scale, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
-            )
-
-
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
     """Through an operator that only applies the activation: identity linears, a centre tap of one."""

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import msformer_kernels as kernels
-from msformer_kernels import backends
-from msformer_kernels.backends import resolve
+from msformer_kernels.core import backends
+from msformer_kernels.core.backends import resolve
 from tests.kernels.cases import require
 
 

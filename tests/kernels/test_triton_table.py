@@ -14,8 +14,9 @@ import torch
 from tests.kernels.cases import require
 
 pytest.importorskip("triton")
-from msformer_kernels import triton_table, tune
-from msformer_kernels.triton_table import TABLE, entry_name, launch_options, limit_of, table_entry
+from msformer_kernels import tune
+from msformer_kernels.triton import table as triton_table
+from msformer_kernels.triton.table import TABLE, entry_name, launch_options, limit_of, table_entry
 
 BF16 = torch.empty(0, dtype=torch.bfloat16)
 

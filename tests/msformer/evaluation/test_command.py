@@ -23,7 +23,7 @@ from msformer.baselines import LabelMap, Method, Task, all_methods
 from msformer.cli import main
 from msformer.evaluation import command
 from msformer.evaluation.protocols import PROTOCOLS
-from msformer_kernels.backends import resolve
+from msformer_kernels.core.backends import resolve
 from tests.msformer.evaluation import data
 
 FAST = "everything, otsu, kmeans-2"

@@ -1,0 +1,140 @@
+// What Python hands to the kernels: raw pointers, sizes and strides (in elements). No functions with code here: this header
+// is shared by all variants of the CPU code.
+//
+// "Parameters" (weights, biases), statistics and gradients of parameters are contiguous arrays of the arithmetic type:
+// double when the activations are float64, else float. Activations may have any strides and are converted on the way.
+// A null pointer stands for an absent optional argument.
+#pragma once
+
+#include <cstdint>
+
+namespace msformer {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Activation {  // [batch, head, token, channel]; token layouts have one head
+  void* data;
+  DType dtype;
+  std::int64_t batch_stride, head_stride, token_stride, channel_stride;
+};
+
+struct Mask {  // [batch, token], one byte each, non-zero keeps the token
+  const unsigned char* data;
+  std::int64_t batch_stride, token_stride;
+};
+
+// How images are worked on: as measured to be the better way for the shape, or always as images of many or of few tokens.
+enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
+
+// query [B, H, Nq, Dk], key [B, H, N, Dk], value [B, H, N, Dv]
+struct AttentionArguments {
+  int num_threads;
+  std::int64_t batch, heads, query_tokens, key_tokens, key_channels, value_channels;
+  double query_scale, key_scale, output_scale;
+  bool normalize_query, softmax;  // softmax: else "scaling" by the square root of the number of kept tokens
+  Activation query, key, value;
+  Mask mask;
+  void *context, *key_max, *key_sum;  // [B, H, Dk, Dv], [B, H, Dk], [B, H, Dk]
+  Activation output;                  // forward
+  Activation grad_output;             // backward, from here on
+  const void* grad_context;
+  Activation grad_query, grad_key, grad_value;
+};
+
+// The parameters of an operator, and their gradients, stand once: P is const void* or void*. Their order is that of the
+// declaration in Python, which hands them over as one list.
+template <class P> struct AffineParameters {  // of a norm, or of a linear layer
+  P weight, bias;
+};
+
+template <class P> struct SelfAttentionParameters {  // weights as in torch.nn.Linear: [out, in]
+  P query_weight, query_bias, key_weight, value_weight, value_bias, output_weight, output_bias;
+  AffineParameters<P> norm;
+};
+
+// x [B, N, C]
+struct SelfAttentionArguments {
+  int num_threads;
+  std::int64_t batch, tokens, channels, key_channels, value_channels, heads;
+  Form form;
+  double norm_eps;
+  bool residual;
+  Activation x;
+  Mask mask;
+  SelfAttentionParameters<const void*> parameters;
+  void *context, *key_max, *key_sum, *key_tokens;  // [B, H, Dk/H, Dv/H], [B, Dk], [B, Dk], [B, Dk, C]
+  Activation output;                               // forward
+  Activation grad_output;                          // backward, from here on
+  const void* grad_context;
+  Activation grad_x;
+  SelfAttentionParameters<void*> gradients;
+};
+
+enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
+
+template <class P> struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
+  P fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias;
+  AffineParameters<P> hidden_norm, norm;
+};
+
+// x [B, height * width, C]
+struct MixFFNArguments {
+  int num_threads;
+  std::int64_t batch, height, width, channels, hidden;
+  Form form;
+  double norm_eps;
+  bool skip, residual;
+  ActivationFunction activation;
+  Activation x;
+  MixFFNParameters<const void*> parameters;
+  Activation output;       // forward
+  Activation grad_output;  // backward, from here on
+  Activation grad_x;
+  MixFFNParameters<void*> gradients;
+};
+
+// x [B, N, in]; weight as in torch.nn.Linear: [out, in]
+struct LinearArguments {
+  int num_threads;
+  std::int64_t batch, tokens, in_features, out_features;
+  Activation x;
+  AffineParameters<const void*> parameters;
+  Activation output;       // forward
+  Activation grad_output;  // backward, from here on
+  Activation grad_x;       // without data where it is not wanted
+  AffineParameters<void*> gradients;
+};
+
+// x [B, N, C]; mean and variance (biased) [C]
+struct BatchNormArguments {
+  int num_threads;
+  std::int64_t batch, tokens, channels;
+  double eps;
+  Activation x;
+  AffineParameters<const void*> parameters;
+  void *mean, *variance;
+  Activation output;       // forward
+  Activation grad_output;  // backward, from here on
+  Activation grad_x;
+  AffineParameters<void*> gradients;
+};
+
+// The operators: each has a forward and a backward for its arguments in every variant. This list is all that the module
+// and the dispatch know of them.
+#define MSFORMER_FOR_EACH_OPERATOR(X)          \
+  X(attention, AttentionArguments)             \
+  X(self_attention, SelfAttentionArguments)    \
+  X(mix_ffn, MixFFNArguments)                  \
+  X(linear, LinearArguments)                   \
+  X(batch_norm, BatchNormArguments)
+
+// The entry points of one variant.
+struct Kernels {
+#define MSFORMER_MEMBERS(name, Arguments)   \
+  void (*name##_forward)(const Arguments&); \
+  void (*name##_backward)(const Arguments&);
+  MSFORMER_FOR_EACH_OPERATOR(MSFORMER_MEMBERS)
+#undef MSFORMER_MEMBERS
+};
+
+}  // namespace msformer

@@ -1,0 +1,90 @@
+// LayerNorm of rows in scratch memory, on the way in, and its gradient on the way out.
+#pragma once
+
+#include "sums.h"
+
+namespace msformer::MSFORMER_VARIANT {
+
+// mean and 1 / sqrt(variance + eps) of one row, variance about the mean (two passes over a row that is in L1)
+template <class T> inline void row_statistics(const T* row, std::int64_t channels, T eps, T& mean, T& rstd) {
+  constexpr int W = kWidth<T>;
+  const std::int64_t whole = channels / W * W;
+  Vector<T> sum{};
+  for (std::int64_t c = 0; c < padded<T>(channels); c += W) sum += load(row + c);  // padding is zero
+  mean = horizontal_sum<T>(sum) / static_cast<T>(channels);
+  Vector<T> squares{};
+  for (std::int64_t c = 0; c < whole; c += W) {
+    const Vector<T> d = load(row + c) - mean;
+    squares += d * d;
+  }
+  if (whole < channels) {
+    const Vector<T> d = keep_lanes<T>(load(row + whole) - mean, channels - whole);
+    squares += d * d;
+  }
+  const T variance = horizontal_sum<T>(squares) / static_cast<T>(channels);
+  rstd = T(1) / static_cast<T>(sizeof(T) == 4 ? __builtin_sqrtf(static_cast<float>(variance + eps))
+                                              : __builtin_sqrt(static_cast<double>(variance + eps)));
+}
+
+// LayerNorm's weight and bias, padded with zeros. Without LayerNorm weight is null.
+template <class T> struct Norm {
+  const T* weight = nullptr;
+  const T* bias = nullptr;
+  T eps = T(0);
+};
+
+// LayerNorm of rows: in -> normalized (before weight and bias), out (after). Any of the three may be the same memory.
+// rstd: one value a row, may be null.
+template <class T>
+void layer_norm(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, const T* in, T* normalized, T* out,
+                std::int64_t leading, T* rstd_out) {
+  constexpr int W = kWidth<T>;
+  const std::int64_t whole = channels / W * W, width = padded<T>(channels);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const T* row = in + i * leading;
+    T mean, rstd;
+    row_statistics(row, channels, norm.eps, mean, rstd);
+    for (std::int64_t c = 0; c < width; c += W) {
+      Vector<T> x = (load(row + c) - mean) * rstd;
+      if (c == whole) x = keep_lanes<T>(x, channels - whole);
+      store(normalized + i * leading + c, x);
+      store(out + i * leading + c, x * load(norm.weight + c) + load(norm.bias + c));
+    }
+    if (rstd_out) rstd_out[i] = rstd;
+  }
+}
+
+// Gradient of LayerNorm: grad [rows, leading] of its output becomes that of its input, in place;
+// grad_weight and grad_bias are added to.
+template <class T>
+void layer_norm_backward(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, const T* normalized, const T* rstd,
+                         T* grad, std::int64_t leading, T* grad_weight, T* grad_bias) {
+  constexpr int W = kWidth<T>;
+  const std::int64_t width = padded<T>(channels);
+  const T inverse = T(1) / static_cast<T>(channels);
+  for (std::int64_t c = 0; c < width; c += W) {
+    Vector<T> weight_sum{}, bias_sum{};
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const Vector<T> g = load(grad + i * leading + c);
+      weight_sum += g * load(normalized + i * leading + c);
+      bias_sum += g;
+    }
+    store(grad_weight + c, load(grad_weight + c) + weight_sum);
+    store(grad_bias + c, load(grad_bias + c) + bias_sum);
+  }
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const T* x = normalized + i * leading;
+    T* g = grad + i * leading;
+    Vector<T> sum{}, dot{};
+    for (std::int64_t c = 0; c < width; c += W) {
+      const Vector<T> scaled = load(g + c) * load(norm.weight + c);
+      store(g + c, scaled);
+      sum += scaled;
+      dot += scaled * load(x + c);
+    }
+    const T mean = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
+    for (std::int64_t c = 0; c < width; c += W) store(g + c, (load(g + c) - mean - load(x + c) * mean_dot) * rstd[i]);
+  }
+}
+
+}  // namespace msformer::MSFORMER_VARIANT

@@ -1,0 +1,129 @@
+// Blocks of tokens on their way between the user's tensors (any strides; float32, float64, bfloat16, float16) and scratch
+// memory (row-major, arithmetic type, rows padded with zeros to whole vectors); and how tokens are cut into blocks.
+#pragma once
+
+#include <type_traits>
+
+#include "../../abi.h"
+#include "convert.h"
+
+namespace msformer::MSFORMER_VARIANT {
+
+// calls visit with a pointer to the activation's element type, at (batch, head, token)
+template <class Visit>
+inline void visit_elements(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, Visit visit) {
+  const std::int64_t offset = batch * x.batch_stride + head * x.head_stride + token * x.token_stride;
+  switch (x.dtype) {
+    case DType::float32: visit(static_cast<float*>(x.data) + offset); break;
+    case DType::float64: visit(static_cast<double*>(x.data) + offset); break;
+    case DType::bfloat16: visit(static_cast<BFloat16*>(x.data) + offset); break;
+    case DType::float16: visit(static_cast<Float16*>(x.data) + offset); break;
+  }
+}
+
+// whole vectors of bfloat16, the same as to_float and to_bfloat16
+inline Vector<float> load_bfloat16(const BFloat16* p) {
+  typedef Simd<float>::Bits Bits;
+  const Bits bits = __builtin_convertvector(*reinterpret_cast<const Simd<float>::Halves*>(p), Bits);
+  return reinterpret_cast<Vector<float>>(bits << 16);
+}
+inline void store_bfloat16(BFloat16* p, Vector<float> x) {
+  typedef Simd<float>::Bits Bits;
+  const Bits bits = reinterpret_cast<Bits>(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits kept = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  *reinterpret_cast<Simd<float>::Halves*>(p) = __builtin_convertvector(kept, Simd<float>::Halves);
+}
+
+// row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
+template <class T, class S> inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = channels / W * W;
+  if constexpr (sizeof(T) == sizeof(S)) {
+    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_unaligned(reinterpret_cast<const T*>(source) + c));
+  } else if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value) {
+    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_bfloat16(source + c));
+  } else {
+    for (std::int64_t c = 0; c < whole; ++c) out[c] = convert<T>(source[c]);
+  }
+  for (std::int64_t c = whole; c < leading; c += W) {
+    alignas(64) T last[W] = {};
+    for (std::int64_t i = 0; i < channels - c; ++i) last[i] = convert<T>(source[c + i]);
+    store(out + c, load(last));
+  }
+}
+
+// rows [tokens, channels] of one batch and head -> out [tokens, leading], padding zeroed
+template <class T>
+void load_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                 std::int64_t channels, T* out, std::int64_t leading) {
+  visit_elements(x, batch, head, token, [&](const auto* source) {
+    const std::int64_t by_token = x.token_stride, by_channel = x.channel_stride;
+    if (by_channel == 1) {
+      for (std::int64_t i = 0; i < tokens; ++i) load_row<T>(source + i * by_token, channels, out + i * leading, leading);
+      return;
+    }
+    for (std::int64_t c = 0; c < channels; ++c)
+      for (std::int64_t i = 0; i < tokens; ++i) out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
+    for (std::int64_t i = 0; i < tokens; ++i)
+      for (std::int64_t c = channels; c < leading; ++c) out[i * leading + c] = T(0);
+  });
+}
+
+template <class T, class S> inline void store_row(const T* in, std::int64_t channels, S* target) {
+  constexpr std::int64_t W = kWidth<T>;
+  std::int64_t c = 0;
+  if constexpr (sizeof(T) == sizeof(S))
+    for (; c + W <= channels; c += W) store_unaligned(reinterpret_cast<T*>(target) + c, load(in + c));
+  if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value)
+    for (; c + W <= channels; c += W) store_bfloat16(target + c, load(in + c));
+  for (; c < channels; ++c) assign(target[c], in[c]);
+}
+
+template <class T>
+void store_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                  std::int64_t channels, const T* in, std::int64_t leading) {
+  visit_elements(x, batch, head, token, [&](auto* target) {
+    if (x.channel_stride == 1) {
+      for (std::int64_t i = 0; i < tokens; ++i) store_row<T>(in + i * leading, channels, target + i * x.token_stride);
+      return;
+    }
+    for (std::int64_t i = 0; i < tokens; ++i)
+      for (std::int64_t c = 0; c < channels; ++c)
+        assign(target[i * x.token_stride + c * x.channel_stride], in[i * leading + c]);
+  });
+}
+
+// out [padded(count)] = source, or zeros when it is null; zero padding
+template <class T> inline const T* copy_padded(T* out, const void* source, std::int64_t count) {
+  const std::int64_t given = source ? count : 0;
+  if (given) std::memcpy(out, source, sizeof(T) * static_cast<std::size_t>(given));
+  for (std::int64_t i = given; i < padded<T>(count); ++i) out[i] = T(0);
+  return out;
+}
+
+// How tokens are cut into chunks, and chunks into blocks: by the shape alone, never by the number of threads. Chunks are
+// nearly equal, and so are the blocks of one chunk.
+struct Split {
+  std::int64_t count, size;
+};
+
+constexpr std::int64_t kBlockTokens = 96;  // the most that one step of a kernel holds in scratch
+
+inline Split split_tokens(std::int64_t tokens, std::int64_t images) {
+  const std::int64_t wanted = max_of<std::int64_t>(1, 64 / max_of<std::int64_t>(1, images));
+  const std::int64_t few = min_of<std::int64_t>(8, tokens / 24);  // small chunks, rather than leave cores idle
+  const std::int64_t count = max_of<std::int64_t>(1, min_of(wanted, max_of(few, tokens / kBlockTokens)));
+  const std::int64_t size = max_of<std::int64_t>(1, (tokens + count - 1) / count);
+  return {max_of<std::int64_t>(1, (tokens + size - 1) / size), size};
+}
+
+// calls task(first token, tokens) for the blocks of [first, last)
+template <class Task> inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task) {
+  const std::int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    const std::int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks;
+    task(begin, end - begin);
+  }
+}
+
+}  // namespace msformer::MSFORMER_VARIANT

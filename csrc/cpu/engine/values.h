@@ -1,0 +1,76 @@
+// The engine that multiplies values as they are, float or double; and how a right-hand side is packed.
+#pragma once
+
+#include "../base/parallel.h"
+#include "gemm.h"
+
+namespace msformer::MSFORMER_VARIANT {
+
+// One panel of a packed right-hand side: columns [begin, begin + width), of which `filled` are in the source.
+template <class T>
+inline void pack_panel(T* to, const T* from, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+                       std::int64_t width, std::int64_t filled) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = filled / W * W, whole_k = n_stride == 1 ? k : k / W * W;
+  for (std::int64_t j = 0; j < whole; j += W) {
+    if (n_stride == 1) {
+      for (std::int64_t i = 0; i < k; ++i) store(to + i * width + j, load_unaligned(from + i * k_stride + j));
+    } else {
+      for (std::int64_t i = 0; i < whole_k; i += W) {
+        Vector<T> block[W];
+        for (std::int64_t row = 0; row < W; ++row) block[row] = load_unaligned(from + i + (j + row) * n_stride);
+        transpose<T>(block);
+        for (std::int64_t row = 0; row < W; ++row) store(to + (i + row) * width + j, block[row]);
+      }
+    }
+  }
+  // what is left: the last rows of the transposed blocks, and the columns of the last, incomplete vector
+  for (std::int64_t i = whole_k; i < k; ++i)
+    for (std::int64_t j = 0; j < whole; ++j) to[i * width + j] = from[i * k_stride + j * n_stride];
+  for (std::int64_t j = whole; j < filled; ++j)
+    for (std::int64_t i = 0; i < k; ++i) to[i * width + j] = from[i * k_stride + j * n_stride];
+  for (std::int64_t i = 0; i < k; ++i)
+    for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
+}
+
+// calls task(first column, columns, columns in the source) for the panels of a k x n right-hand side, in parallel where it is
+// large
+template <class T, class Task> void for_panels(int num_threads, std::int64_t k, std::int64_t n, const Task& task) {
+  constexpr std::int64_t W = kWidth<T>, kWorthThreads = 1 << 15;
+  const Panels panels(padded<T>(n) / W);
+  parallel_for(panels.count, k * n < kWorthThreads ? 1 : num_threads, 0, [&](std::int64_t panel, void*) {
+    const std::int64_t begin = panels.begin(panel) * W, width = panels.begin(panel + 1) * W - begin;
+    task(begin, width, min_of(width, n - begin));
+  });
+}
+
+template <class T> struct Values {
+  using Value = T;
+  using Element = T;
+
+  static void multiply_add(Vector<T>& sum, T a, Vector<T> b) { sum += splat(a) * b; }
+  static Vector<T> load_right(const T* p) { return load(p); }
+
+  static void round_operands(T*, std::int64_t) {}  // values as the products take them
+
+  static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return k * n_padded; }
+
+  static void pack(int num_threads, T* out, const T* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+                   std::int64_t n) {
+    for_panels<T>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
+      pack_panel(out + begin * k, data + begin * n_stride, k_stride, n_stride, k, width, filled);
+    });
+  }
+
+  static void multiply(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda, const T* packed,
+                       Start start, const T* bias, const Output<T>& c) {
+    gemm<Values>(rows, k, n_padded, {a, lda, 1}, {packed, 0}, start, bias, c);
+  }
+
+  static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a, std::int64_t lda,
+                             const T* b, std::int64_t ldb, const Output<T>& c) {
+    gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
+  }
+};
+
+}  // namespace msformer::MSFORMER_VARIANT

@@ -1,0 +1,323 @@
+// MixFFN, what forward and backward share: how an image is cut into pieces, the hidden rows, the depthwise convolution and
+// the activation.
+//
+// An image is cut into strips of columns and bands of rows; a piece (image, strip, band) walks its rows from top to bottom
+// and keeps three rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole N x hidden
+// tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
+#pragma once
+
+#include <type_traits>
+
+#include "../base/norm.h"
+#include "../base/tokens.h"
+#include "../engine/products.h"
+
+namespace msformer::MSFORMER_VARIANT {
+
+// whether an image has so few tokens that it is better worked on as a whole than in strips
+bool mix_ffn_fits_whole(const MixFFNArguments& a);
+void mix_ffn_whole_forward(const MixFFNArguments& a);
+void mix_ffn_whole_backward(const MixFFNArguments& a);
+
+// Gradients of the parameters that are not matrices, padded.
+template <class T> struct VectorGradients {
+  T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
+
+  VectorGradients(Arena& arena, std::int64_t width, std::int64_t hidden_width)
+      : taps(arena.take<T>(9 * hidden_width)),
+        fc1_bias(arena.take<T>(hidden_width)),
+        dw_bias(arena.take<T>(hidden_width)),
+        hidden_weight(arena.take<T>(hidden_width)),
+        hidden_bias(arena.take<T>(hidden_width)),
+        fc2_bias(arena.take<T>(width)),
+        norm_weight(arena.take<T>(width)),
+        norm_bias(arena.take<T>(width)) {}
+
+  void clear() const {  // one piece of the arena after the other
+    T* const end = norm_bias + (norm_bias - norm_weight);
+    for (T* p = taps; p < end; ++p) *p = T(0);
+  }
+
+  void write(const MixFFNArguments& a) const {
+    for (std::int64_t j = 0; j < a.hidden; ++j)
+      for (std::int64_t tap = 0; tap < 9; ++tap)
+        static_cast<T*>(a.gradients.dw_weight)[j * 9 + tap] = taps[tap * padded<T>(a.hidden) + j];
+    copy_out(fc1_bias, a.hidden, a.gradients.fc1_bias);
+    copy_out(dw_bias, a.hidden, a.gradients.dw_bias);
+    copy_out(fc2_bias, a.channels, a.gradients.fc2_bias);
+    copy_out(hidden_weight, a.hidden, a.gradients.hidden_norm.weight);
+    copy_out(hidden_bias, a.hidden, a.gradients.hidden_norm.bias);
+    copy_out(norm_weight, a.channels, a.gradients.norm.weight);
+    copy_out(norm_bias, a.channels, a.gradients.norm.bias);
+  }
+};
+
+template <class T> struct Activated {
+  Vector<T> value, slope;
+};
+
+// activation and its derivative at x
+template <class T> inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
+  const Vector<T> zero{}, one = splat(T(1));
+  switch (function) {
+    case ActivationFunction::relu:  // NaN stays NaN
+      return {x < zero ? zero : x, x <= zero ? zero : one};
+    case ActivationFunction::gelu_tanh: {
+      // x sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3), the same as x (1 + tanh y) / 2
+      const T k = T(0.7978845608028653558), c = T(0.044715);
+      const Vector<T> square = x * x, y = x * (square * (k * c) + k);
+      const Vector<T> e = vexp(y * T(-2)), sigmoid = one / (e + one);
+      const Vector<T> dy = square * (T(3) * k * c) + k;
+      return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid) * dy * T(2)};
+    }
+    default: {
+      Vector<T> cdf, pdf;
+      normal_distribution(x, cdf, pdf);
+      return {x * cdf, cdf + x * pdf};
+    }
+  }
+}
+
+template <class E> struct MixFFN {
+  using T = typename E::Value;
+  using Element = typename E::Element;
+  const MixFFNArguments& a;
+  const std::int64_t channels = a.channels, hidden = a.hidden;
+  const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
+
+  static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
+  const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
+  const std::int64_t bands = count_bands();
+  const std::int64_t pieces = a.batch * strips * bands;
+  const std::int64_t strip_columns = (a.width + strips - 1) / strips;  // the widest strip
+
+  explicit MixFFN(const MixFFNArguments& arguments) : a(arguments) {}
+
+  // bands of at most kBandRows; more of them where a few small images would leave cores idle
+  std::int64_t count_bands() const {
+    const std::int64_t others = max_of<std::int64_t>(1, a.batch * strips);
+    const std::int64_t wanted = min_of((kWantedPieces + others - 1) / others, a.height / kLeastBandRows);
+    return max_of<std::int64_t>(1, max_of((a.height + kBandRows - 1) / kBandRows, wanted));
+  }
+
+  struct Piece {
+    std::int64_t batch, row_begin, row_end, column_begin, column_end;
+  };
+  Piece piece(std::int64_t i) const {
+    const std::int64_t band = i % bands, strip = i / bands % strips;
+    return {i / (bands * strips), a.height * band / bands, a.height * (band + 1) / bands, a.width * strip / strips,
+            a.width * (strip + 1) / strips};
+  }
+
+  struct Weights {
+    Element* fc1;                // packed [C, hidden_width]
+    T* fc1_bias;
+    T *taps, *dw_bias;           // [9, hidden_width]; the skip connection is part of the centre tap
+    T *hidden_weight, *hidden_bias, *norm_weight, *norm_bias;
+    Norm<T> norm, hidden_norm;
+
+    Weights(Arena& arena, const MixFFN& m)
+        : fc1(arena.take<Element>(E::packed_size(m.channels, m.hidden_width))),
+          fc1_bias(arena.take<T>(m.hidden_width)),
+          taps(arena.take<T>(9 * m.hidden_width)),
+          dw_bias(arena.take<T>(m.hidden_width)),
+          hidden_weight(arena.take<T>(m.hidden_width)),
+          hidden_bias(arena.take<T>(m.hidden_width)),
+          norm_weight(arena.take<T>(m.width)),
+          norm_bias(arena.take<T>(m.width)) {}
+
+    void fill_in(const MixFFN& m) {
+      const MixFFNArguments& a = m.a;
+      pack<E>(a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels, m.hidden);
+      copy_padded(fc1_bias, a.parameters.fc1_bias, m.hidden);
+      copy_padded(dw_bias, a.parameters.dw_bias, m.hidden);
+      fill(taps, 9 * m.hidden_width, T(0));
+      for (std::int64_t tap = 0; tap < 9; ++tap)
+        for (std::int64_t c = 0; c < m.hidden; ++c)
+          taps[tap * m.hidden_width + c] =
+              static_cast<const T*>(a.parameters.dw_weight)[c * 9 + tap] + (a.skip && tap == 4 ? T(1) : T(0));
+      const T eps = static_cast<T>(a.norm_eps);
+      if (a.parameters.norm.weight)
+        norm = {copy_padded(norm_weight, a.parameters.norm.weight, m.channels), copy_padded(norm_bias, a.parameters.norm.bias, m.channels), eps};
+      if (a.parameters.hidden_norm.weight)
+        hidden_norm = {copy_padded(hidden_weight, a.parameters.hidden_norm.weight, m.hidden),
+                       copy_padded(hidden_bias, a.parameters.hidden_norm.bias, m.hidden), eps};
+    }
+  };
+
+  // x of one image row, columns [begin, end), after the norm
+  void load_row(const Norm<T>& norm, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
+                T* normalized, T* rstd) const {
+    load_tokens(a.x, batch, 0, row * a.width + begin, end - begin, channels, x, width);
+    if (norm.weight) layer_norm(norm, end - begin, channels, x, normalized ? normalized : x, x, width, rstd);
+  }
+
+  // U of image row `row` for the columns [begin, end), zeros where they are outside the image; x is scratch
+  void hidden_row(const Weights& w, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
+                  T* out) const {
+    const std::int64_t first = max_of<std::int64_t>(begin, 0), last = min_of(end, a.width);
+    if (row < 0 || row >= a.height) return fill(out, (end - begin) * hidden_width, T(0));
+    fill(out, (first - begin) * hidden_width, T(0));
+    fill(out + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
+    load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
+    multiply<E>(last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width, hidden_width,
+                w.fc1_bias);
+  }
+
+  // hidden norm and activation of rows, in place
+  void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      activate_rows<count()>(norm, z + first * hidden_width);
+    });
+  }
+
+  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null weight_sum and
+  // bias_sum take up the gradients of the norm's parameters.
+  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* activated, T* grad, T* weight_sum,
+                           T* bias_sum) const {
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      const std::int64_t at = first * hidden_width;
+      if (norm.weight)
+        norm_activation_backward_rows<count()>(norm, z + at, activated + at, grad + at, weight_sum, bias_sum);
+      else
+        activation_backward_rows<count()>(z + at, activated + at, grad + at);
+    });
+  }
+
+ private:
+  // calls task(first row, how many) for four rows at a time, and then one: the rows share the loads of what they are
+  // multiplied with, and their long chains of arithmetic overlap
+  template <class Task> static void for_few_rows(std::int64_t rows, const Task& task) {
+    std::int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) task(i, std::integral_constant<int, 4>());
+    for (; i < rows; ++i) task(i, std::integral_constant<int, 1>());
+  }
+
+  template <int ROWS> void activate_rows(const Norm<T>& norm, T* z) const {
+    T mean[ROWS] = {}, rstd[ROWS] = {};
+    if (norm.weight)
+      for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
+    for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        Vector<T> n = load(z + r * hidden_width + c);
+        if (norm.weight) n = (n - mean[r]) * rstd[r] * load(norm.weight + c) + load(norm.bias + c);
+        store(z + r * hidden_width + c, activate<T>(a.activation, n).value);
+      }
+    }
+  }
+
+  template <int ROWS> void activation_backward_rows(const T* z, T* activated, T* grad) const {
+    for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
+      const Activated<T> f = activate<T>(a.activation, load(z + i));
+      store(activated + i, f.value);
+      store(grad + i, load(grad + i) * f.slope);
+    }
+  }
+
+  template <int ROWS>
+  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum, T* bias_sum) const {
+    constexpr int W = kWidth<T>;
+    T mean[ROWS], rstd[ROWS];
+    for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
+    Vector<T> sum[ROWS] = {}, dot[ROWS] = {};
+    for (std::int64_t c = 0; c < hidden_width; c += W) {
+      const Vector<T> weight = load(norm.weight + c), bias = load(norm.bias + c);
+      Vector<T> weight_gradient{}, bias_gradient{};
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const std::int64_t at = r * hidden_width + c;
+        const Vector<T> x = (load(z + at) - mean[r]) * rstd[r];
+        const Activated<T> f = activate<T>(a.activation, x * weight + bias);
+        const Vector<T> g = load(grad + at) * f.slope, scaled = g * weight;
+        weight_gradient += g * x;
+        bias_gradient += g;
+        store(z + at, x);
+        store(activated + at, f.value);
+        store(grad + at, scaled);
+        sum[r] += scaled;
+        dot[r] += scaled * x;
+      }
+      if (weight_sum) {
+        store(weight_sum + c, load(weight_sum + c) + weight_gradient);
+        store(bias_sum + c, load(bias_sum + c) + bias_gradient);
+      }
+    }
+    const T inverse = T(1) / static_cast<T>(hidden);
+    for (int r = 0; r < ROWS; ++r) {
+      const T mean_grad = horizontal_sum<T>(sum[r]) * inverse, mean_dot = horizontal_sum<T>(dot[r]) * inverse;
+      for (std::int64_t at = r * hidden_width; at < (r + 1) * hidden_width; at += W) {
+        Vector<T> g = (load(grad + at) - mean_grad - load(z + at) * mean_dot) * rstd[r];
+        const std::int64_t left = hidden - (at - r * hidden_width);
+        store(grad + at, left < W ? keep_lanes<T>(g, left) : g);
+      }
+    }
+  }
+};
+
+// out [tokens, leading] = depthwise 3x3 of three rows plus bias; rows[i] points at the token left of the first output.
+// One vector of channels at a time goes along the row: its weights and the last two columns stay in registers.
+// FLIP applies the transposed convolution.
+template <class T, bool FLIP>
+void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading, T* out) {
+  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
+    Vector<T> weight[9], left[3], middle[3];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) weight[k] = load(taps + (FLIP ? 8 - k : k) * leading + c);
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      left[r] = load(rows[r] + c);
+      middle[r] = load(rows[r] + leading + c);
+    }
+    const Vector<T> start = bias ? load(bias + c) : Vector<T>{};
+    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
+    T* to = out + c;
+    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, to += leading) {
+      const Vector<T> right[3] = {load(above), load(at), load(below)};
+      Vector<T> sum[3];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        sum[r] = left[r] * weight[3 * r];
+        sum[r] += middle[r] * weight[3 * r + 1];
+        sum[r] += right[r] * weight[3 * r + 2];
+        left[r] = middle[r];
+        middle[r] = right[r];
+      }
+      store(to, (sum[0] + start) + (sum[1] + sum[2]));
+    }
+  }
+}
+
+// Adds the gradients of the convolution's taps [9, leading] and bias over `tokens` tokens, for the given columns, from dZ and
+// the rows of U above, at and below; rows[i] points at the token left of the first.
+template <class T>
+void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, std::int64_t leading,
+                               Range columns, T* taps, T* bias) {
+  for (std::int64_t c = columns.begin; c < columns.end; c += kWidth<T>) {
+    Vector<T> tap[9] = {}, sum{}, left[3], middle[3];
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      left[r] = load(rows[r] + c);
+      middle[r] = load(rows[r] + leading + c);
+    }
+    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
+    const T* from = grad_z + c;
+    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, from += leading) {
+      const Vector<T> g = load(from), right[3] = {load(above), load(at), load(below)};
+      sum += g;
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        tap[3 * r] += g * left[r];
+        tap[3 * r + 1] += g * middle[r];
+        tap[3 * r + 2] += g * right[r];
+        left[r] = middle[r];
+        middle[r] = right[r];
+      }
+    }
+    store(bias + c, load(bias + c) + sum);
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) store(taps + k * leading + c, load(taps + k * leading + c) + tap[k]);
+  }
+}
+
+}  // namespace msformer::MSFORMER_VARIANT

@@ -1,0 +1,233 @@
+// MixFFN, forward and backward, for images of few tokens: whole images at once, layer after layer.
+//
+// The strips of mix_ffn_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of every
+// weight gradient; both are too much where the weights are larger than the images. Here the hidden tensors of a group of
+// images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time (dense.h).
+//
+// U and dZ are kept with a border of zeros for the convolution: a row of an image is W + 1 tokens, the first of them zero
+// (also the right-hand neighbour of the row before), and a row of zeros lies above each image and below the last.
+#include "../engine/dense.h"
+#include "mix_ffn.h"
+
+namespace msformer::MSFORMER_VARIANT {
+namespace {
+
+template <class T> struct Whole : MixFFN<Values<T>> {
+  using Base = MixFFN<Values<T>>;
+  using Weights = typename Base::Weights;
+  using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
+
+  const std::int64_t image_tokens = a.height * a.width;
+  const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
+  const std::int64_t pitch = a.width + 1;
+  const std::int64_t bordered_tokens = (group_images * (a.height + 1) + 1) * pitch + 1;
+
+  explicit Whole(const MixFFNArguments& arguments) : Base(arguments) {}
+
+  // where row r of the group (image r / height) begins in a bordered tensor: the zero token left of its first
+  std::int64_t bordered_row(std::int64_t row) const { return (row + row / a.height + 1) * pitch; }
+
+  void make_offsets(std::int64_t* offsets) const {
+    for (std::int64_t row = 0; row < group_images * a.height; ++row)
+      for (std::int64_t c = 0; c < a.width; ++c)
+        offsets[row * a.width + c] = (bordered_row(row) + 1 + c) * hidden_width;
+  }
+
+  void clear_border(T* bordered) const {
+    for (std::int64_t i = 0; i <= group_images; ++i)
+      fill(bordered + i * (a.height + 1) * pitch * hidden_width, pitch * hidden_width, T(0));
+    for (std::int64_t row = 0; row < group_images * a.height; ++row)
+      fill(bordered + bordered_row(row) * hidden_width, hidden_width, T(0));
+    fill(bordered + (bordered_tokens - 1) * hidden_width, hidden_width, T(0));
+  }
+
+  struct Neighbours {
+    const T* rows[3];
+  };
+  Neighbours neighbours(const T* bordered, std::int64_t row) const {
+    const T* center = bordered + bordered_row(row) * hidden_width;
+    return {{center - pitch * hidden_width, center, center + pitch * hidden_width}};
+  }
+
+  // calls task(row of the group) for the image rows of `images` images, in parallel
+  template <class Task> void for_rows(std::int64_t images, const Task& task) const {
+    parallel_for(images * a.height, a.num_threads, 0, [&](std::int64_t row, void*) { task(row); });
+  }
+
+  // calls task(begin, end) for slices of the hidden features, in parallel
+  template <class Task> void for_hidden_slices(const Task& task) const {
+    constexpr std::int64_t kSlice = 4 * kWidth<T>;
+    parallel_for((hidden_width + kSlice - 1) / kSlice, a.num_threads, 0, [&](std::int64_t i, void*) {
+      task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)});
+    });
+  }
+
+  void hidden_tokens(const Weights& w, std::int64_t tokens, const T* x, const std::int64_t* offsets, T* u) const {
+    dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias, {u, 0, offsets});
+  }
+
+  template <class Task> void for_groups(const Task& task) const {
+    for (std::int64_t first = 0; first < a.batch; first += group_images)
+      task(first, min_of(group_images, a.batch - first));
+  }
+
+  struct ForwardBuffers {
+    Weights weights;
+    T *fc2, *fc2_bias, *x, *u, *z, *y;
+    std::int64_t* offsets;
+    ForwardBuffers(Arena& arena, const Whole& m)
+        : weights(arena, m),
+          fc2(arena.take<T>(m.hidden * m.width)),
+          fc2_bias(arena.take<T>(m.width)),
+          x(arena.take<T>(m.group_tokens * m.width)),
+          u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
+          z(arena.take<T>(m.group_tokens * m.hidden_width)),
+          y(arena.take<T>(m.group_tokens * m.width)),
+          offsets(arena.take<std::int64_t>(m.group_tokens)) {}
+  };
+
+  void forward() const {
+    Arena counter(nullptr);
+    ForwardBuffers(counter, *this);
+    Workspace memory(counter.used());
+    Arena arena(memory.data());
+    ForwardBuffers s(arena, *this);
+    s.weights.fill_in(*this);
+    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, hidden, hidden, channels);
+    copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
+    make_offsets(s.offsets);
+    clear_border(s.u);
+    for_groups([&](std::int64_t first, std::int64_t images) {
+      const std::int64_t tokens = images * image_tokens;
+      load_images<T>(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
+      hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
+      for_rows(images, [&](std::int64_t row) {
+        T* z = s.z + row * a.width * hidden_width;
+        depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+        this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
+      });
+      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
+      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x, s.y);
+    });
+  }
+
+  struct BackwardBuffers {
+    Weights weights;
+    VectorGradients<T> vectors;
+    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, hidden_width]
+    T *fc1_gradient, *fc2_gradient;      // staged
+    T *x, *normalized, *rstd, *grad_output, *grad_x;
+    T *u, *grad_z, *z, *activated;
+    T *hidden_partials, *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
+    std::int64_t* offsets;
+    BackwardBuffers(Arena& arena, const Whole& m)
+        : weights(arena, m),
+          vectors(arena, m.width, m.hidden_width),
+          fc1_transposed(arena.take<T>(m.hidden * m.width)),
+          fc2_transposed(arena.take<T>(m.channels * m.hidden_width)),
+          fc1_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.hidden, m.channels))),
+          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.hidden))),
+          x(arena.take<T>(m.group_tokens * m.width)),
+          normalized(arena.take<T>(m.group_tokens * m.width)),
+          rstd(arena.take<T>(m.group_tokens)),
+          grad_output(arena.take<T>(m.group_tokens * m.width)),
+          grad_x(arena.take<T>(m.group_tokens * m.width)),
+          u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
+          grad_z(arena.take<T>(m.bordered_tokens * m.hidden_width)),
+          z(arena.take<T>(m.group_tokens * m.hidden_width)),
+          activated(arena.take<T>(m.group_tokens * m.hidden_width)),
+          hidden_partials(arena.take<T>(m.group_images * m.a.height * 2 * m.hidden_width)),
+          norm_partials(arena.take<T>(token_blocks(m.group_tokens) * 2 * m.width)),
+          offsets(arena.take<std::int64_t>(m.group_tokens)) {}
+  };
+
+  // dZ of all rows, from U and grad_z = dT; T in s.activated
+  void activation_gradients(const BackwardBuffers& s, std::int64_t images) const {
+    for_rows(images, [&](std::int64_t row) {
+      T* z = s.z + row * a.width * hidden_width;
+      T* activated = s.activated + row * a.width * hidden_width;
+      T* grad_z = s.grad_z + (bordered_row(row) + 1) * hidden_width;
+      T* partial = s.hidden_partials + row * 2 * hidden_width;
+      depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+      fill(partial, 2 * hidden_width, T(0));
+      this->activation_backward(s.weights.hidden_norm, a.width, z, activated, grad_z, partial, partial + hidden_width);
+    });
+  }
+
+  // gradients of the convolution and of the hidden norm, and dU in place of z
+  void convolution_gradients(const BackwardBuffers& s, std::int64_t images) const {
+    for_hidden_slices([&](Range slice) {
+      for (std::int64_t row = 0; row < images * a.height; ++row)
+        depthwise_weight_backward<T>(neighbours(s.u, row).rows, s.grad_z + (bordered_row(row) + 1) * hidden_width, a.width,
+                                     hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
+      const std::int64_t size = slice.end - slice.begin;
+      const T* partials = s.hidden_partials + slice.begin;
+      add_column_sums(images * a.height, size, partials, 2 * hidden_width, s.vectors.hidden_weight + slice.begin);
+      add_column_sums(images * a.height, size, partials + hidden_width, 2 * hidden_width, s.vectors.hidden_bias + slice.begin);
+    });
+    for_rows(images, [&](std::int64_t row) {
+      depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width,
+                         s.z + row * a.width * hidden_width);
+    });
+  }
+
+  void backward() const {
+    Arena counter(nullptr);
+    BackwardBuffers(counter, *this);
+    Workspace memory(counter.used());
+    Arena arena(memory.data());
+    BackwardBuffers s(arena, *this);
+    s.weights.fill_in(*this);
+    s.vectors.clear();
+    pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden, channels);
+    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1, channels, hidden);
+    const WeightGradient<T> fc1(a.gradients.fc1_weight, hidden, channels, s.fc1_gradient);
+    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, hidden, s.fc2_gradient);
+    make_offsets(s.offsets);
+    clear_border(s.u);
+    clear_border(s.grad_z);
+    for_groups([&](std::int64_t first, std::int64_t images) {
+      const std::int64_t tokens = images * image_tokens;
+      load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
+      load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr, nullptr);
+      hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
+      dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
+                      {s.grad_z, 0, s.offsets});
+      activation_gradients(s, images);
+      dense_weights<T>(a.num_threads, channels, tokens, hidden_width, s.grad_output, width, s.activated, hidden_width,
+                       fc2.data(), fc2.leading(), first > 0);
+      convolution_gradients(s, images);
+      dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(), first > 0);
+      for_hidden_slices([&](Range slice) {
+        add_column_sums(tokens, slice.end - slice.begin, s.z + slice.begin, hidden_width, s.vectors.fc1_bias + slice.begin);
+      });
+      add_column_sums(tokens, width, s.grad_output, width, s.vectors.fc2_bias);
+      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc1_transposed, nullptr, {s.grad_x, width});
+      store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
+                            image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.vectors.norm_weight,
+                            s.vectors.norm_bias);
+    });
+    fc1.finish();
+    fc2.finish();
+    s.vectors.write(a);
+  }
+};
+
+}  // namespace
+
+bool mix_ffn_fits_whole(const MixFFNArguments& a) {
+  constexpr std::int64_t kWholeHidden = 3 << 18;  // hidden values of one image; above it, strips measure faster
+  const std::int64_t values = a.height * a.width * a.hidden;
+  if (a.batch * values == 0) return false;
+  return a.form == Form::by_shape ? values <= kWholeHidden : a.form == Form::few_tokens;
+}
+
+void mix_ffn_whole_forward(const MixFFNArguments& a) {
+  with_values(a.x.dtype, [&](auto engine) { Whole<typename decltype(engine)::Value>(a).forward(); });
+}
+
+void mix_ffn_whole_backward(const MixFFNArguments& a) {
+  with_values(a.x.dtype, [&](auto engine) { Whole<typename decltype(engine)::Value>(a).backward(); });
+}
+
+}  // namespace msformer::MSFORMER_VARIANT

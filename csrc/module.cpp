@@ -1,0 +1,145 @@
+// The Python module msformer_kernels._native: raw pointers, sizes and strides in, kernels of the best variant that this
+// machine has. It knows nothing of torch; `native.py` of each operator calls it with tensors that are checked already.
+//
+// A call hands over one flat tuple of numbers, the fields of the operator's argument struct (abi.h) in order.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace msformer {
+namespace {
+
+class Reader {
+ public:
+  explicit Reader(const py::tuple& values) : values_(values.ptr()), count_(PyTuple_GET_SIZE(values.ptr())) {}
+
+  template <class... Fields> void fill(Fields&... fields) { (read(fields), ...); }
+
+  void finish() const {
+    if (next_ != count_) fail("more");
+  }
+
+ private:
+  PyObject* next() {
+    if (next_ == count_) fail("fewer");
+    return PyTuple_GET_ITEM(values_, next_++);
+  }
+  [[noreturn]] void fail(const char* how) const {
+    throw std::invalid_argument("_native: expected " + std::string(how) + " than " + std::to_string(next_) + " of " +
+                                std::to_string(count_) + " values");
+  }
+  long long integer() {
+    const long long value = PyLong_AsLongLong(next());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer> || std::is_enum_v<Integer>>>
+  void read(Integer& field) {
+    field = static_cast<Integer>(integer());
+  }
+  void read(double& field) {
+    field = PyFloat_AsDouble(next());
+    if (field == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  void read(void*& field) { field = PyLong_AsVoidPtr(next()); }
+  void read(const void*& field) { field = PyLong_AsVoidPtr(next()); }
+  void read(Activation& a) {
+    fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride);
+  }
+  void read(Mask& m) {
+    const void* data;
+    fill(data, m.batch_stride, m.token_stride);
+    m.data = static_cast<const unsigned char*>(data);
+  }
+  template <class P> void read(AffineParameters<P>& p) { fill(p.weight, p.bias); }
+  template <class P> void read(SelfAttentionParameters<P>& p) {
+    fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias, p.norm);
+  }
+  template <class P> void read(MixFFNParameters<P>& p) {
+    fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
+  }
+
+  PyObject* values_;
+  Py_ssize_t count_, next_ = 0;
+};
+
+void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
+  r.fill(a.num_threads, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels, a.query_scale,
+         a.key_scale, a.output_scale, a.normalize_query, a.softmax, a.query, a.key, a.value, a.mask, a.context, a.key_max,
+         a.key_sum);
+  if (backward)
+    r.fill(a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value);
+  else
+    r.fill(a.output);
+}
+
+void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
+  r.fill(a.num_threads, a.batch, a.tokens, a.channels, a.key_channels, a.value_channels, a.heads, a.form, a.norm_eps,
+         a.residual, a.x, a.mask, a.parameters, a.context, a.key_max, a.key_sum, a.key_tokens);
+  if (backward)
+    r.fill(a.grad_output, a.grad_context, a.grad_x, a.gradients);
+  else
+    r.fill(a.output);
+}
+
+void read_arguments(Reader& r, MixFFNArguments& a, bool backward) {
+  r.fill(a.num_threads, a.batch, a.height, a.width, a.channels, a.hidden, a.form, a.norm_eps, a.skip, a.residual,
+         a.activation, a.x, a.parameters);
+  if (backward)
+    r.fill(a.grad_output, a.grad_x, a.gradients);
+  else
+    r.fill(a.output);
+}
+
+void read_arguments(Reader& r, LinearArguments& a, bool backward) {
+  r.fill(a.num_threads, a.batch, a.tokens, a.in_features, a.out_features, a.x, a.parameters);
+  if (backward)
+    r.fill(a.grad_output, a.grad_x, a.gradients);
+  else
+    r.fill(a.output);
+}
+
+void read_arguments(Reader& r, BatchNormArguments& a, bool backward) {
+  r.fill(a.num_threads, a.batch, a.tokens, a.channels, a.eps, a.x, a.parameters, a.mean, a.variance);
+  if (backward)
+    r.fill(a.grad_output, a.grad_x, a.gradients);
+  else
+    r.fill(a.output);
+}
+
+template <class Arguments> void define(py::module_& m, const char* name, void (*kernel)(const Arguments&), bool backward) {
+  m.def(name, [kernel, backward](const py::tuple& values) {
+    Arguments arguments{};
+    Reader reader(values);
+    read_arguments(reader, arguments, backward);
+    reader.finish();
+    py::gil_scoped_release release;
+    kernel(arguments);
+  });
+}
+
+}  // namespace
+}  // namespace msformer
+
+PYBIND11_MODULE(_native, m) {
+  using namespace msformer;
+  m.doc() = "CPU kernels of msformer_kernels, for the best instruction set of this machine";
+  static const Variant variant = chosen_variant();
+  m.def("isa", [] { return variant.name; });
+  m.def("available_isas", [] {
+    py::list names;
+    for (const Variant& usable : usable_variants()) names.append(usable.name);
+    return names;
+  });
+#define MSFORMER_DEFINE(name, Arguments)                                            \
+  define<Arguments>(m, #name "_forward", variant.kernels->name##_forward, false);   \
+  define<Arguments>(m, #name "_backward", variant.kernels->name##_backward, true);
+  MSFORMER_FOR_EACH_OPERATOR(MSFORMER_DEFINE)
+}

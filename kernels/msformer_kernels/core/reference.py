@@ -1,0 +1,55 @@
+"""The reference as an implementation of the op, for graphs that have no backend in them and run where there is none.
+
+Eager calls do not come here: they run the reference as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from msformer_kernels.core.operator import Operator
+
+
+class Reference:
+    """`forward` and `backward` of one operator, by its reference and autograd."""
+
+    def __init__(self, operator: Operator[Any]) -> None:
+        self.operator = operator
+
+    def forward(self, call: Any) -> Any:
+        """What only the backward of another backend needs is NaN: no gradients are better than wrong ones."""
+        with torch.no_grad():
+            found = self.operator.run_reference(self._in_one_dtype(call))
+        outputs = found if isinstance(found, tuple) else (found,)
+        state = self.operator.fake(call)[len(outputs) :]
+        placed = [x.contiguous() for x in outputs] + [x.fill_(float("nan")) for x in state]
+        return tuple(placed) if len(placed) > 1 else placed[0]
+
+    def backward(self, call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+        operator = self.operator
+        with torch.enable_grad():
+            leaves = {n: getattr(call, n).detach().requires_grad_() for n in self._present(call)}
+            found = operator.run_reference(self._in_one_dtype(call._replace(**leaves)))
+            outputs = found if isinstance(found, tuple) else (found,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
+            gradients = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
+        by_name = {name: g.contiguous() for name, g in zip(leaves, gradients, strict=True)}
+        for name in operator.skippable:
+            if not getattr(grads, f"{name}_wanted"):
+                by_name.pop(name)
+        empty = call[0].new_empty(0)
+        return tuple(by_name.get(name, empty) for name in operator.differentiable)
+
+    def _present(self, call: Any) -> list[str]:
+        return [name for name in self.operator.differentiable if getattr(call, name) is not None]
+
+    def _in_one_dtype(self, call: Any) -> Any:
+        """Under autocast a call may mix dtypes; that of the first tensor counts."""
+        dtype = call[0].dtype
+        mixed = {n: getattr(call, n) for n in self.operator.tensors}
+        changed = {n: t.to(dtype) for n, t in mixed.items() if t is not None and t.is_floating_point()}
+        return call._replace(**changed)

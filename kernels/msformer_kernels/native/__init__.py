@@ -1,0 +1,1 @@
+"""How tensors reach the compiled extension, `msformer_kernels._native`."""

@@ -1,0 +1,57 @@
+"""How tensors are handed to the compiled extension: addresses, sizes and strides (see csrc/abi.h).
+
+Activations go as they are, with any strides and in their own dtype. Parameters and statistics go as contiguous arrays
+of the arithmetic dtype, float32 (float64 for float64 activations); gradients of parameters come back in that dtype and
+are rounded once to the parameter's own. All of a call goes as one flat tuple of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from msformer_kernels.core.precision import arithmetic_dtype
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+BY_SHAPE, MANY_TOKENS, FEW_TOKENS = 0, 1, 2
+FORM = BY_SHAPE
+"""How images are worked on: as was measured to be the better way for their shape, or always in one way."""
+NO_ACTIVATION = (0,) * 6
+
+
+def activation(x: Tensor) -> tuple[int, ...]:
+    """(address, dtype, batch, head, token and channel stride) of `[B, N, C]` or `[B, heads, N, D]`."""
+    strides = x.stride()
+    if len(strides) == 3:
+        return (x.data_ptr(), DTYPES[x.dtype], strides[0], 0, strides[1], strides[2])
+    return (x.data_ptr(), DTYPES[x.dtype], *strides)
+
+
+def mask_argument(mask: Tensor | None) -> tuple[int, ...]:
+    """(address, batch stride, token stride) of a boolean `[B, N]`; zeros without a mask."""
+    return (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Of contiguous tensors; 0 for none, or for one without elements."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def contiguous(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Parameters in the arithmetic dtype; the caller keeps the list alive while the kernel runs."""
+    return [
+        p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous() for p in parameters
+    ]
+
+
+def empty_gradients(parameters: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Room for the gradients in the arithmetic dtype; zero-size for an absent parameter."""
+    dtype = arithmetic_dtype(like.dtype)
+    return [like.new_empty(0 if p is None else p.shape, dtype=dtype) for p in parameters]
+
+
+def rounded(gradients: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of their parameters."""
+    return tuple([g if p is None or p.dtype is g.dtype else g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)])

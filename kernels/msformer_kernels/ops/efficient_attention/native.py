@@ -1,0 +1,64 @@
+"""Efficient attention on query, key, value through the compiled CPU kernels (csrc/cpu/attention).
+
+The context and the statistics of the key softmax are in the arithmetic dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msformer_kernels import _native
+from msformer_kernels.native.arguments import activation, addresses, mask_argument
+from msformer_kernels.ops.efficient_attention.spec import OPERATOR
+
+
+def _inputs(call: Any) -> tuple[Any, ...]:
+    """Sizes, options and inputs, as every entry point takes them first."""
+    batch, heads, tokens, key_channels = call.key.shape
+    return (
+        torch.get_num_threads(),
+        batch,
+        heads,
+        call.query.shape[2],
+        tokens,
+        key_channels,
+        call.value.shape[3],
+        call.query_scale,
+        call.key_scale,
+        call.output_scale,
+        call.normalize_query,
+        call.normalization == "softmax",
+        *activation(call.query),
+        *activation(call.key),
+        *activation(call.value),
+        *mask_argument(call.mask),
+    )
+
+
+def forward(call: Any) -> tuple[Tensor, ...]:
+    output, *state = OPERATOR.fake(call)
+    _native.attention_forward((*_inputs(call), *addresses(state), *activation(output)))
+    return output, *state
+
+
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (call.query, call.key, call.value))
+    state = [x.contiguous() for x in saved]
+    grad_context = grads.context
+    if grad_context is not None:
+        grad_context = grad_context.to(saved.context.dtype).contiguous()
+    _native.attention_backward(
+        (
+            *_inputs(call),
+            *addresses(state),
+            *activation(grads.output),
+            *addresses((grad_context,)),
+            *activation(grad_query),
+            *activation(grad_key),
+            *activation(grad_value),
+        )
+    )
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,72 @@
+"""Efficient attention in plain PyTorch: the specification of the operator.
+
+    output = output_scale * rho_q(query) (rho_k(key)^T value)
+
+rho_q is a softmax over the features of one query, rho_k a softmax over the tokens of one key feature (Shen et al.,
+"Efficient Attention: Attention with Linear Complexities", WACV 2021, eq. 5-7); or both divide by the square root of the
+number of tokens ("scaling"). bfloat16 and float16 are computed in float32 and rounded at the end, for the softmax over
+N tokens has mean probability 1 / N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
+
+
+def efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    query_scale: float = 1.0,
+    key_scale: float = 1.0,
+    output_scale: float = 1.0,
+    normalize_query: bool = True,
+    normalization: str = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """See `msformer_kernels.ops.efficient_attention`."""
+    device_type = query.device.type
+    if autocast_enabled(device_type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return efficient_attention(
+                query.to(dtype),
+                key.to(dtype),
+                value.to(dtype),
+                mask=mask,
+                query_scale=query_scale,
+                key_scale=key_scale,
+                output_scale=output_scale,
+                normalize_query=normalize_query,
+                normalization=normalization,
+            )
+    dtype = query.dtype
+    wide = arithmetic_dtype(dtype)
+    query, key, value = query.to(wide) * query_scale, key.to(wide) * key_scale, value.to(wide)
+    masked = None if mask is None else ~mask[:, None, :, None]
+    if masked is not None:
+        value = value.masked_fill(masked, 0)
+    if normalization == "softmax":
+        key = _softmax_over_tokens(key, masked)
+        query = query.softmax(-1) if normalize_query else query
+    else:
+        kept = torch.tensor(key.shape[2], device=key.device) if mask is None else mask.sum(-1)[:, None, None, None]
+        length = kept.to(wide).clamp(min=1).sqrt()
+        key = (key if masked is None else key.masked_fill(masked, 0)) / length
+        query = query / length if normalize_query else query
+    context = key.transpose(-1, -2) @ value
+    return (output_scale * (query @ context)).to(dtype), context
+
+
+def _softmax_over_tokens(key: Tensor, masked: Tensor | None) -> Tensor:
+    """Softmax over dim -2 of the tokens that are kept; zeros where none is."""
+    if masked is None:
+        return key.softmax(-2)
+    # an image without tokens would give 0 / 0: its logits are set to 0 and its weights cleared afterwards
+    none_kept = masked.all(-2, keepdim=True)
+    logits = key.masked_fill(masked, float("-inf")).masked_fill(none_kept, 0)
+    return logits.softmax(-2).masked_fill(masked, 0)

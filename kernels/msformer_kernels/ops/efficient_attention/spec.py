@@ -1,0 +1,37 @@
+"""The declaration of ``msformer::efficient_attention``. The op also returns the maximum and sum of the key softmax, which
+its backward needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from msformer_kernels.core.operator import Operator
+from msformer_kernels.core.precision import arithmetic_dtype
+from msformer_kernels.core.registration import cast_inputs
+from msformer_kernels.ops.efficient_attention.reference import efficient_attention
+
+
+def _fake(call: Any) -> tuple[Tensor, ...]:
+    query, value_channels = call.query, call.value.shape[3]
+    batch, heads, tokens, key_channels = query.shape
+    wide = arithmetic_dtype(query.dtype)
+    return (
+        query.new_empty(batch, heads, tokens, value_channels),
+        query.new_empty(batch, heads, key_channels, value_channels, dtype=wide),
+        query.new_empty(batch, heads, key_channels, dtype=wide),
+        query.new_empty(batch, heads, key_channels, dtype=wide),
+    )
+
+
+OPERATOR = Operator(
+    efficient_attention,
+    outputs=("output", "context"),
+    state=("key_max", "key_sum"),
+    fake=_fake,
+    served_by=("native", "triton"),
+    activations=("query", "key", "value"),
+    without_gradient=("mask",),
+    autocast=cast_inputs,
+)

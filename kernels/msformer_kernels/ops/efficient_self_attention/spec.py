@@ -1,0 +1,43 @@
+"""The declaration of ``msformer::efficient_self_attention``.
+
+The op also returns what its backward needs besides its inputs: the maximum and sum of the key softmax and the mean of
+the tokens under it, `[B, Dk]` twice and `[B, Dk, C]`. The gradient of the key bias is zero: the softmax over tokens
+cancels it, and no backend looks at it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from msformer_kernels.core.operator import Operator
+from msformer_kernels.core.precision import arithmetic_dtype
+from msformer_kernels.core.registration import cast_output
+from msformer_kernels.ops.efficient_self_attention.reference import efficient_self_attention
+
+
+def _fake(call: Any) -> tuple[Tensor, ...]:
+    x, heads = call.x, call.num_heads
+    batch, _, channels = x.shape
+    keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
+    wide = arithmetic_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(batch, heads, keys // heads, values // heads, dtype=wide),
+        x.new_empty(batch, keys, dtype=wide),
+        x.new_empty(batch, keys, dtype=wide),
+        x.new_empty(batch, keys, channels, dtype=wide),
+    )
+
+
+OPERATOR = Operator(
+    efficient_self_attention,
+    outputs=("output", "context"),
+    state=("key_max", "key_sum", "key_tokens"),
+    fake=_fake,
+    served_by=("native", "triton"),
+    without_gradient=("mask",),
+    zero_gradient=("key_bias",),
+    autocast=cast_output,
+)

@@ -1,0 +1,468 @@
+"""Efficient self-attention through Triton kernels: which form a shape gets, and its launches.
+
+Up to 128 channels and key features, in a dtype that tensor cores take, the folded form (triton_kernels.py). Wider,
+its tiles no longer fit the registers, nor do they in full float32, of which a product takes three terms (measured by
+`python -m benchmarks.ahead_of_time`); then queries, keys and values are made by the vendor's matrix products and go
+through the kernels of efficient_attention.
+
+The key bias is not needed: the softmax over tokens cancels it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msformer_kernels.ops.efficient_attention.triton_calls import (
+    Rules,
+    combine,
+    kept_tokens,
+    key_gradients,
+    make_context,
+    query_gradients,
+    write_output,
+)
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
+    fold_backward_kernel,
+    fold_kernel,
+    key_tokens_kernel,
+    output_kernel,
+    query_backward_kernel,
+    token_backward_kernel,
+    weight_gradient_kernel,
+)
+from msformer_kernels.ops.layer_norm import layer_norm
+from msformer_kernels.triton.launch import (
+    DTYPES,
+    alignment,
+    block_size,
+    cdiv,
+    dot_precision,
+    layer_norm_backward,
+    mask_arguments,
+    placed,
+    split_tokens,
+)
+from msformer_kernels.triton.table import COMPILED, architecture, launch_options
+
+MOST_FOLDED = 128
+"""Channels, key and value features of the folded form; half of it for float32 where shared memory is small (sm_89)."""
+_PLAIN = Rules()
+
+
+class State(NamedTuple):
+    context: Tensor
+    """``[B, heads, Dk / heads, Dv / heads]``, like everything here float32."""
+    key_max: Tensor
+    key_sum: Tensor
+    key_tokens: Tensor
+    """``[B, Dk, C]``, zeros in the unfolded form."""
+
+
+def forward(call: Any) -> tuple[Tensor, ...]:
+    x = call.x
+    if _is_empty(call):
+        return _nothing(call)
+    lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
+    output, state = (_folded_forward if _folds(call) else _unfolded_forward)(call, lengths)
+    return output, *state
+
+
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    x, given = call.x, OPERATOR.parameters_of(call)
+    if _is_empty(call):
+        zeros = (x.new_zeros(0, dtype=torch.float32) if p is None else torch.zeros_like(p) for p in given)
+        return x.new_zeros(x.shape), *zeros
+    lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
+    state = State(*(s.contiguous() for s in saved))
+    grad_context = grads.context
+    if grad_context is not None:
+        grad_context = grad_context.to(torch.float32).contiguous()
+    make = _folded_backward if _folds(call) else _unfolded_backward
+    grad_x, gradients = make(call, grads.output, grad_context, state, lengths)
+    return grad_x, *placed(gradients, given, x)
+
+
+def _is_empty(call: Any) -> bool:
+    return min(call.x.shape[0], call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]) == 0
+
+
+def _folds(call: Any) -> bool:
+    x = call.x
+    if x.dtype == torch.float32 and dot_precision(x.dtype) != "tf32":
+        return False
+    keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
+    most = MOST_FOLDED // 2 if x.element_size() == 4 and architecture() == "sm_89" else MOST_FOLDED
+    return max(x.shape[2], keys, values) <= most
+
+
+def _nothing(call: Any) -> tuple[Tensor, ...]:
+    """For a batch without images."""
+    x, heads = call.x, call.num_heads
+    batch, _, channels = x.shape
+    keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
+    zeros = x.new_zeros(batch, keys, channels, dtype=torch.float32)
+    context = zeros.new_zeros(batch, heads, keys // heads, values // heads)
+    return x.new_zeros(x.shape), context, zeros.new_zeros(batch, keys), zeros.new_zeros(batch, keys), zeros
+
+
+def _prepared(call: Any) -> Any:
+    """The parameters contiguous and in the dtype of x, as the kernels take them."""
+    dtype = call.x.dtype
+    given = zip(OPERATOR.parameters, OPERATOR.parameters_of(call), strict=True)
+    return call._replace(**{name: p.to(dtype).contiguous() for name, p in given if p is not None})
+
+
+def _norm_arguments(call: Any) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    weight = call.x if call.norm_weight is None else call.norm_weight
+    bias = call.x if call.norm_bias is None else call.norm_bias
+    return weight, bias, {"NORM": call.norm_weight is not None, "NORM_BIAS": call.norm_bias is not None}
+
+
+def _fold(call: Any, state: State, lengths: Tensor, make_context: bool) -> Tensor:
+    """M `[B, Dk, C]` in the dtype of x; fills in the context first, if asked to."""
+    x = call.x
+    batch, heads, head_keys, head_values = state.context.shape
+    channels = x.shape[2]
+    folded = x.new_empty(batch, heads * head_keys, channels)
+    fold_kernel[(batch, heads, cdiv(head_keys, 16))](
+        state.key_tokens,
+        call.value_weight,
+        lengths if call.value_bias is None else call.value_bias,
+        call.output_weight,
+        lengths,
+        state.context,
+        folded,
+        channels,
+        head_keys,
+        head_values,
+        MAKE_CONTEXT=make_context,
+        VALUE_BIAS=call.value_bias is not None,
+        BR=16,
+        BC=block_size(channels),
+        BV=block_size(head_values, most=32),
+        PRECISION=dot_precision(x.dtype, exact=True),
+        num_warps=4,
+        **COMPILED,
+    )
+    return folded
+
+
+def _folded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
+    call, x = _prepared(call), call.x
+    batch, tokens, channels = x.shape
+    heads, keys, values = call.num_heads, call.query_weight.shape[0], call.value_weight.shape[0]
+    common: dict[str, Any] = {
+        "OPERAND": DTYPES[x.dtype],
+        "PRECISION": dot_precision(x.dtype),
+        "BC": block_size(channels),
+    }
+    norm_weight, norm_bias, norm = _norm_arguments(call)
+    mask, *mask_strides = mask_arguments(call.mask, lengths)
+
+    blocks = launch_options("key_tokens", channels, x)
+    features = block_size(keys, most=blocks.pop("BD"))
+    tiles = cdiv(keys, features)
+    splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
+    maxima, sums = (x.new_empty(batch, splits, keys, dtype=torch.float32) for _ in range(2))
+    partials = x.new_empty(batch, splits, keys, channels, dtype=torch.float32)
+    key_tokens_kernel[(batch, splits, tiles)](
+        x,
+        norm_weight,
+        norm_bias,
+        call.key_weight,
+        mask,
+        maxima,
+        sums,
+        partials,
+        tokens,
+        channels,
+        keys,
+        size,
+        call.norm_eps,
+        *x.stride(),
+        *mask_strides,
+        MASKED=call.mask is not None,
+        BD=features,
+        ALIGN=alignment(x),
+        **norm,
+        **common,
+        **blocks,
+    )
+    key_tokens, key_max, key_sum = combine(maxima, sums, partials, lengths, 1, softmax=True)
+    context = x.new_empty(batch, heads, keys // heads, values // heads, dtype=torch.float32)
+    state = State(context, key_max, key_sum, key_tokens)
+    folded = _fold(call, state, lengths, make_context=True)
+    output = x.new_empty(batch, tokens, channels)
+    if tokens:
+        blocks = launch_options("self_output", channels, x)
+        output_kernel[(batch * cdiv(tokens, blocks["BN"]),)](
+            x,
+            norm_weight,
+            norm_bias,
+            call.query_weight,
+            x if call.query_bias is None else call.query_bias,
+            folded,
+            x if call.output_bias is None else call.output_bias,
+            output,
+            tokens,
+            channels,
+            heads,
+            keys // heads,
+            call.norm_eps,
+            *x.stride(),
+            QUERY_BIAS=call.query_bias is not None,
+            OUTPUT_BIAS=call.output_bias is not None,
+            RESIDUAL=call.residual,
+            BD=block_size(keys // heads),
+            ALIGN=alignment(x),
+            **norm,
+            **common,
+            **blocks,
+        )
+    return output, state
+
+
+def _folded_backward(
+    call: Any, grad_output: Tensor, grad_context: Tensor | None, state: State, lengths: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    call, x = _prepared(call), call.x
+    batch, tokens, channels = x.shape
+    heads, keys = call.num_heads, call.query_weight.shape[0]
+    _, _, head_keys, head_values = state.context.shape
+    common: dict[str, Any] = {
+        "OPERAND": DTYPES[x.dtype],
+        "PRECISION": dot_precision(x.dtype),
+        "BC": block_size(channels),
+    }
+    norm_weight, norm_bias, norm = _norm_arguments(call)
+    folded = _fold(call, state, lengths, make_context=False)
+
+    blocks = launch_options("query_backward", channels, x)
+    splits, size = split_tokens(tokens, blocks["BN"], batch * heads, x.device)
+    grad_projected = x.new_empty(batch, tokens, 2 * keys)
+    sizes = [keys * channels, channels]
+    partials = x.new_empty(batch, splits, sum(sizes), dtype=torch.float32)
+    query_backward_kernel[(batch, splits, heads)](
+        x,
+        grad_output,
+        norm_weight,
+        norm_bias,
+        call.query_weight,
+        x if call.query_bias is None else call.query_bias,
+        folded,
+        grad_projected,
+        partials,
+        tokens,
+        channels,
+        head_keys,
+        size,
+        call.norm_eps,
+        *x.stride(),
+        *grad_output.stride(),
+        QUERY_BIAS=call.query_bias is not None,
+        BD=block_size(head_keys),
+        ALIGN=alignment(x, grad_output),
+        **norm,
+        **common,
+        **blocks,
+    )
+    by_image = partials.sum(1)
+    grad_folded, grad_output_bias = by_image.split(sizes, 1)
+
+    # sums over all tokens may overflow float16
+    sum_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    grad_context_sum = torch.empty_like(state.context)
+    grad_key_tokens = torch.empty_like(state.key_tokens, dtype=sum_dtype)
+    delta = torch.empty_like(state.key_max)
+    fold_backward_kernel[(batch, heads, cdiv(head_keys, 16))](
+        grad_folded,
+        state.context if grad_context is None else grad_context,
+        state.key_tokens,
+        call.value_weight,
+        call.output_weight,
+        grad_context_sum,
+        grad_key_tokens,
+        delta,
+        by_image.shape[1],
+        channels,
+        head_keys,
+        head_values,
+        GRAD_CONTEXT=grad_context is not None,
+        BR=16,
+        BC=block_size(channels),
+        BV=block_size(head_values, most=32),
+        PRECISION=dot_precision(x.dtype, exact=True),
+        num_warps=4,
+        **COMPILED,
+    )
+
+    blocks = launch_options("token_backward", channels, x)
+    splits, size = split_tokens(tokens, blocks["BN"], batch, x.device)
+    grad_x = x.new_empty(x.shape)
+    norm_partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
+    mask, *mask_strides = mask_arguments(call.mask, lengths)
+    token_backward_kernel[(batch, splits)](
+        x,
+        grad_output,
+        grad_projected,
+        norm_weight,
+        norm_bias,
+        call.query_weight,
+        call.key_weight,
+        grad_key_tokens,
+        delta,
+        state.key_max,
+        state.key_sum,
+        mask,
+        grad_x,
+        norm_partials,
+        tokens,
+        channels,
+        keys,
+        size,
+        call.norm_eps,
+        *x.stride(),
+        *grad_output.stride(),
+        *mask_strides,
+        RESIDUAL=call.residual,
+        MASKED=call.mask is not None,
+        ONE_TILE=tokens <= blocks["BN"],
+        SUM_OPERAND=DTYPES[sum_dtype],
+        ALIGN=alignment(x, grad_output),
+        **norm,
+        **common,
+        **blocks,
+    )
+    grad_norm_weight, grad_norm_bias = norm_partials.sum(0)
+
+    blocks = launch_options("weight_gradient", channels, x)
+    tiles = cdiv(2 * keys, blocks["BD"])
+    splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
+    partials = x.new_empty(batch * splits, 2 * keys * (channels + 1), dtype=torch.float32)
+    weight_gradient_kernel[(batch, splits, tiles)](
+        x,
+        grad_projected,
+        norm_weight,
+        norm_bias,
+        partials,
+        tokens,
+        channels,
+        2 * keys,
+        size,
+        call.norm_eps,
+        *x.stride(),
+        ALIGN=alignment(x),
+        **norm,
+        **common,
+        **blocks,
+    )
+    weight_size = keys * channels
+    grad_query_weight, grad_key_weight, grad_query_bias, _ = partials.sum(0).split(
+        [weight_size, weight_size, keys, keys]
+    )
+
+    # W_o, W_v and b_v: small products, summed over images
+    by_head = grad_folded.unflatten(1, (heads, head_keys, channels))
+    grad_output_weight = torch.einsum("bhdc,bhdv->chv", by_head, state.context)
+    key_tokens = state.key_tokens.unflatten(1, (heads, head_keys))
+    grad_value_weight = torch.einsum("bhdv,bhdc->hvc", grad_context_sum, key_tokens)
+    kept = (lengths > 0).view(batch, 1, 1)
+    gradients = (
+        grad_query_weight,
+        grad_query_bias,
+        grad_key_weight,
+        grad_value_weight,
+        (grad_context_sum.sum(2) * kept).sum(0),
+        grad_output_weight,
+        grad_output_bias.sum(0),
+        grad_norm_weight,
+        grad_norm_bias,
+    )
+    return grad_x, gradients
+
+
+def _normed(call: Any) -> Tensor:
+    x, weight, bias = call.x, call.norm_weight, call.norm_bias
+    cast = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return layer_norm(x, *cast, call.norm_eps)
+
+
+def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """`[B, N, C]` -> `[B, heads, N, D / heads]`, a view of contiguous `[B, N, D]`."""
+    out = F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
+    return out.unflatten(-1, (heads, out.shape[-1] // heads)).transpose(1, 2)
+
+
+def _attended(query: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
+    """`[B, N, Dv]`: all heads side by side."""
+    batch, heads, tokens, _ = query.shape
+    output = query.new_empty(batch, tokens, heads, context.shape[-1])
+    write_output(query, context, lengths, output.transpose(1, 2), _PLAIN)
+    return output.flatten(2)
+
+
+def _unfolded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
+    x, tokens, heads = call.x, _normed(call), call.num_heads
+    query = _project(tokens, call.query_weight, call.query_bias, heads)
+    key = _project(tokens, call.key_weight, None, heads)
+    value = _project(tokens, call.value_weight, call.value_bias, heads)
+    context, key_max, key_sum = make_context(key, value, call.mask, lengths, _PLAIN)
+    attended = _attended(query, context, lengths)
+    bias = None if call.output_bias is None else call.output_bias.to(x.dtype)
+    output = F.linear(attended, call.output_weight.to(x.dtype), bias)
+    if call.residual:
+        output += x
+    batch, keys = x.shape[0], call.query_weight.shape[0]
+    key_tokens = context.new_zeros(batch, keys, x.shape[2])
+    context = context.view(batch, heads, keys // heads, value.shape[3])
+    return output, State(context, key_max.view(batch, keys), key_sum.view(batch, keys), key_tokens)
+
+
+def _unfolded_backward(
+    call: Any, grad_output: Tensor, grad_context: Tensor | None, state: State, lengths: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    x, dtype, heads = call.x, call.x.dtype, call.num_heads
+    tokens = _normed(call)
+    query = _project(tokens, call.query_weight, call.query_bias, heads)
+    key = _project(tokens, call.key_weight, None, heads)
+    value = _project(tokens, call.value_weight, call.value_bias, heads)
+    attended = _attended(query, state.context, lengths)
+    grad_attended = grad_output @ call.output_weight.to(dtype)
+    # gradients of queries, keys and values side by side, so that each product with them is one
+    widths = [query.shape[3] * heads, key.shape[3] * heads, value.shape[3] * heads]
+    grad_projected = x.new_empty(*x.shape[:2], sum(widths))
+    grads = [g.unflatten(-1, (heads, -1)).transpose(1, 2) for g in grad_projected.split(widths, -1)]
+    by_head = grad_attended.unflatten(-1, (heads, -1)).transpose(1, 2)
+    total, delta = query_gradients(by_head, grad_context, query, state.context, lengths, grads[0], _PLAIN)
+    key_gradients(total, delta, key, value, call.mask, state.key_max, state.key_sum, (grads[1], grads[2]), _PLAIN)
+    weight = torch.cat([call.query_weight, call.key_weight, call.value_weight]).to(dtype)
+    grad_tokens = grad_projected @ weight
+    flat = grad_projected.flatten(0, 1)
+    grad_weights = (flat.t() @ tokens.flatten(0, 1)).split(widths)
+    grad_biases = flat.sum(0, dtype=torch.float32).split(widths)
+    flat_grad = grad_output.flatten(0, 1)
+    grad_norm_weight = grad_norm_bias = delta
+    if call.norm_weight is not None:
+        added = grad_output if call.residual else None
+        grad_x, grad_norm_weight, grad_norm_bias = layer_norm_backward(
+            grad_tokens, x, call.norm_weight, call.norm_eps, added
+        )
+    else:
+        grad_x = grad_tokens + grad_output if call.residual else grad_tokens
+    gradients = (
+        grad_weights[0],
+        grad_biases[0],
+        grad_weights[1],
+        grad_weights[2],
+        grad_biases[2],
+        flat_grad.t() @ attended.flatten(0, 1),
+        flat_grad.sum(0, dtype=torch.float32),
+        grad_norm_weight,
+        grad_norm_bias,
+    )
+    return grad_x, gradients

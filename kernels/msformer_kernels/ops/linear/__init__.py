@@ -1,0 +1,5 @@
+"""A linear layer on tokens."""
+
+from msformer_kernels.ops.linear.api import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,51 @@
+"""A linear layer on tokens through the compiled CPU kernels (csrc/cpu/linear)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msformer_kernels import _native
+from msformer_kernels.native.arguments import (
+    NO_ACTIVATION,
+    activation,
+    addresses,
+    arithmetic_dtype,
+    contiguous,
+    empty_gradients,
+    rounded,
+)
+from msformer_kernels.ops.linear.spec import OPERATOR
+
+
+def _sizes(call: Any) -> tuple[int, ...]:
+    batch, tokens, channels = call.x.shape
+    return (torch.get_num_threads(), batch, tokens, channels, call.weight.shape[0])
+
+
+def forward(call: Any) -> Tensor:
+    x = call.x
+    parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(x.dtype))
+    output = x.new_empty(*x.shape[:2], call.weight.shape[0])
+    _native.linear_forward((*_sizes(call), *activation(x), *addresses(parameters), *activation(output)))
+    return output
+
+
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    x, given = call.x, OPERATOR.parameters_of(call)
+    parameters = contiguous(given, arithmetic_dtype(x.dtype))
+    gradients = empty_gradients(given, x)
+    grad_x = x.new_empty(x.shape if grads.x_wanted else 0)
+    _native.linear_backward(
+        (
+            *_sizes(call),
+            *activation(x),
+            *addresses(parameters),
+            *activation(grads.output),
+            *(activation(grad_x) if grads.x_wanted else NO_ACTIVATION),
+            *addresses(gradients),
+        )
+    )
+    return (grad_x, *rounded(gradients, given))

@@ -1,0 +1,86 @@
+"""The public function; its body is the check of its arguments (see `Operator.public`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.ops.mix_ffn.spec import OPERATOR
+from msformer_kernels.core.validation import check_norm, check_rank, check_shape
+
+
+def check_image(x: Tensor, height: int, width: int) -> None:
+    """x is `[B, height * width, C]`."""
+    check_rank("x", x, "[B, N, C]", 3)
+    if height < 0 or width < 0 or x.shape[1] != height * width:
+        raise ValueError(f"x: has {x.shape[1]} tokens, expected height * width = {height} * {width} = {height * width}")
+
+
+def check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+@OPERATOR.public
+def mix_ffn(
+    x: Tensor,
+    height: int,
+    width: int,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    skip: bool = False,
+    hidden_norm_weight: Tensor | None = None,
+    hidden_norm_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str = "gelu",
+    residual: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Feed-forward layer that mixes neighbours: ``[x +] W_2 act([LN](dw3x3(U) [+ U]))``, ``U = W_1 [LN](x)``.
+
+    MixFFN: Xie et al., "SegFormer", NeurIPS 2021. With ``skip`` and a hidden norm the MixFFN-skip of MISSFormer (Huang
+    et al., 2021) and MS-Former. The compiled backends never write the hidden ``N x hidden`` tensor to memory, and save
+    nothing for the backward but their inputs.
+
+    Args:
+        x: tokens ``[B, height * width, C]``, row by row, floating point, any strides.
+        height, width: of the image.
+        fc1_weight, fc1_bias: ``[hidden, C]``, ``[hidden]`` or None.
+        dw_weight, dw_bias: depthwise 3x3 convolution, zero padded: ``[hidden, 1, 3, 3]``, ``[hidden]`` or None.
+        fc2_weight, fc2_bias: ``[C, hidden]``, ``[C]`` or None.
+        skip: adds the input of the convolution to its output.
+        hidden_norm_weight, hidden_norm_bias: ``[hidden]``; a LayerNorm before the activation, unless the weight is
+        None.
+        norm_weight, norm_bias: ``[C]``; a LayerNorm of x, unless the weight is None.
+        norm_eps: of both norms.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"relu"``.
+        residual: adds x (before the norm) to the output.
+        backend: see `msformer_kernels.use_backend`.
+
+    Returns:
+        ``[B, height * width, C]`` in x's dtype (under autocast in autocast's, unless residual). An empty batch or image
+        gives an empty output and zero gradients.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an unknown activation or backend.
+        TypeError: dtypes that are mixed (outside autocast) or not floating point.
+        BackendError: the chosen backend is not available for the call.
+    """
+    check_image(x, height, width)
+    channels, hidden = x.shape[2], fc1_weight.shape[0]
+    check_shape("fc1_weight", fc1_weight, (hidden, channels), "[hidden, C]")
+    check_shape("fc1_bias", fc1_bias, (hidden,), "[hidden]")
+    check_shape("dw_weight", dw_weight, (hidden, 1, 3, 3), "[hidden, 1, 3, 3]")
+    check_shape("dw_bias", dw_bias, (hidden,), "[hidden]")
+    check_shape("fc2_weight", fc2_weight, (channels, hidden), "[C, hidden]")
+    check_shape("fc2_bias", fc2_bias, (channels,), "[C]")
+    check_norm("hidden_norm", hidden_norm_weight, hidden_norm_bias, hidden)
+    check_norm("norm", norm_weight, norm_bias, channels)
+    check_activation(activation)

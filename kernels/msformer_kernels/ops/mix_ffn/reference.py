@@ -1,0 +1,62 @@
+"""MixFFN in plain PyTorch: the specification of the operator.
+
+    U = x W_1 + b_1,   Z = dw3x3(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
+
+Xie et al., "SegFormer", NeurIPS 2021 (MixFFN); Huang et al., "MISSFormer", 2021 (the skip form with a hidden
+LayerNorm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from msformer_kernels.ops.layer_norm import layer_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def mix_ffn(
+    x: Tensor,
+    height: int,
+    width: int,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    skip: bool = False,
+    hidden_norm_weight: Tensor | None = None,
+    hidden_norm_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str = "gelu",
+    residual: bool = False,
+) -> Tensor:
+    """See `msformer_kernels.ops.mix_ffn`."""
+    tokens = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    hidden = F.linear(tokens, fc1_weight, fc1_bias)
+    mixed = _convolve(hidden, height, width, dw_weight, dw_bias)
+    if skip:
+        mixed = mixed + hidden
+    mixed = layer_norm(mixed, hidden_norm_weight, hidden_norm_bias, norm_eps)
+    output = F.linear(ACTIVATIONS[activation](mixed), fc2_weight, fc2_bias)
+    return x + output if residual else output
+
+
+def _convolve(hidden: Tensor, height: int, width: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if hidden.numel() == 0:
+        # a convolution refuses an empty image; adding its parameters to no tokens gives them zero gradients
+        return hidden + sum(p.sum() for p in (weight, bias) if p is not None)
+    image = hidden.transpose(1, 2).unflatten(2, (height, width))
+    return F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0]).flatten(2).transpose(1, 2)
