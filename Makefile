@@ -3,7 +3,7 @@
 #   make demo    segments images that the package makes itself; pictures and scores end up in demo/
 #   make test    the tests
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
-#   make lint    ruff and mypy
+#   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
 #
 # PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
@@ -31,6 +31,7 @@ bench: $(VENV)/installed-bench
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	MYPYPATH=kernels $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks
 
 build: $(VENV)/installed-dev

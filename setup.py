@@ -2,8 +2,7 @@
 
 The extension is a pybind11 module that does not link torch, so one build works with every torch. The CPU kernels are
 compiled once per variant (on x86-64: AVX-512 with and without BF16, AVX2 with FMA, and the baseline), and the best that
-the processor has is picked at run time. `VARIANTS` is the one place that declares them: flags, namespace, vector width,
-engine, detection and dispatch follow from it.
+the processor has is picked at run time; csrc/variants.py declares them.
 
 Without a working compiler the install goes on: the reason is kept in `msformer_kernels/_native_error.txt`, which
 `msformer_kernels.explain()` shows, and the package works on plain PyTorch. MSFORMER_REQUIRE_NATIVE=1 makes it an error.
@@ -11,74 +10,23 @@ CXX names another compiler.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+from variants import FLAGS, VARIANTS, Variant, write_variants_header  # noqa: E402
+
 ONCE = ["csrc/module.cpp", "csrc/dispatch.cpp", "csrc/cpu/base/memory.cpp"]
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp") if p.name != "memory.cpp")
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
-# multiply-add contraction is where the speed is; no value depends on errno or on floating-point traps
-FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The CPU code for one kind of processor. Its name is also its namespace and what MSFORMER_CPU_ISA calls it."""
-
-    name: str
-    vector_bytes: int
-    flags: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-    """What the processor must have, as `__builtin_cpu_supports` names it."""
-    bfloat16_engine: str = "Values<float>"
-    """How products of bfloat16 tensors are done: a class of csrc/cpu/engine."""
-    probe: str = ""
-    """A line of C++ that an old compiler may not know; without it there is no such variant."""
-
-    def definitions(self) -> list[str]:
-        names = {
-            "MSFORMER_VARIANT": self.name,
-            "MSFORMER_VECTOR_BYTES": self.vector_bytes,
-            "MSFORMER_BFLOAT16_ENGINE": self.bfloat16_engine,
-        }
-        return [f"-D{name}={value}" for name, value in names.items()]
-
-    def condition(self) -> str:
-        """Whether the processor has it, in C++."""
-        return " && ".join(f'__builtin_cpu_supports("{name}")' for name in self.features) or "true"
-
-
-PLAIN = Variant("plain", vector_bytes=16)
-AVX2 = Variant("avx2", 32, flags=("-mavx2", "-mfma", "-mf16c"), features=("avx2", "fma"))
-AVX512 = Variant(
-    "avx512",
-    64,
-    flags=(*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
-    features=(*AVX2.features, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-)
-AVX512_BF16 = replace(
-    AVX512,
-    name="avx512_bf16",
-    flags=(*AVX512.flags, "-mavx512bf16"),
-    features=(*AVX512.features, "avx512bf16"),
-    bfloat16_engine="Pairs",
-    probe="__m512 add(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }",
-)
-# best first
-VARIANTS = [PLAIN]
-if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS = [AVX512_BF16, AVX512, AVX2, PLAIN]
 
 
 class BuildFailed(Exception):
@@ -108,14 +56,6 @@ def supported_variants(compiler: list[str], temporary: Path) -> list[Variant]:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     return [variant for variant in VARIANTS if is_known(variant)]
-
-
-def write_variants_header(path: Path, variants: list[Variant]) -> None:
-    """What csrc/dispatch.cpp includes; only written if it changes, so that nothing is compiled again for it."""
-    rows = "".join(f" \\\n  X({variant.name}, {variant.condition()})" for variant in variants)
-    text = f"// Made by setup.py from its list of variants, best first.\n#define MSFORMER_FOR_EACH_VARIANT(X){rows}\n"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
 
 
 def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:

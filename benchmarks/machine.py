@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -100,19 +106,41 @@ def measure_ceilings(attempts: int = 3, size: int = 256 * 2**20, steps: int = 30
 
 
 def _multiply_adds(attempts: int, steps: int) -> tuple[float, str]:
-    threads = torch.get_num_threads()
-    if "native" in msformer_kernels.available_backends():
-        from msformer_kernels import _native
+    threads, run = torch.get_num_threads(), _compiled_multiply_adds()
+    if run is not None:
 
         def attempt() -> float:
             started = time.perf_counter()
-            flop = _native.multiply_adds(threads, steps)
-            return flop / (time.perf_counter() - started)
+            flop = run(threads, steps, ctypes.byref(ctypes.c_float()))
+            return float(flop) / (time.perf_counter() - started)
 
-        return max(attempt() for _ in range(attempts)), f"float32 multiply-adds in registers, {_native.isa()}"
+        return max(attempt() for _ in range(attempts)), "float32 multiply-adds in registers"
     matrix = torch.ones(2048, 2048)
     seconds = min(_seconds(lambda: matrix @ matrix) for _ in range(attempts + 2))
-    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices, for want of the compiled extension"
+    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices, for want of a C++ compiler"
+
+
+@lru_cache(maxsize=1)
+def _compiled_multiply_adds() -> Callable[..., float] | None:
+    """The function of multiply_adds.cpp, compiled for this processor; None without a compiler."""
+    compiler = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "multiply_adds.so"
+        command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"]
+        source = Path(__file__).with_name("multiply_adds.cpp")
+        # on processors other than x86-64 there is no width to prefer
+        for flags in (command, [flag for flag in command if "vector-width" not in flag]):
+            if (
+                subprocess.run([*flags, str(source), "-o", str(library)], capture_output=True, check=False).returncode
+                == 0
+            ):
+                function = ctypes.CDLL(str(library)).multiply_adds
+                function.restype = ctypes.c_double
+                function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+                return cast(Callable[..., float], function)
+    return None
 
 
 def _seconds(call: Callable[[], object]) -> float:

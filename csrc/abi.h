@@ -1,5 +1,5 @@
-// What Python hands to the kernels: raw pointers, sizes and strides (in elements). No functions with code here: this header
-// is shared by all variants of the CPU code.
+// What Python hands to the kernels: raw pointers, sizes and strides (in elements). No functions with code here: this
+// header is shared by all variants of the CPU code.
 //
 // "Parameters" (weights, biases), statistics and gradients of parameters are contiguous arrays of the arithmetic type:
 // double when the activations are float64, else float. Activations may have any strides and are converted on the way.
@@ -23,7 +23,8 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
   std::int64_t batch_stride, token_stride;
 };
 
-// How images are worked on: as measured to be the better way for the shape, or always as images of many or of few tokens.
+// How images are worked on: as measured to be the better way for the shape, or always as images of many or of few
+// tokens.
 enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
 
 // query [B, H, Nq, Dk], key [B, H, N, Dk], value [B, H, N, Dv]
@@ -43,11 +44,13 @@ struct AttentionArguments {
 
 // The parameters of an operator, and their gradients, stand once: P is const void* or void*. Their order is that of the
 // declaration in Python, which hands them over as one list.
-template <class P> struct AffineParameters {  // of a norm, or of a linear layer
+template <class P>
+struct AffineParameters {  // of a norm, or of a linear layer
   P weight, bias;
 };
 
-template <class P> struct SelfAttentionParameters {  // weights as in torch.nn.Linear: [out, in]
+template <class P>
+struct SelfAttentionParameters {  // weights as in torch.nn.Linear: [out, in]
   P query_weight, query_bias, key_weight, value_weight, value_bias, output_weight, output_bias;
   AffineParameters<P> norm;
 };
@@ -72,7 +75,8 @@ struct SelfAttentionArguments {
 
 enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
 
-template <class P> struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
+template <class P>
+struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
   P fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias;
   AffineParameters<P> hidden_norm, norm;
 };
@@ -121,11 +125,11 @@ struct BatchNormArguments {
 
 // The operators: each has a forward and a backward for its arguments in every variant. This list is all that the module
 // and the dispatch know of them.
-#define MSFORMER_FOR_EACH_OPERATOR(X)          \
-  X(attention, AttentionArguments)             \
-  X(self_attention, SelfAttentionArguments)    \
-  X(mix_ffn, MixFFNArguments)                  \
-  X(linear, LinearArguments)                   \
+#define MSFORMER_FOR_EACH_OPERATOR(X)       \
+  X(attention, AttentionArguments)          \
+  X(self_attention, SelfAttentionArguments) \
+  X(mix_ffn, MixFFNArguments)               \
+  X(linear, LinearArguments)                \
   X(batch_norm, BatchNormArguments)
 
 // The entry points of one variant.

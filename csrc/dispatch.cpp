@@ -4,16 +4,17 @@
 #include <stdexcept>
 #include <string>
 
-#include "variants.h"  // MSFORMER_FOR_EACH_VARIANT(X): X(name, whether this processor has it), best first; made by setup.py
+// made by setup.py: MSFORMER_FOR_EACH_VARIANT(X) is X(name, whether this processor has it) for each, best first
+#include "variants.h"
 
 #define MSFORMER_DECLARE(name, Arguments) \
   void name##_forward(const Arguments&);  \
   void name##_backward(const Arguments&);
 #define MSFORMER_ENTRIES(name, Arguments) name##_forward, name##_backward,
-#define MSFORMER_VARIANT_KERNELS(variant, usable)                            \
-  namespace msformer::variant {                                              \
-  MSFORMER_FOR_EACH_OPERATOR(MSFORMER_DECLARE)                               \
-  constexpr Kernels kernels{MSFORMER_FOR_EACH_OPERATOR(MSFORMER_ENTRIES)};   \
+#define MSFORMER_VARIANT_KERNELS(variant, usable)                          \
+  namespace msformer::variant {                                            \
+  MSFORMER_FOR_EACH_OPERATOR(MSFORMER_DECLARE)                             \
+  constexpr Kernels kernels{MSFORMER_FOR_EACH_OPERATOR(MSFORMER_ENTRIES)}; \
   }
 MSFORMER_FOR_EACH_VARIANT(MSFORMER_VARIANT_KERNELS)
 
@@ -39,7 +40,8 @@ const Variant& chosen_variant() {
     if (variant.name == std::string(wanted)) return variant;
     known += (known.empty() ? "" : ", ") + std::string(variant.name);
   }
-  throw std::invalid_argument("unknown or unsupported instruction set '" + std::string(wanted) + "'; this machine has: " + known);
+  throw std::invalid_argument("unknown or unsupported instruction set '" + std::string(wanted) +
+                              "'; this machine has: " + known);
 }
 
 }  // namespace msformer

@@ -19,7 +19,10 @@ class Reader {
  public:
   explicit Reader(const py::tuple& values) : values_(values.ptr()), count_(PyTuple_GET_SIZE(values.ptr())) {}
 
-  template <class... Fields> void fill(Fields&... fields) { (read(fields), ...); }
+  template <class... Fields>
+  void fill(Fields&... fields) {
+    (read(fields), ...);
+  }
 
   void finish() const {
     if (next_ != count_) fail("more");
@@ -50,19 +53,23 @@ class Reader {
   }
   void read(void*& field) { field = PyLong_AsVoidPtr(next()); }
   void read(const void*& field) { field = PyLong_AsVoidPtr(next()); }
-  void read(Activation& a) {
-    fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride);
-  }
+  void read(Activation& a) { fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride); }
   void read(Mask& m) {
     const void* data;
     fill(data, m.batch_stride, m.token_stride);
     m.data = static_cast<const unsigned char*>(data);
   }
-  template <class P> void read(AffineParameters<P>& p) { fill(p.weight, p.bias); }
-  template <class P> void read(SelfAttentionParameters<P>& p) {
-    fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias, p.norm);
+  template <class P>
+  void read(AffineParameters<P>& p) {
+    fill(p.weight, p.bias);
   }
-  template <class P> void read(MixFFNParameters<P>& p) {
+  template <class P>
+  void read(SelfAttentionParameters<P>& p) {
+    fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
+         p.norm);
+  }
+  template <class P>
+  void read(MixFFNParameters<P>& p) {
     fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
   }
 
@@ -72,8 +79,8 @@ class Reader {
 
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
   r.fill(a.num_threads, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels, a.query_scale,
-         a.key_scale, a.output_scale, a.normalize_query, a.softmax, a.query, a.key, a.value, a.mask, a.context, a.key_max,
-         a.key_sum);
+         a.key_scale, a.output_scale, a.normalize_query, a.softmax, a.query, a.key, a.value, a.mask, a.context,
+         a.key_max, a.key_sum);
   if (backward)
     r.fill(a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value);
   else
@@ -114,7 +121,8 @@ void read_arguments(Reader& r, BatchNormArguments& a, bool backward) {
     r.fill(a.output);
 }
 
-template <class Arguments> void define(py::module_& m, const char* name, void (*kernel)(const Arguments&), bool backward) {
+template <class Arguments>
+void define(py::module_& m, const char* name, void (*kernel)(const Arguments&), bool backward) {
   m.def(name, [kernel, backward](const py::tuple& values) {
     Arguments arguments{};
     Reader reader(values);
@@ -138,8 +146,8 @@ PYBIND11_MODULE(_native, m) {
     for (const Variant& usable : usable_variants()) names.append(usable.name);
     return names;
   });
-#define MSFORMER_DEFINE(name, Arguments)                                            \
-  define<Arguments>(m, #name "_forward", variant.kernels->name##_forward, false);   \
+#define MSFORMER_DEFINE(name, Arguments)                                          \
+  define<Arguments>(m, #name "_forward", variant.kernels->name##_forward, false); \
   define<Arguments>(m, #name "_backward", variant.kernels->name##_backward, true);
   MSFORMER_FOR_EACH_OPERATOR(MSFORMER_DEFINE)
 }

@@ -8,13 +8,24 @@ from importlib import import_module
 import pytest
 import torch
 
+from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import require
 
 COMPILED = ["native-many_tokens", "native-few_tokens", "triton-folded"]
 WITH_FLOAT64 = [name for name in COMPILED if name.startswith("native")]
 
 
-@pytest.fixture(params=COMPILED)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` is each of `COMPILED`; in a class of tests of one operator, each that serves it."""
+    if "backend" in metafunc.fixturenames:
+        operator = getattr(metafunc.cls, "OPERATOR", None)
+        served = COMPILED if operator is None else OPERATORS[operator].served_by
+        metafunc.parametrize(
+            "backend", [b for b in COMPILED if b in served or b.split("-")[0] in served], indirect=True
+        )
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend that is checked against the reference; skipped where it was not built.
 

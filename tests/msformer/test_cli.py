@@ -201,7 +201,6 @@ def test_broken_files_do_not_stop_the_others(images: Path, tmp_path: Path) -> No
         (["segment", "x.png", "--out", "x.png"], 1, "error: cannot make the folder x.png"),
         (["segment", "x.png", "--out", "x.png/out"], 1, "error: cannot make the folder x.png/out"),
         (["segment", "x.png", "--out", "out", "--backend", "tpu"], 1, "unknown backend 'tpu'"),
-        (["segment", "x.png", "--out", "out", "--backend", "cuda"], 1, "not part of this version"),
         (["segment", "x.png", "--out", "out", "--device", "warp"], 1, "device: 'warp' cannot be used"),
         (["segment", "x.png", "--out", "out", "--ce", "0", "--inter", "0", "--intra", "0"], 1, "switched off"),
         (["sgement"], 2, "No such command 'sgement'"),

@@ -2,14 +2,15 @@
 //
 // Forward: one pass over keys and values builds the context of every head, chunk by chunk with an online softmax; one
 // pass over the queries writes the output. Backward: one pass over queries and grad_output builds the gradient of the
-// context and writes that of the queries; one pass over keys and values writes theirs. Blocks of kBlockTokens tokens are
-// held in scratch; the normalised queries and keys never reach memory.
+// context and writes that of the queries; one pass over keys and values writes theirs. Blocks of kBlockTokens tokens
+// are held in scratch; the normalised queries and keys never reach memory.
 #include "softmax.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T> struct Attention {
+template <class T>
+struct Attention {
   const AttentionArguments& a;
   const std::int64_t pairs = a.batch * a.heads;  // (batch, head) pairs
   const std::int64_t keys = a.key_channels, values = a.value_channels;
@@ -41,9 +42,8 @@ template <class T> struct Attention {
       const std::int64_t batch = i / split.count / a.heads, head = i / split.count % a.heads;
       const std::int64_t first = i % split.count * split.size, last = min_of(tokens, first + split.size);
       begin(scratch, i);
-      for_blocks_of(first, last, [&](std::int64_t token, std::int64_t count) {
-        block(scratch, i, batch, head, token, count);
-      });
+      for_blocks_of(first, last,
+                    [&](std::int64_t token, std::int64_t count) { block(scratch, i, batch, head, token, count); });
     });
   }
 
@@ -60,7 +60,8 @@ template <class T> struct Attention {
     load_tokens(a.key, batch, head, token, tokens, keys, s.keys, key_width);
     load_tokens(a.value, batch, head, token, tokens, values, s.values, value_width);
     scale_rows(s.keys, tokens * key_width, key_factor(batch));
-    apply_mask(a.mask, batch, token, tokens, a.softmax ? -kInfinity<T> : T(0), s.keys, key_width, s.values, value_width);
+    apply_mask(a.mask, batch, token, tokens, a.softmax ? -kInfinity<T> : T(0), s.keys, key_width, s.values,
+               value_width);
   }
 
   void load_queries(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, T* queries) const {
@@ -74,7 +75,8 @@ template <class T> struct Attention {
   std::int64_t context_size() const { return keys * value_width; }
 
   // calls task(pair, first row, last row) for blocks of rows of the contexts, in parallel
-  template <class Task> void for_row_blocks(const Task& task) const {
+  template <class Task>
+  void for_row_blocks(const Task& task) const {
     constexpr std::int64_t kRows = 48;
     const std::int64_t blocks = (keys + kRows - 1) / kRows;
     parallel_for(pairs * blocks, a.num_threads, 0, [&](std::int64_t i, void*) {
@@ -103,8 +105,8 @@ template <class T> struct Attention {
           if (a.softmax)
             accumulate_keys<Values<T>>(tokens, keys, s.keys, s.values, value_width, chunk);
           else
-            multiply_transposed_add<Values<T>>(keys, tokens, value_width, s.keys, key_width, s.values, value_width, chunk.values,
-                                       value_width);
+            multiply_transposed_add<Values<T>>(keys, tokens, value_width, s.keys, key_width, s.values, value_width,
+                                               chunk.values, value_width);
         });
     for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
       const T* chunks = sums + pair * key_split.count * size;
@@ -118,9 +120,11 @@ template <class T> struct Attention {
         } else {
           *max = T(0);
           *sum = T(1);
-          combine_partials<T>(chunks + 2 * key_width + row * value_width, nullptr, key_split.count, size, value_width, out);
+          combine_partials<T>(chunks + 2 * key_width + row * value_width, nullptr, key_split.count, size, value_width,
+                              out);
         }
-        std::memcpy(static_cast<T*>(a.context) + (pair * keys + row) * values, out, sizeof(T) * static_cast<std::size_t>(values));
+        std::memcpy(static_cast<T*>(a.context) + (pair * keys + row) * values, out,
+                    sizeof(T) * static_cast<std::size_t>(values));
       }
     });
   }
@@ -147,7 +151,8 @@ template <class T> struct Attention {
     T* partials = static_cast<T*>(memory.data());
     T* context_transposed = partials + pairs * query_split.count * size;
     parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
-      pack<Values<T>>(a.num_threads, context_transposed + pair * packed, context + pair * size, 1, value_width, values, keys);
+      pack<Values<T>>(a.num_threads, context_transposed + pair * packed, context + pair * size, 1, value_width, values,
+                      keys);
     });
     for_chunks<Blocks>(
         query_split, a.query_tokens, [&](Blocks&, std::int64_t i) { fill(partials + i * size, size, T(0)); },
@@ -156,7 +161,7 @@ template <class T> struct Attention {
           load_tokens(a.grad_output, batch, head, token, tokens, values, s.grad_values, value_width);
           scale_rows(s.grad_values, tokens * value_width, static_cast<T>(a.output_scale));
           multiply_transposed_add<Values<T>>(keys, tokens, value_width, s.keys, key_width, s.grad_values, value_width,
-                                     partials + i * size, value_width);
+                                             partials + i * size, value_width);
           multiply<Values<T>>(tokens, values, key_width, s.grad_values, value_width,
                               context_transposed + (batch * a.heads + head) * packed, s.grad_keys, key_width);
           if (query_softmax())
@@ -167,8 +172,8 @@ template <class T> struct Attention {
         });
     for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
       T* out = grad_context + pair * size;
-      combine_partials<T>(partials + pair * query_split.count * size + first * value_width, nullptr, query_split.count, size,
-                          (last - first) * value_width, out + first * value_width);
+      combine_partials<T>(partials + pair * query_split.count * size + first * value_width, nullptr, query_split.count,
+                          size, (last - first) * value_width, out + first * value_width);
       if (!a.grad_context) return;
       const T* own = static_cast<const T*>(a.grad_context) + pair * keys * values;
       for (std::int64_t row = first; row < last; ++row)
@@ -199,13 +204,14 @@ template <class T> struct Attention {
           T* row = rows + pair * 3 * key_width;
           load_keys(batch, head, token, tokens, s);
           if (a.softmax) key_softmax(tokens, key_width, s.keys, row, row + key_width);
-          multiply_rows(tokens, keys, value_width, s.keys, key_width, grad_context + pair * size, value_width, s.grad_values,
-                        value_width);
+          multiply_rows(tokens, keys, value_width, s.keys, key_width, grad_context + pair * size, value_width,
+                        s.grad_values, value_width);
           store_tokens(a.grad_value, batch, head, token, tokens, values, s.grad_values, value_width);
-          multiply<Values<T>>(tokens, values, key_width, s.values, value_width, grad_transposed + pair * packed, s.grad_keys,
-                              key_width);
+          multiply<Values<T>>(tokens, values, key_width, s.values, value_width, grad_transposed + pair * packed,
+                              s.grad_keys, key_width);
           if (a.softmax) {
-            if (tokens == a.key_tokens) key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, row + 2 * key_width);
+            if (tokens == a.key_tokens)
+              key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, row + 2 * key_width);
             key_softmax_backward(tokens, key_width, s.keys, row + 2 * key_width, s.grad_keys);
           }
           scale_rows(s.grad_keys, tokens * key_width, key_factor(batch));

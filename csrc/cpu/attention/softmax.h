@@ -1,6 +1,6 @@
-// The two normalisations of efficient attention on blocks in scratch memory: over the features of one token (queries) and
-// over all tokens of one feature (keys, online: running maximum, sum and rescaled accumulator, as FlashAttention does
-// over keys).
+// The two normalisations of efficient attention on blocks in scratch memory: over the features of one token (queries)
+// and over all tokens of one feature (keys, online: running maximum, sum and rescaled accumulator, as FlashAttention
+// does over keys).
 #pragma once
 
 #include "../base/sums.h"
@@ -9,10 +9,12 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-template <class T> constexpr T kInfinity = static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
 // rho_q: softmax over each of `segments` slices of `width` values in every row. Padding must hold -infinity.
-template <class T> void softmax_rows(T* x, std::int64_t rows, std::int64_t segments, std::int64_t width) {
+template <class T>
+void softmax_rows(T* x, std::int64_t rows, std::int64_t segments, std::int64_t width) {
   constexpr int W = kWidth<T>;
   for (T* row = x; row < x + rows * segments * width; row += width) {
     Vector<T> largest = load(row);
@@ -41,7 +43,8 @@ void softmax_rows_backward(const T* p, T* grad, std::int64_t rows, std::int64_t 
   }
 }
 
-template <class T> inline void scale_rows(T* x, std::int64_t count, T scale) {
+template <class T>
+inline void scale_rows(T* x, std::int64_t count, T scale) {
   for (std::int64_t i = 0; i < count; i += kWidth<T>) store(x + i, load(x + i) * scale);
 }
 
@@ -52,7 +55,8 @@ inline void set_padding(T* x, std::int64_t rows, std::int64_t channels, std::int
 }
 
 // Sums over the tokens seen so far: values [keys, leading] = sum exp(logit - max) value.
-template <class T> struct KeySums {
+template <class T>
+struct KeySums {
   T *max, *sum, *values;
 
   static std::int64_t size(std::int64_t keys, std::int64_t leading) { return 2 * padded<T>(keys) + keys * leading; }
@@ -60,14 +64,19 @@ template <class T> struct KeySums {
       : max(memory), sum(memory + padded<T>(keys)), values(memory + 2 * padded<T>(keys)) {}
 };
 
-template <class T> void reset(KeySums<T> sums, std::int64_t keys, std::int64_t leading) {
+template <class T>
+void reset(KeySums<T> sums, std::int64_t keys, std::int64_t leading) {
   fill(sums.max, padded<T>(keys), -kInfinity<T>);
   fill(sums.sum, padded<T>(keys), T(0));
   fill(sums.values, keys * leading, T(0));
 }
 
-// exp(logit - max) of one block, in place; max of -infinity (nothing kept so far) counts as 0, so that nothing becomes NaN
-template <class T> inline Vector<T> safe_shift(Vector<T> max) { return max == -kInfinity<T> ? Vector<T>{} : max; }
+// exp(logit - max) of one block, in place; max of -infinity (nothing kept so far) counts as 0, so that nothing becomes
+// NaN
+template <class T>
+inline Vector<T> safe_shift(Vector<T> max) {
+  return max == -kInfinity<T> ? Vector<T>{} : max;
+}
 
 // Adds one block of tokens: logits [tokens, padded(keys)] become exp(logit - max), values [tokens, leading].
 template <class E, class T = typename E::Value>
@@ -104,15 +113,17 @@ void key_softmax(std::int64_t tokens, std::int64_t width, T* logits, const T* ma
   }
 }
 
-// delta_j = <values_j, grad_j>, the closed form of sum_n s_nj grad_nj; in double, for large terms cancel in grad - delta
-template <class T> inline T key_softmax_delta(const T* values, const T* grad, std::int64_t count) {
+// delta_j = <values_j, grad_j>, the closed form of sum_n s_nj grad_nj; in double, for large terms cancel in grad -
+// delta
+template <class T>
+inline T key_softmax_delta(const T* values, const T* grad, std::int64_t count) {
   double sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(grad[i]);
   return static_cast<T>(sum);
 }
 
-// The same where one block has all tokens: as the sum it stands for, whose rounding errors are those of grad - delta. So a
-// token that has all the weight gets exactly no gradient.
+// The same where one block has all tokens: as the sum it stands for, whose rounding errors are those of grad - delta.
+// So a token that has all the weight gets exactly no gradient.
 template <class T>
 void key_softmax_delta_of_block(std::int64_t tokens, std::int64_t width, const T* s, const T* grad, T* delta) {
   for (std::int64_t c = 0; c < width; c += kWidth<T>) {
@@ -122,8 +133,8 @@ void key_softmax_delta_of_block(std::int64_t tokens, std::int64_t width, const T
   }
 }
 
-// grad of the key softmax (in place): s * (grad - delta). Where one token has all the weight its delta is its own grad, and
-// the difference exactly zero, which the closed form would miss by a rounding error.
+// grad of the key softmax (in place): s * (grad - delta). Where one token has all the weight its delta is its own grad,
+// and the difference exactly zero, which the closed form would miss by a rounding error.
 template <class T>
 void key_softmax_backward(std::int64_t tokens, std::int64_t width, const T* s, const T* delta, T* grad) {
   for (std::int64_t c = 0; c < width; c += kWidth<T>) {
@@ -136,11 +147,11 @@ void key_softmax_backward(std::int64_t tokens, std::int64_t width, const T* s, c
 }
 
 // Combines the sums of all chunks for key `row`: max, sum, and out [leading] = softmax-weighted mean of the values.
-// A feature whose tokens are all masked has sum 0 and mean 0; `kept`, whether any token is, tells it from a sum that is 0
-// because every logit is -infinity, which softmax makes NaN.
+// A feature whose tokens are all masked has sum 0 and mean 0; `kept`, whether any token is, tells it from a sum that is
+// 0 because every logit is -infinity, which softmax makes NaN.
 template <class T>
-void combine_keys(const T* chunks, std::int64_t count, std::int64_t keys, std::int64_t row, std::int64_t leading, bool kept,
-                  T* max, T* sum, T* out) {
+void combine_keys(const T* chunks, std::int64_t count, std::int64_t keys, std::int64_t row, std::int64_t leading,
+                  bool kept, T* max, T* sum, T* out) {
   const std::int64_t stride = KeySums<T>::size(keys, leading);
   double factors[64];  // split_tokens makes at most 64 chunks
   T largest = -kInfinity<T>;
@@ -160,8 +171,8 @@ void combine_keys(const T* chunks, std::int64_t count, std::int64_t keys, std::i
 
 // rows of masked tokens: logits become masked_logit, values (unless null) 0
 template <class T>
-void apply_mask(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens, T masked_logit, T* logits,
-                std::int64_t logits_width, T* values, std::int64_t values_width) {
+void apply_mask(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens, T masked_logit,
+                T* logits, std::int64_t logits_width, T* values, std::int64_t values_width) {
   if (!mask.data) return;
   for (std::int64_t i = 0; i < tokens; ++i) {
     if (mask.data[batch * mask.batch_stride + (token + i) * mask.token_stride]) continue;

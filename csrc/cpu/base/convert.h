@@ -1,14 +1,20 @@
-// The types that tokens have in memory, and their way to and from float: bfloat16 and float16 round to nearest, ties to even.
+// The types that tokens have in memory, and their way to and from float: bfloat16 and float16 round to nearest, ties to
+// even.
 #pragma once
 
 #include "vectors.h"
 
 namespace msformer::MSFORMER_VARIANT {
 
-struct BFloat16 { std::uint16_t bits; };
-struct Float16 { std::uint16_t bits; };
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
 
-template <class To, class From> inline To bit_cast(From from) {
+template <class To, class From>
+inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -42,13 +48,37 @@ inline Float16 to_float16(float x) {
   return {static_cast<std::uint16_t>((magnitude >= 0x477ff000u ? special : finite) | (bits >> 16 & 0x8000u))};
 }
 
-template <class T> inline T convert(float x) { return static_cast<T>(x); }
-template <class T> inline T convert(double x) { return static_cast<T>(x); }
-template <class T> inline T convert(BFloat16 x) { return static_cast<T>(to_float(x)); }
-template <class T> inline T convert(Float16 x) { return static_cast<T>(to_float(x)); }
-template <class T> inline void assign(float& to, T x) { to = static_cast<float>(x); }
-template <class T> inline void assign(double& to, T x) { to = static_cast<double>(x); }
-template <class T> inline void assign(BFloat16& to, T x) { to = to_bfloat16(static_cast<float>(x)); }
-template <class T> inline void assign(Float16& to, T x) { to = to_float16(static_cast<float>(x)); }
+template <class T>
+inline T convert(float x) {
+  return static_cast<T>(x);
+}
+template <class T>
+inline T convert(double x) {
+  return static_cast<T>(x);
+}
+template <class T>
+inline T convert(BFloat16 x) {
+  return static_cast<T>(to_float(x));
+}
+template <class T>
+inline T convert(Float16 x) {
+  return static_cast<T>(to_float(x));
+}
+template <class T>
+inline void assign(float& to, T x) {
+  to = static_cast<float>(x);
+}
+template <class T>
+inline void assign(double& to, T x) {
+  to = static_cast<double>(x);
+}
+template <class T>
+inline void assign(BFloat16& to, T x) {
+  to = to_bfloat16(static_cast<float>(x));
+}
+template <class T>
+inline void assign(Float16& to, T x) {
+  to = to_float16(static_cast<float>(x));
+}
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -8,9 +8,7 @@ namespace msformer {
 
 namespace {
 
-void* allocate(std::size_t bytes) {
-  return std::aligned_alloc(64, (bytes + 64) / 64 * 64);
-}
+void* allocate(std::size_t bytes) { return std::aligned_alloc(64, (bytes + 64) / 64 * 64); }
 
 // The last workspace that the thread gave back: a call that needs no more than the one before takes it again, with its
 // pages already there. Larger ones are returned to the system.

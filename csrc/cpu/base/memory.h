@@ -5,7 +5,8 @@
 
 namespace msformer {
 
-// At least `bytes` of 64-byte aligned memory of the calling thread, kept until the thread ends; null when there is none.
+// At least `bytes` of 64-byte aligned memory of the calling thread, kept until the thread ends; null when there is
+// none.
 void* thread_scratch(std::size_t bytes);
 
 // The same, apart from it, for an engine that rewrites the operands of a product.

@@ -6,7 +6,8 @@
 namespace msformer::MSFORMER_VARIANT {
 
 // mean and 1 / sqrt(variance + eps) of one row, variance about the mean (two passes over a row that is in L1)
-template <class T> inline void row_statistics(const T* row, std::int64_t channels, T eps, T& mean, T& rstd) {
+template <class T>
+inline void row_statistics(const T* row, std::int64_t channels, T eps, T& mean, T& rstd) {
   constexpr int W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
   Vector<T> sum{};
@@ -27,7 +28,8 @@ template <class T> inline void row_statistics(const T* row, std::int64_t channel
 }
 
 // LayerNorm's weight and bias, padded with zeros. Without LayerNorm weight is null.
-template <class T> struct Norm {
+template <class T>
+struct Norm {
   const T* weight = nullptr;
   const T* bias = nullptr;
   T eps = T(0);
@@ -57,8 +59,8 @@ void layer_norm(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, c
 // Gradient of LayerNorm: grad [rows, leading] of its output becomes that of its input, in place;
 // grad_weight and grad_bias are added to.
 template <class T>
-void layer_norm_backward(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, const T* normalized, const T* rstd,
-                         T* grad, std::int64_t leading, T* grad_weight, T* grad_bias) {
+void layer_norm_backward(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, const T* normalized,
+                         const T* rstd, T* grad, std::int64_t leading, T* grad_weight, T* grad_bias) {
   constexpr int W = kWidth<T>;
   const std::int64_t width = padded<T>(channels);
   const T inverse = T(1) / static_cast<T>(channels);

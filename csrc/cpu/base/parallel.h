@@ -22,7 +22,8 @@ namespace msformer::MSFORMER_VARIANT {
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T> T* take(std::int64_t count) {
+  template <class T>
+  T* take(std::int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return piece;
@@ -34,10 +35,11 @@ class Arena {
   std::size_t used_ = 0;
 };
 
-// Runs task(i, scratch) for every i below count. Scratch is the thread's own; a task that starts a loop of its own must not
-// use it afterwards. A loop that needs no team opens no parallel region at all: one inside it would count as nested, and
-// OpenMP starts new threads for nested teams.
-template <class Task> void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
+// Runs task(i, scratch) for every i below count. Scratch is the thread's own; a task that starts a loop of its own must
+// not use it afterwards. A loop that needs no team opens no parallel region at all: one inside it would count as
+// nested, and OpenMP starts new threads for nested teams.
+template <class Task>
+void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
 #ifdef _OPENMP
   if (num_threads > 1 && count > 1 && !omp_in_parallel()) {
     const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));

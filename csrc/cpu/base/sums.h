@@ -5,17 +5,20 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-template <class T> inline void add_rows(std::int64_t rows, std::int64_t leading, const T* in, T* out) {
+template <class T>
+inline void add_rows(std::int64_t rows, std::int64_t leading, const T* in, T* out) {
   for (std::int64_t i = 0; i < rows * leading; i += kWidth<T>) store(out + i, load(out + i) + load(in + i));
 }
 
-template <class T> inline void fill(T* out, std::int64_t count, T value) {
+template <class T>
+inline void fill(T* out, std::int64_t count, T value) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = value;
 }
 
-// sum of rows of one column of vectors, as a sum of sums over a few rows each: the rounding error grows with the logarithm
-// of their number
-template <class T> Vector<T> column_sum(std::int64_t rows, const T* in, std::int64_t leading) {
+// sum of rows of one column of vectors, as a sum of sums over a few rows each: the rounding error grows with the
+// logarithm of their number
+template <class T>
+Vector<T> column_sum(std::int64_t rows, const T* in, std::int64_t leading) {
   constexpr std::int64_t kRows = 16;
   if (rows > kRows) {
     const std::int64_t half = (rows / 2 + kRows - 1) / kRows * kRows;
@@ -65,7 +68,8 @@ void combine_groups(const T* partials, std::int64_t groups, std::int64_t size, i
   });
 }
 
-template <class T> inline void copy_out(const T* source, std::int64_t count, void* target) {
+template <class T>
+inline void copy_out(const T* source, std::int64_t count, void* target) {
   if (target) std::memcpy(target, source, sizeof(T) * static_cast<std::size_t>(count));
 }
 

@@ -1,5 +1,6 @@
-// Blocks of tokens on their way between the user's tensors (any strides; float32, float64, bfloat16, float16) and scratch
-// memory (row-major, arithmetic type, rows padded with zeros to whole vectors); and how tokens are cut into blocks.
+// Blocks of tokens on their way between the user's tensors (any strides; float32, float64, bfloat16, float16) and
+// scratch memory (row-major, arithmetic type, rows padded with zeros to whole vectors); and how tokens are cut into
+// blocks.
 #pragma once
 
 #include <type_traits>
@@ -11,13 +12,22 @@ namespace msformer::MSFORMER_VARIANT {
 
 // calls visit with a pointer to the activation's element type, at (batch, head, token)
 template <class Visit>
-inline void visit_elements(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, Visit visit) {
+inline void visit_elements(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token,
+                           Visit visit) {
   const std::int64_t offset = batch * x.batch_stride + head * x.head_stride + token * x.token_stride;
   switch (x.dtype) {
-    case DType::float32: visit(static_cast<float*>(x.data) + offset); break;
-    case DType::float64: visit(static_cast<double*>(x.data) + offset); break;
-    case DType::bfloat16: visit(static_cast<BFloat16*>(x.data) + offset); break;
-    case DType::float16: visit(static_cast<Float16*>(x.data) + offset); break;
+    case DType::float32:
+      visit(static_cast<float*>(x.data) + offset);
+      break;
+    case DType::float64:
+      visit(static_cast<double*>(x.data) + offset);
+      break;
+    case DType::bfloat16:
+      visit(static_cast<BFloat16*>(x.data) + offset);
+      break;
+    case DType::float16:
+      visit(static_cast<Float16*>(x.data) + offset);
+      break;
   }
 }
 
@@ -35,7 +45,8 @@ inline void store_bfloat16(BFloat16* p, Vector<float> x) {
 }
 
 // row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
-template <class T, class S> inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
+template <class T, class S>
+inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
   constexpr std::int64_t W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
   if constexpr (sizeof(T) == sizeof(S)) {
@@ -59,17 +70,20 @@ void load_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std
   visit_elements(x, batch, head, token, [&](const auto* source) {
     const std::int64_t by_token = x.token_stride, by_channel = x.channel_stride;
     if (by_channel == 1) {
-      for (std::int64_t i = 0; i < tokens; ++i) load_row<T>(source + i * by_token, channels, out + i * leading, leading);
+      for (std::int64_t i = 0; i < tokens; ++i)
+        load_row<T>(source + i * by_token, channels, out + i * leading, leading);
       return;
     }
     for (std::int64_t c = 0; c < channels; ++c)
-      for (std::int64_t i = 0; i < tokens; ++i) out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
+      for (std::int64_t i = 0; i < tokens; ++i)
+        out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
     for (std::int64_t i = 0; i < tokens; ++i)
       for (std::int64_t c = channels; c < leading; ++c) out[i * leading + c] = T(0);
   });
 }
 
-template <class T, class S> inline void store_row(const T* in, std::int64_t channels, S* target) {
+template <class T, class S>
+inline void store_row(const T* in, std::int64_t channels, S* target) {
   constexpr std::int64_t W = kWidth<T>;
   std::int64_t c = 0;
   if constexpr (sizeof(T) == sizeof(S))
@@ -94,15 +108,16 @@ void store_tokens(const Activation& x, std::int64_t batch, std::int64_t head, st
 }
 
 // out [padded(count)] = source, or zeros when it is null; zero padding
-template <class T> inline const T* copy_padded(T* out, const void* source, std::int64_t count) {
+template <class T>
+inline const T* copy_padded(T* out, const void* source, std::int64_t count) {
   const std::int64_t given = source ? count : 0;
   if (given) std::memcpy(out, source, sizeof(T) * static_cast<std::size_t>(given));
   for (std::int64_t i = given; i < padded<T>(count); ++i) out[i] = T(0);
   return out;
 }
 
-// How tokens are cut into chunks, and chunks into blocks: by the shape alone, never by the number of threads. Chunks are
-// nearly equal, and so are the blocks of one chunk.
+// How tokens are cut into chunks, and chunks into blocks: by the shape alone, never by the number of threads. Chunks
+// are nearly equal, and so are the blocks of one chunk.
 struct Split {
   std::int64_t count, size;
 };
@@ -118,7 +133,8 @@ inline Split split_tokens(std::int64_t tokens, std::int64_t images) {
 }
 
 // calls task(first token, tokens) for the blocks of [first, last)
-template <class Task> inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task) {
+template <class Task>
+inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task) {
   const std::int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
   for (std::int64_t i = 0; i < blocks; ++i) {
     const std::int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks;

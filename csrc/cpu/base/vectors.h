@@ -14,9 +14,11 @@
 // The build names the variant: MSFORMER_VARIANT is its namespace, MSFORMER_VECTOR_BYTES its width (setup.py).
 namespace msformer::MSFORMER_VARIANT {
 
-template <class T> struct Simd;
+template <class T>
+struct Simd;
 
-template <> struct Simd<float> {
+template <>
+struct Simd<float> {
   typedef float Vector __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef std::int32_t Integer __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(MSFORMER_VECTOR_BYTES), aligned(4), may_alias));
@@ -24,36 +26,63 @@ template <> struct Simd<float> {
   typedef std::uint16_t Halves __attribute__((vector_size(MSFORMER_VECTOR_BYTES / 2), aligned(2), may_alias));
 };
 
-template <> struct Simd<double> {
+template <>
+struct Simd<double> {
   typedef double Vector __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef std::int64_t Integer __attribute__((vector_size(MSFORMER_VECTOR_BYTES)));
   typedef double Unaligned __attribute__((vector_size(MSFORMER_VECTOR_BYTES), aligned(8), may_alias));
 };
 
-template <class T> using Vector = typename Simd<T>::Vector;
-template <class T> constexpr int kWidth = MSFORMER_VECTOR_BYTES / static_cast<int>(sizeof(T));
+template <class T>
+using Vector = typename Simd<T>::Vector;
+template <class T>
+constexpr int kWidth = MSFORMER_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
 // n rounded up to whole vectors
-template <class T> inline std::int64_t padded(std::int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
+template <class T>
+inline std::int64_t padded(std::int64_t n) {
+  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
 
-template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
-template <class T> inline Vector<T> load_unaligned(const T* p) {
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+template <class T>
+inline Vector<T> load_unaligned(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
 }
-template <class T> inline void store_unaligned(T* p, Vector<T> v) {
+template <class T>
+inline void store_unaligned(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
-template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<Vector<T>*>(p) = v; }
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<Vector<T>*>(p) = v;
+}
 // x in every lane; x - 0 is x for every x, which the compiler knows, so that nothing is calculated
-template <class T> inline Vector<T> splat(T x) { return x - Vector<T>{}; }
+template <class T>
+inline Vector<T> splat(T x) {
+  return x - Vector<T>{};
+}
 
-template <class T> inline T max_of(T a, T b) { return a > b ? a : b; }
-template <class T> inline T min_of(T a, T b) { return a < b ? a : b; }
+template <class T>
+inline T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline T min_of(T a, T b) {
+  return a < b ? a : b;
+}
 
 // a NaN in b never replaces a: maxima skip NaN, which then comes out through exp(NaN - max)
-template <class T> inline Vector<T> vmax(Vector<T> a, Vector<T> b) { return b > a ? b : a; }
+template <class T>
+inline Vector<T> vmax(Vector<T> a, Vector<T> b) {
+  return b > a ? b : a;
+}
 
-template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {  // lanes I of a followed by b
+template <class T, int... I>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {  // lanes I of a followed by b
 #ifdef __clang__
   return __builtin_shufflevector(a, b, I...);
 #else
@@ -66,13 +95,15 @@ inline Vector<T> exchange_lanes(Vector<T> v, std::integer_sequence<int, I...>) {
   return shuffle<T, (I ^ HALF)...>(v, v);
 }
 
-template <class T, int HALF = kWidth<T> / 2> inline T horizontal_sum(Vector<T> v) {
+template <class T, int HALF = kWidth<T> / 2>
+inline T horizontal_sum(Vector<T> v) {
   v += exchange_lanes<T, HALF>(v, std::make_integer_sequence<int, kWidth<T>>());
   if constexpr (HALF > 1) return horizontal_sum<T, HALF / 2>(v);
   return v[0];
 }
 
-template <class T, int HALF = kWidth<T> / 2> inline T horizontal_max(Vector<T> v) {
+template <class T, int HALF = kWidth<T> / 2>
+inline T horizontal_max(Vector<T> v) {
   v = vmax<T>(v, exchange_lanes<T, HALF>(v, std::make_integer_sequence<int, kWidth<T>>()));
   if constexpr (HALF > 1) return horizontal_max<T, HALF / 2>(v);
   return v[0];
@@ -87,19 +118,22 @@ inline void exchange_halves(Vector<T>& a, Vector<T>& b, std::integer_sequence<in
 }
 
 // rows become columns: square blocks of HALF x HALF change places, then those within them
-template <class T, int HALF = kWidth<T> / 2> inline void transpose(Vector<T>* rows) {
+template <class T, int HALF = kWidth<T> / 2>
+inline void transpose(Vector<T>* rows) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth<T>; ++i)
     if (!(i & HALF)) exchange_halves<T, HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, kWidth<T>>());
   if constexpr (HALF > 1) transpose<T, HALF / 2>(rows);
 }
 
-template <class T, int... I> inline typename Simd<T>::Integer lane_numbers(std::integer_sequence<int, I...>) {
+template <class T, int... I>
+inline typename Simd<T>::Integer lane_numbers(std::integer_sequence<int, I...>) {
   return typename Simd<T>::Integer{I...};
 }
 
 // lanes below `count` keep their value, the rest become zero
-template <class T> inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) {
+template <class T>
+inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) {
   const auto lanes = lane_numbers<T>(std::make_integer_sequence<int, kWidth<T>>());
   typename Simd<T>::Integer limit{};
   limit += static_cast<decltype(limit[0] + 0)>(count);
@@ -107,7 +141,8 @@ template <class T> inline Vector<T> keep_lanes(Vector<T> v, std::int64_t count) 
 }
 
 // exp for arguments that are not far above 0 (up to 88): range reduction by ln 2 in two parts, degree-6 polynomial
-// (S. L. Moshier, Cephes), within 2 ulp. Below -87.3 the result is 0, whatever the steps in between make of it; NaN stays NaN.
+// (S. L. Moshier, Cephes), within 2 ulp. Below -87.3 the result is 0, whatever the steps in between make of it; NaN
+// stays NaN.
 inline Vector<float> vexp_small(Vector<float> x) {
   typedef Simd<float>::Integer Integer;
   // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
@@ -143,8 +178,8 @@ inline Vector<float> vabs(Vector<float> x) {
 }
 
 // The normal distribution at x: cdf = (1 + erf(x / sqrt 2)) / 2 and pdf = exp(-x^2 / 2) / sqrt(2 pi).
-// float: the lower tail is exp(-x^2 / 2) * t P(t) with t = 1 / (1 + 0.21 |x|); P is a degree-8 minimax fit of the scaled
-// complementary error function for |x| <= 13.5, relative error 1.4e-8, so that small tails keep their digits.
+// float: the lower tail is exp(-x^2 / 2) * t P(t) with t = 1 / (1 + 0.21 |x|); P is a degree-8 minimax fit of the
+// scaled complementary error function for |x| <= 13.5, relative error 1.4e-8, so that small tails keep their digits.
 inline void normal_distribution(Vector<float> x, Vector<float>& cdf, Vector<float>& pdf) {
   const Vector<float> t = 1.0f / (vabs(x) * 0.21f + 1.0f);
   const Vector<float> e = vexp_small(x * x * -0.5f);

@@ -1,8 +1,8 @@
 // BatchNorm of tokens in training mode, forward and backward: every channel is normalised over all tokens of the batch.
 //
-// Two passes forward (statistics, output) and two backward (two sums a channel, gradient). Statistics of a block of tokens
-// are its mean and the sum of squares about it, joined over blocks in double (Chan, Golub, LeVeque, 1979), so that a large
-// mean does not swallow a small variance.
+// Two passes forward (statistics, output) and two backward (two sums a channel, gradient). Statistics of a block of
+// tokens are its mean and the sum of squares about it, joined over blocks in double (Chan, Golub, LeVeque, 1979), so
+// that a large mean does not swallow a small variance.
 #include "../base/sums.h"
 #include "../base/tokens.h"
 #include "../engine/products.h"
@@ -10,7 +10,8 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T> struct BatchNorm {
+template <class T>
+struct BatchNorm {
   const BatchNormArguments& a;
   const std::int64_t channels = a.channels, width = padded<T>(channels), tokens = a.batch * a.tokens;
   const Split split = split_tokens(a.tokens, a.batch);
@@ -18,15 +19,19 @@ template <class T> struct BatchNorm {
 
   explicit BatchNorm(const BatchNormArguments& arguments) : a(arguments) {}
 
-  // calls task(chunk, batch, first token, tokens, scratch of `rows` blocks) for blocks of tokens, in parallel over chunks
-  template <class Task> void for_blocks(std::int64_t blocks, const Task& task) const {
+  // calls task(chunk, batch, first token, tokens, scratch of `rows` blocks) for blocks of tokens, in parallel over
+  // chunks
+  template <class Task>
+  void for_blocks(std::int64_t blocks, const Task& task) const {
     const std::int64_t block = kBlockTokens * width;
-    parallel_for(chunks, a.num_threads, sizeof(T) * static_cast<std::size_t>(blocks * block), [&](std::int64_t chunk, void* data) {
-      const std::int64_t batch = chunk / split.count, first = chunk % split.count * split.size;
-      for_blocks_of(first, min_of(a.tokens, first + split.size), [&](std::int64_t token, std::int64_t count) {
-        task(chunk, batch, token, count, static_cast<T*>(data), static_cast<T*>(data) + (blocks - 1) * block);
-      });
-    });
+    parallel_for(
+        chunks, a.num_threads, sizeof(T) * static_cast<std::size_t>(blocks * block),
+        [&](std::int64_t chunk, void* data) {
+          const std::int64_t batch = chunk / split.count, first = chunk % split.count * split.size;
+          for_blocks_of(first, min_of(a.tokens, first + split.size), [&](std::int64_t token, std::int64_t count) {
+            task(chunk, batch, token, count, static_cast<T*>(data), static_cast<T*>(data) + (blocks - 1) * block);
+          });
+        });
   }
 
   struct Moments {  // of the tokens of one chunk: mean and sum of squared differences, [width] each
@@ -37,7 +42,8 @@ template <class T> struct BatchNorm {
     return {first, first + width, first + 2 * width};
   }
 
-  static void join(double& mean, double& squares, double count, double other_mean, double other_squares, double other_count) {
+  static void join(double& mean, double& squares, double count, double other_mean, double other_squares,
+                   double other_count) {
     const double total = count + other_count, difference = other_mean - mean;
     mean += difference * other_count / total;
     squares += other_squares + difference * difference * count * other_count / total;
@@ -81,7 +87,10 @@ template <class T> struct BatchNorm {
   struct Channels {
     T *mean, *rstd, *weight, *bias;
     Channels(Arena& arena, const BatchNorm& b)
-        : mean(arena.take<T>(b.width)), rstd(arena.take<T>(b.width)), weight(arena.take<T>(b.width)), bias(arena.take<T>(b.width)) {}
+        : mean(arena.take<T>(b.width)),
+          rstd(arena.take<T>(b.width)),
+          weight(arena.take<T>(b.width)),
+          bias(arena.take<T>(b.width)) {}
     void fill_in(const BatchNorm& b) {
       copy_padded(mean, b.a.mean, b.channels);
       copy_padded(rstd, b.a.variance, b.channels);
@@ -145,7 +154,8 @@ template <class T> struct BatchNorm {
       for (std::int64_t i = 0; i < count * width; i += width)
         for (std::int64_t c = 0; c < width; c += kWidth<T>) {
           const Vector<T> normalized = (load(x + i + c) - load(s.mean + c)) * load(s.rstd + c);
-          const Vector<T> g = load(grad + i + c) - load(total + c) * inverse - normalized * (load(total + width + c) * inverse);
+          const Vector<T> g =
+              load(grad + i + c) - load(total + c) * inverse - normalized * (load(total + width + c) * inverse);
           store(grad + i + c, g * (load(s.rstd + c) * load(s.weight + c)));
         }
       store_tokens(a.grad_x, batch, 0, token, count, channels, grad, width);

@@ -1,8 +1,9 @@
-// Products that all threads work on together, for images of few tokens: there a layer is a handful of matrix products with
-// large weights, and one product after the other, each cut into tiles, reads every weight once and keeps all cores busy.
+// Products that all threads work on together, for images of few tokens: there a layer is a handful of matrix products
+// with large weights, and one product after the other, each cut into tiles, reads every weight once and keeps all cores
+// busy.
 //
-// Each value of a product is summed by one thread in an order that does not depend on how the product is cut, so results
-// are the same on any number of threads.
+// Each value of a product is summed by one thread in an order that does not depend on how the product is cut, so
+// results are the same on any number of threads.
 #pragma once
 
 #include "../base/norm.h"
@@ -11,13 +12,15 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-constexpr std::int64_t kDepthBlock = 128;  // products are sums of block sums, of so many terms each: shorter sums round less
-constexpr std::int64_t kGroupTokens = 1024;  // tokens of the images that are worked on at once, unless one image has more
+constexpr std::int64_t kDepthBlock =
+    128;  // products are sums of block sums, of so many terms each: shorter sums round less
+constexpr std::int64_t kGroupTokens =
+    1024;  // tokens of the images that are worked on at once, unless one image has more
 
 // C = start + A B
 template <class T>
-void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const Operand<T>& a, const Matrix<T>& b,
-           Start start, const T* bias, const Output<T>& c) {
+void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const Operand<T>& a,
+           const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
   constexpr std::int64_t kRows = 96, kTasks = 16;
   const Panels panels(n_padded / kWidth<T>);
   const std::int64_t row_blocks = max_of<std::int64_t>(1, (rows + kRows - 1) / kRows);
@@ -27,7 +30,8 @@ void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_pa
     const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
     const Range panel_range{panels.count * group / groups, panels.count * (group + 1) / groups};
     for (std::int64_t p = 0; p == 0 || p < k; p += kDepthBlock)
-      gemm_part<Values<T>>(row_range, panel_range, {p, min_of(k, p + kDepthBlock)}, k, panels, a, b, p ? Start::output : start, bias, c);
+      gemm_part<Values<T>>(row_range, panel_range, {p, min_of(k, p + kDepthBlock)}, k, panels, a, b,
+                           p ? Start::output : start, bias, c);
   });
 }
 
@@ -36,20 +40,25 @@ template <class T>
 inline void dense_tokens(int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded, const T* x,
                          std::int64_t ldx, const T* packed, const T* bias, const Output<T>& y, bool add = false) {
   dense<T>(num_threads, tokens, k, n_padded, {x, ldx, 1}, {packed, 0},
-           add ? Start::output : bias ? Start::bias : Start::zero, bias, y);
+           add    ? Start::output
+           : bias ? Start::bias
+                  : Start::zero,
+           bias, y);
 }
 
 // dW [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B [tokens, n]
 template <class T>
 inline void dense_weights(int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a,
                           std::int64_t lda, const T* b, std::int64_t ldb, T* w, std::int64_t ldw, bool add) {
-  dense<T>(num_threads, rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, add ? Start::output : Start::zero, nullptr, {w, ldw});
+  dense<T>(num_threads, rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, add ? Start::output : Start::zero, nullptr,
+           {w, ldw});
 }
 
 inline std::int64_t token_blocks(std::int64_t tokens) { return (tokens + 15) / 16; }
 
 // calls task(first token, tokens, block) for the blocks of tokens, in parallel
-template <class Task> inline void for_token_blocks(int num_threads, std::int64_t tokens, const Task& task) {
+template <class Task>
+inline void for_token_blocks(int num_threads, std::int64_t tokens, const Task& task) {
   const std::int64_t blocks = token_blocks(tokens);
   parallel_for(blocks, num_threads, 0, [&](std::int64_t i, void*) {
     const std::int64_t first = tokens * i / blocks;
@@ -62,18 +71,19 @@ inline std::int64_t images_at_once(std::int64_t images, std::int64_t tokens) {
   return max_of<std::int64_t>(1, min_of(images, kGroupTokens / max_of<std::int64_t>(1, tokens)));
 }
 
-// calls task(batch, token in the image, tokens, token in the group, block) for the token blocks of a group of images, cut
-// where an image ends, in parallel over blocks
+// calls task(batch, token in the image, tokens, token in the group, block) for the token blocks of a group of images,
+// cut where an image ends, in parallel over blocks
 template <class Task>
 void for_tokens_of_images(int num_threads, std::int64_t first_image, std::int64_t images, std::int64_t image_tokens,
                           const Task& task) {
-  for_token_blocks(num_threads, images * image_tokens, [&](std::int64_t first, std::int64_t tokens, std::int64_t block) {
-    for (std::int64_t t = first; t < first + tokens;) {
-      const std::int64_t image = t / image_tokens, count = min_of(first + tokens, (image + 1) * image_tokens) - t;
-      task(first_image + image, t - image * image_tokens, count, t, block);
-      t += count;
-    }
-  });
+  for_token_blocks(
+      num_threads, images * image_tokens, [&](std::int64_t first, std::int64_t tokens, std::int64_t block) {
+        for (std::int64_t t = first; t < first + tokens;) {
+          const std::int64_t image = t / image_tokens, count = min_of(first + tokens, (image + 1) * image_tokens) - t;
+          task(first_image + image, t - image * image_tokens, count, t, block);
+          t += count;
+        }
+      });
 }
 
 // Tokens of a group of images -> rows of whole vectors, after the norm; normalized and rstd may be null.
@@ -83,12 +93,12 @@ void load_images(int num_threads, const Activation& source, const Norm<T>& norm,
   const std::int64_t width = padded<T>(channels);
   for_tokens_of_images(num_threads, first_image, images, image_tokens,
                        [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t) {
-    T* rows = x + at * width;
-    load_tokens(source, batch, 0, token, tokens, channels, rows, width);
-    if (norm.weight)
-      layer_norm(norm, tokens, channels, rows, normalized ? normalized + at * width : rows, rows, width,
-                 rstd ? rstd + at : nullptr);
-  });
+                         T* rows = x + at * width;
+                         load_tokens(source, batch, 0, token, tokens, channels, rows, width);
+                         if (norm.weight)
+                           layer_norm(norm, tokens, channels, rows, normalized ? normalized + at * width : rows, rows,
+                                      width, rstd ? rstd + at : nullptr);
+                       });
 }
 
 // Rows y, plus the residual unless null, -> tokens of a group of images. scratch: as large as y.
@@ -98,40 +108,47 @@ void store_images(int num_threads, const Activation& target, const Activation* r
   const std::int64_t width = padded<T>(channels);
   for_tokens_of_images(num_threads, first_image, images, image_tokens,
                        [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t) {
-    if (residual) {
-      load_tokens(*residual, batch, 0, token, tokens, channels, scratch + at * width, width);
-      add_rows(tokens, width, scratch + at * width, y + at * width);
-    }
-    store_tokens(target, batch, 0, token, tokens, channels, y + at * width, width);
-  });
+                         if (residual) {
+                           load_tokens(*residual, batch, 0, token, tokens, channels, scratch + at * width, width);
+                           add_rows(tokens, width, scratch + at * width, y + at * width);
+                         }
+                         store_tokens(target, batch, 0, token, tokens, channels, y + at * width, width);
+                       });
 }
 
-// The gradient of normed tokens, grad_x, through the norm, plus the residual's unless null, -> tokens of a group of images;
-// the gradients of the norm's parameters are added to. partials: 2 widths a token block.
+// The gradient of normed tokens, grad_x, through the norm, plus the residual's unless null, -> tokens of a group of
+// images; the gradients of the norm's parameters are added to. partials: 2 widths a token block.
 template <class T>
 void store_image_gradients(int num_threads, const Activation& target, const Norm<T>& norm, const T* residual,
-                           std::int64_t first_image, std::int64_t images, std::int64_t image_tokens, std::int64_t channels,
-                           const T* normalized, const T* rstd, T* grad_x, T* partials, T* grad_weight, T* grad_bias) {
+                           std::int64_t first_image, std::int64_t images, std::int64_t image_tokens,
+                           std::int64_t channels, const T* normalized, const T* rstd, T* grad_x, T* partials,
+                           T* grad_weight, T* grad_bias) {
   const std::int64_t width = padded<T>(channels), blocks = token_blocks(images * image_tokens);
   fill(partials, blocks * 2 * width, T(0));
-  for_tokens_of_images(num_threads, first_image, images, image_tokens,
-                       [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t block) {
-    T *grad = grad_x + at * width, *partial = partials + block * 2 * width;
-    if (norm.weight)
-      layer_norm_backward(norm, tokens, channels, normalized + at * width, rstd + at, grad, width, partial, partial + width);
-    if (residual) add_rows(tokens, width, residual + at * width, grad);
-    store_tokens(target, batch, 0, token, tokens, channels, grad, width);
-  });
+  for_tokens_of_images(
+      num_threads, first_image, images, image_tokens,
+      [&](std::int64_t batch, std::int64_t token, std::int64_t tokens, std::int64_t at, std::int64_t block) {
+        T *grad = grad_x + at * width, *partial = partials + block * 2 * width;
+        if (norm.weight)
+          layer_norm_backward(norm, tokens, channels, normalized + at * width, rstd + at, grad, width, partial,
+                              partial + width);
+        if (residual) add_rows(tokens, width, residual + at * width, grad);
+        store_tokens(target, batch, 0, token, tokens, channels, grad, width);
+      });
   add_column_sums(blocks, width, partials, 2 * width, grad_weight);
   add_column_sums(blocks, width, partials + width, 2 * width, grad_bias);
 }
 
-// A gradient [rows, columns] that products are summed into: the user's own memory where its rows are whole vectors, else
-// padded rows that are copied at the end.
-template <class T> class WeightGradient {
+// A gradient [rows, columns] that products are summed into: the user's own memory where its rows are whole vectors,
+// else padded rows that are copied at the end.
+template <class T>
+class WeightGradient {
  public:
   WeightGradient(void* target, std::int64_t rows, std::int64_t columns, T* staged)
-      : target_(static_cast<T*>(target)), rows_(rows), columns_(columns), data_(is_direct(target, columns) ? target_ : staged) {}
+      : target_(static_cast<T*>(target)),
+        rows_(rows),
+        columns_(columns),
+        data_(is_direct(target, columns) ? target_ : staged) {}
   static std::int64_t staged_size(std::int64_t rows, std::int64_t columns) { return rows * padded<T>(columns); }
   T* data() const { return data_; }
   std::int64_t leading() const { return padded<T>(columns_); }

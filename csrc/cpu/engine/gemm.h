@@ -1,13 +1,14 @@
 // Small matrix products C = start + A B, for operands that are already in scratch memory.
 //
-// A is read one value at a time (broadcast), at any strides, so it may be transposed. B is read in whole vectors along n:
-// either packed (panels of a few vectors, each panel k rows) or a plain row-major block. C is row-major. n counts in
+// A is read one value at a time (broadcast), at any strides, so it may be transposed. B is read in whole vectors along
+// n: either packed (panels of a few vectors, each panel k rows) or a plain row-major block. C is row-major. n counts in
 // whole vectors: leading dimensions are padded to the vector width and the padding holds zeros.
-// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k. What is added to comes at
-// the end, so that a sum over many blocks of tokens is a sum of block sums, with the smaller rounding error of that.
+// A register tile of kTileRows x up to kTileVectors vectors stays in registers over the whole of k. What is added to
+// comes at the end, so that a sum over many blocks of tokens is a sum of block sums, with the smaller rounding error of
+// that.
 //
-// What is multiplied is up to the engine E: E::Value is the type of sums and of C, E::Element that of A and B, which may hold
-// several values along k; E::load_right loads a vector of B, E::multiply_add adds a product to the sums.
+// What is multiplied is up to the engine E: E::Value is the type of sums and of C, E::Element that of A and B, which
+// may hold several values along k; E::load_right loads a vector of B, E::multiply_add adds a product to the sums.
 #pragma once
 
 #include "../base/vectors.h"
@@ -25,17 +26,20 @@ struct Panels {
   std::int64_t begin(std::int64_t panel) const { return vectors * panel / count; }
 };
 
-template <class T> struct Operand {  // element (row, k) is data[row * row_stride + k * k_stride]
+template <class T>
+struct Operand {  // element (row, k) is data[row * row_stride + k * k_stride]
   const T* data;
   std::int64_t row_stride, k_stride;
 };
 
-template <class T> struct Matrix {  // the right-hand operand, k x n
+template <class T>
+struct Matrix {  // the right-hand operand, k x n
   const T* data;
   std::int64_t leading;  // values from one k to the next; 0: packed in panels
 };
 
-template <class T> struct Output {  // row i starts at data + offsets[i], or, without offsets, at data + i * leading
+template <class T>
+struct Output {  // row i starts at data + offsets[i], or, without offsets, at data + i * leading
   T* data;
   std::int64_t leading;
   const std::int64_t* offsets = nullptr;
@@ -79,7 +83,8 @@ inline void gemm_rows(std::int64_t row, std::int64_t end, std::int64_t k, const 
                       const typename E::Element* b, std::int64_t b_k, Start start, const typename E::Value* bias,
                       const Output<typename E::Value>& c, std::int64_t column) {
   for (; row + ROWS <= end; row += ROWS)
-    gemm_tile<E, ROWS, VECTORS>(k, a.data + row * a.row_stride, a.row_stride, a.k_stride, b, b_k, start, bias, c, row, column);
+    gemm_tile<E, ROWS, VECTORS>(k, a.data + row * a.row_stride, a.row_stride, a.k_stride, b, b_k, start, bias, c, row,
+                                column);
   if constexpr (ROWS > 1)
     if (row < end) gemm_rows<E, ROWS - 1, VECTORS>(row, end, k, a, b, b_k, start, bias, c, column);
 }
@@ -88,8 +93,8 @@ struct Range {
   std::int64_t begin, end;
 };
 
-// The rows and panels of C = start + A B that are asked for. k, of which B has `depth` in all, is the range to sum over; it
-// counts elements, which may be pairs.
+// The rows and panels of C = start + A B that are asked for. k, of which B has `depth` in all, is the range to sum
+// over; it counts elements, which may be pairs.
 template <class E>
 void gemm_part(Range rows, Range panel_range, Range k, std::int64_t depth, const Panels& panels,
                const Operand<typename E::Element>& a, const Matrix<typename E::Element>& b, Start start,
@@ -103,11 +108,19 @@ void gemm_part(Range rows, Range panel_range, Range k, std::int64_t depth, const
     const auto* biases = bias ? bias + first * W : nullptr;
     const std::int64_t size = k.end - k.begin;
     switch (vectors) {
-      case 1: gemm_rows<E, kTileRows, 1>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
-      case 2: gemm_rows<E, kTileRows, 2>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
+      case 1:
+        gemm_rows<E, kTileRows, 1>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
+        break;
+      case 2:
+        gemm_rows<E, kTileRows, 2>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
+        break;
 #if MSFORMER_VECTOR_BYTES == 64
-      case 3: gemm_rows<E, kTileRows, 3>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
-      case 4: gemm_rows<E, kTileRows, 4>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W); break;
+      case 3:
+        gemm_rows<E, kTileRows, 3>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
+        break;
+      case 4:
+        gemm_rows<E, kTileRows, 4>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
+        break;
 #endif
     }
   }

@@ -1,6 +1,6 @@
-// The engine that multiplies bfloat16 in pairs: one instruction multiplies two neighbours along k and adds both products to a
-// float, at twice the rate of float multiply-adds (AVX-512 BF16). Used where the user's tensors are bfloat16, as PyTorch's own
-// products are then: operands are rounded to bfloat16, sums are float.
+// The engine that multiplies bfloat16 in pairs: one instruction multiplies two neighbours along k and adds both
+// products to a float, at twice the rate of float multiply-adds (AVX-512 BF16). Used where the user's tensors are
+// bfloat16, as PyTorch's own products are then: operands are rounded to bfloat16, sums are float.
 //
 // An element holds the value at an even k in its lower half and the one at the following k, or zero, in its upper half.
 #pragma once
@@ -49,8 +49,8 @@ struct Pairs {
     gemm<Pairs>(rows, leading, n_padded, {left, leading, 1}, {packed, 0}, start, bias, c);
   }
 
-  static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const float* a, std::int64_t lda,
-                             const float* b, std::int64_t ldb, const Output<float>& c) {
+  static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const float* a,
+                             std::int64_t lda, const float* b, std::int64_t ldb, const Output<float>& c) {
     const std::int64_t leading = padded<float>(rows);
     Element* left = scratch(depth(tokens) * (leading + n_padded));
     Element* right = left + depth(tokens) * leading;
@@ -67,13 +67,14 @@ struct Pairs {
   static __m256i rounded(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
 
   // pairs of neighbours in a row: in [rows, k] -> out [rows, leading]
-  static void pairs_along_rows(std::int64_t rows, std::int64_t k, const float* in, std::int64_t leading_in, Element* out,
-                               std::int64_t leading) {
+  static void pairs_along_rows(std::int64_t rows, std::int64_t k, const float* in, std::int64_t leading_in,
+                               Element* out, std::int64_t leading) {
     for (std::int64_t i = 0; i < rows; ++i) {
       const float* from = in + i * leading_in;
       Element* to = out + i * leading;
       std::int64_t c = 0;
-      for (; c + 16 <= k; c += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c / 2), rounded(_mm512_loadu_ps(from + c)));
+      for (; c + 16 <= k; c += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c / 2), rounded(_mm512_loadu_ps(from + c)));
       if (c == k) continue;
       const __mmask16 kept = static_cast<__mmask16>((1u << (k - c)) - 1);
       const __mmask8 written = static_cast<__mmask8>((1u << (leading - c / 2)) - 1);
@@ -82,7 +83,8 @@ struct Pairs {
   }
 
   // pairs of values below each other: in [rows, width] -> out [depth(rows), width], width in whole vectors
-  static void pairs_of_rows(std::int64_t rows, std::int64_t width, const float* in, std::int64_t leading, Element* out) {
+  static void pairs_of_rows(std::int64_t rows, std::int64_t width, const float* in, std::int64_t leading,
+                            Element* out) {
     for (std::int64_t i = 0; i < rows; i += 2)
       for (std::int64_t c = 0; c < width; c += 16) {
         const float* from = in + i * leading + c;

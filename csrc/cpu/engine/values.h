@@ -33,9 +33,10 @@ inline void pack_panel(T* to, const T* from, std::int64_t k_stride, std::int64_t
     for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
 }
 
-// calls task(first column, columns, columns in the source) for the panels of a k x n right-hand side, in parallel where it is
-// large
-template <class T, class Task> void for_panels(int num_threads, std::int64_t k, std::int64_t n, const Task& task) {
+// calls task(first column, columns, columns in the source) for the panels of a k x n right-hand side, in parallel where
+// it is large
+template <class T, class Task>
+void for_panels(int num_threads, std::int64_t k, std::int64_t n, const Task& task) {
   constexpr std::int64_t W = kWidth<T>, kWorthThreads = 1 << 15;
   const Panels panels(padded<T>(n) / W);
   parallel_for(panels.count, k * n < kWorthThreads ? 1 : num_threads, 0, [&](std::int64_t panel, void*) {
@@ -44,7 +45,8 @@ template <class T, class Task> void for_panels(int num_threads, std::int64_t k, 
   });
 }
 
-template <class T> struct Values {
+template <class T>
+struct Values {
   using Value = T;
   using Element = T;
 
@@ -62,13 +64,13 @@ template <class T> struct Values {
     });
   }
 
-  static void multiply(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda, const T* packed,
-                       Start start, const T* bias, const Output<T>& c) {
+  static void multiply(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda,
+                       const T* packed, Start start, const T* bias, const Output<T>& c) {
     gemm<Values>(rows, k, n_padded, {a, lda, 1}, {packed, 0}, start, bias, c);
   }
 
-  static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a, std::int64_t lda,
-                             const T* b, std::int64_t ldb, const Output<T>& c) {
+  static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a,
+                             std::int64_t lda, const T* b, std::int64_t ldb, const Output<T>& c) {
     gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
   }
 };

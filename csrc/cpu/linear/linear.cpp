@@ -1,10 +1,10 @@
-// A linear layer on tokens, Y = X W^T + b, forward and backward, for one side much longer than the others: many tokens with
-// small weights, or few tokens with very many input features.
+// A linear layer on tokens, Y = X W^T + b, forward and backward, for one side much longer than the others: many tokens
+// with small weights, or few tokens with very many input features.
 //
-// All three products (Y, dX, dW) go through one loop. A product C [m, n] = sum over k is cut into tiles of rows and columns,
-// and, where that gives few tiles and k is long, into ranges of k whose partial sums are added at the end in a fixed order.
-// A tile walks along k in blocks: both operands are brought into scratch (converted, transposed where need be), then
-// multiplied in registers (gemm.h). All cuts depend on the shape alone.
+// All three products (Y, dX, dW) go through one loop. A product C [m, n] = sum over k is cut into tiles of rows and
+// columns, and, where that gives few tiles and k is long, into ranges of k whose partial sums are added at the end in a
+// fixed order. A tile walks along k in blocks: both operands are brought into scratch (converted, transposed where need
+// be), then multiplied in registers (gemm.h). All cuts depend on the shape alone.
 #include "../base/sums.h"
 #include "../base/tokens.h"
 #include "../engine/products.h"
@@ -14,7 +14,8 @@ namespace {
 
 constexpr std::int64_t kTileM = 288, kTileN = 128, kBlockK = 256, kWantedTiles = 16, kLeastK = 1024;
 
-template <class T> struct Product {
+template <class T>
+struct Product {
   std::int64_t m, n, k;
   const std::int64_t m_tiles = (m + kTileM - 1) / kTileM, n_tiles = (n + kTileN - 1) / kTileN;
   const std::int64_t k_ranges = count_ranges();
@@ -86,8 +87,8 @@ template <class T> struct Product {
 
 // `count` rows of an activation [batch, tokens, channels], counted over all images, and the channels from `channel` on
 template <class T>
-void load_part(const Activation& x, std::int64_t image_tokens, std::int64_t first, std::int64_t count, std::int64_t channel,
-               std::int64_t channels, T* out, std::int64_t leading) {
+void load_part(const Activation& x, std::int64_t image_tokens, std::int64_t first, std::int64_t count,
+               std::int64_t channel, std::int64_t channels, T* out, std::int64_t leading) {
   for (std::int64_t t = first; t < first + count;) {
     const std::int64_t batch = t / image_tokens, token = t % image_tokens;
     const std::int64_t tokens = min_of(first + count - t, image_tokens - token);
@@ -99,8 +100,8 @@ void load_part(const Activation& x, std::int64_t image_tokens, std::int64_t firs
 }
 
 template <class T>
-void store_part(const Activation& x, std::int64_t image_tokens, std::int64_t first, std::int64_t count, std::int64_t channel,
-                std::int64_t channels, const T* in, std::int64_t leading) {
+void store_part(const Activation& x, std::int64_t image_tokens, std::int64_t first, std::int64_t count,
+                std::int64_t channel, std::int64_t channels, const T* in, std::int64_t leading) {
   for (std::int64_t t = first; t < first + count;) {
     const std::int64_t batch = t / image_tokens, token = t % image_tokens;
     const std::int64_t tokens = min_of(first + count - t, image_tokens - token);
@@ -111,7 +112,8 @@ void store_part(const Activation& x, std::int64_t image_tokens, std::int64_t fir
   }
 }
 
-template <class T> struct Linear {
+template <class T>
+struct Linear {
   const LinearArguments& a;
   const std::int64_t tokens = a.batch * a.tokens;
   const T* weight = static_cast<const T*>(a.parameters.weight);
@@ -172,7 +174,8 @@ template <class T> struct Linear {
         },
         [&](const auto& tile, const T* c, std::int64_t leading) {
           T* target = static_cast<T*>(a.gradients.weight) + tile.m * a.in_features + tile.n;
-          for (std::int64_t i = 0; i < tile.rows; ++i) store_row<T>(c + i * leading, tile.columns, target + i * a.in_features);
+          for (std::int64_t i = 0; i < tile.rows; ++i)
+            store_row<T>(c + i * leading, tile.columns, target + i * a.in_features);
         });
   }
 

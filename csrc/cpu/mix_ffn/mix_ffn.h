@@ -1,9 +1,9 @@
-// MixFFN, what forward and backward share: how an image is cut into pieces, the hidden rows, the depthwise convolution and
-// the activation.
+// MixFFN, what forward and backward share: how an image is cut into pieces, the hidden rows, the depthwise convolution
+// and the activation.
 //
-// An image is cut into strips of columns and bands of rows; a piece (image, strip, band) walks its rows from top to bottom
-// and keeps three rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole N x hidden
-// tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
+// An image is cut into strips of columns and bands of rows; a piece (image, strip, band) walks its rows from top to
+// bottom and keeps three rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole
+// N x hidden tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,8 @@ void mix_ffn_whole_forward(const MixFFNArguments& a);
 void mix_ffn_whole_backward(const MixFFNArguments& a);
 
 // Gradients of the parameters that are not matrices, padded.
-template <class T> struct VectorGradients {
+template <class T>
+struct VectorGradients {
   T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
 
   VectorGradients(Arena& arena, std::int64_t width, std::int64_t hidden_width)
@@ -52,12 +53,14 @@ template <class T> struct VectorGradients {
   }
 };
 
-template <class T> struct Activated {
+template <class T>
+struct Activated {
   Vector<T> value, slope;
 };
 
 // activation and its derivative at x
-template <class T> inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
+template <class T>
+inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
   const Vector<T> zero{}, one = splat(T(1));
   switch (function) {
     case ActivationFunction::relu:  // NaN stays NaN
@@ -78,7 +81,8 @@ template <class T> inline Activated<T> activate(ActivationFunction function, Vec
   }
 }
 
-template <class E> struct MixFFN {
+template <class E>
+struct MixFFN {
   using T = typename E::Value;
   using Element = typename E::Element;
   const MixFFNArguments& a;
@@ -110,9 +114,9 @@ template <class E> struct MixFFN {
   }
 
   struct Weights {
-    Element* fc1;                // packed [C, hidden_width]
+    Element* fc1;  // packed [C, hidden_width]
     T* fc1_bias;
-    T *taps, *dw_bias;           // [9, hidden_width]; the skip connection is part of the centre tap
+    T *taps, *dw_bias;  // [9, hidden_width]; the skip connection is part of the centre tap
     T *hidden_weight, *hidden_bias, *norm_weight, *norm_bias;
     Norm<T> norm, hidden_norm;
 
@@ -138,7 +142,8 @@ template <class E> struct MixFFN {
               static_cast<const T*>(a.parameters.dw_weight)[c * 9 + tap] + (a.skip && tap == 4 ? T(1) : T(0));
       const T eps = static_cast<T>(a.norm_eps);
       if (a.parameters.norm.weight)
-        norm = {copy_padded(norm_weight, a.parameters.norm.weight, m.channels), copy_padded(norm_bias, a.parameters.norm.bias, m.channels), eps};
+        norm = {copy_padded(norm_weight, a.parameters.norm.weight, m.channels),
+                copy_padded(norm_bias, a.parameters.norm.bias, m.channels), eps};
       if (a.parameters.hidden_norm.weight)
         hidden_norm = {copy_padded(hidden_weight, a.parameters.hidden_norm.weight, m.hidden),
                        copy_padded(hidden_bias, a.parameters.hidden_norm.bias, m.hidden), eps};
@@ -160,19 +165,18 @@ template <class E> struct MixFFN {
     fill(out, (first - begin) * hidden_width, T(0));
     fill(out + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
     load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
-    multiply<E>(last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width, hidden_width,
-                w.fc1_bias);
+    multiply<E>(last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width,
+                hidden_width, w.fc1_bias);
   }
 
   // hidden norm and activation of rows, in place
   void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
-    for_few_rows(tokens, [&](std::int64_t first, auto count) {
-      activate_rows<count()>(norm, z + first * hidden_width);
-    });
+    for_few_rows(tokens,
+                 [&](std::int64_t first, auto count) { activate_rows<count()>(norm, z + first * hidden_width); });
   }
 
-  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null weight_sum and
-  // bias_sum take up the gradients of the norm's parameters.
+  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
+  // weight_sum and bias_sum take up the gradients of the norm's parameters.
   void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* activated, T* grad, T* weight_sum,
                            T* bias_sum) const {
     for_few_rows(tokens, [&](std::int64_t first, auto count) {
@@ -187,13 +191,15 @@ template <class E> struct MixFFN {
  private:
   // calls task(first row, how many) for four rows at a time, and then one: the rows share the loads of what they are
   // multiplied with, and their long chains of arithmetic overlap
-  template <class Task> static void for_few_rows(std::int64_t rows, const Task& task) {
+  template <class Task>
+  static void for_few_rows(std::int64_t rows, const Task& task) {
     std::int64_t i = 0;
     for (; i + 4 <= rows; i += 4) task(i, std::integral_constant<int, 4>());
     for (; i < rows; ++i) task(i, std::integral_constant<int, 1>());
   }
 
-  template <int ROWS> void activate_rows(const Norm<T>& norm, T* z) const {
+  template <int ROWS>
+  void activate_rows(const Norm<T>& norm, T* z) const {
     T mean[ROWS] = {}, rstd[ROWS] = {};
     if (norm.weight)
       for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
@@ -207,7 +213,8 @@ template <class E> struct MixFFN {
     }
   }
 
-  template <int ROWS> void activation_backward_rows(const T* z, T* activated, T* grad) const {
+  template <int ROWS>
+  void activation_backward_rows(const T* z, T* activated, T* grad) const {
     for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
       const Activated<T> f = activate<T>(a.activation, load(z + i));
       store(activated + i, f.value);
@@ -216,7 +223,8 @@ template <class E> struct MixFFN {
   }
 
   template <int ROWS>
-  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum, T* bias_sum) const {
+  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum,
+                                     T* bias_sum) const {
     constexpr int W = kWidth<T>;
     T mean[ROWS], rstd[ROWS];
     for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
@@ -259,7 +267,8 @@ template <class E> struct MixFFN {
 // One vector of channels at a time goes along the row: its weights and the last two columns stay in registers.
 // FLIP applies the transposed convolution.
 template <class T, bool FLIP>
-void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading, T* out) {
+void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading,
+               T* out) {
   for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
     Vector<T> weight[9], left[3], middle[3];
 #pragma GCC unroll 9
@@ -288,8 +297,8 @@ void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_
   }
 }
 
-// Adds the gradients of the convolution's taps [9, leading] and bias over `tokens` tokens, for the given columns, from dZ and
-// the rows of U above, at and below; rows[i] points at the token left of the first.
+// Adds the gradients of the convolution's taps [9, leading] and bias over `tokens` tokens, for the given columns, from
+// dZ and the rows of U above, at and below; rows[i] points at the token left of the first.
 template <class T>
 void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, std::int64_t leading,
                                Range columns, T* taps, T* bias) {

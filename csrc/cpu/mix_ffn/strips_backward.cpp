@@ -1,15 +1,16 @@
 // MixFFN backward by recomputation: nothing of the forward is saved but its inputs.
 //
-// A piece walks its rows with two rows of lag. For a new image row r: U(r), with two halo columns on each side; then for
-// row r-1, with one halo column: dT = dY W_2^T, the convolution, the hidden norm, the activation and their gradients,
-// which give dZ; then for row r-2: dU = dw3x3^T(dZ), dX = dU W_1^T and the gradient of the norm before. Weight gradients
-// are summed over the piece's own tokens only, in a fixed number of groups of pieces.
+// A piece walks its rows with two rows of lag. For a new image row r: U(r), with two halo columns on each side; then
+// for row r-1, with one halo column: dT = dY W_2^T, the convolution, the hidden norm, the activation and their
+// gradients, which give dZ; then for row r-2: dU = dw3x3^T(dZ), dX = dU W_1^T and the gradient of the norm before.
+// Weight gradients are summed over the piece's own tokens only, in a fixed number of groups of pieces.
 #include "mix_ffn.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class E> struct Backward : MixFFN<E> {
+template <class E>
+struct Backward : MixFFN<E> {
   using Base = MixFFN<E>;
   using T = typename E::Value;
   using Element = typename E::Element;
@@ -19,7 +20,7 @@ template <class E> struct Backward : MixFFN<E> {
 
   explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
 
-  struct Products {  // weights as the backward products want them
+  struct Products {      // weights as the backward products want them
     Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, hidden_width]
     Products(Arena& arena, const Backward& b)
         : fc1(arena.take<Element>(E::packed_size(b.hidden, b.width))),
@@ -55,7 +56,8 @@ template <class E> struct Backward : MixFFN<E> {
           fc2(arena.take<T>(b.channels * b.hidden_width)) {}
   };
 
-  template <class Pieces> std::size_t bytes_of() const {
+  template <class Pieces>
+  std::size_t bytes_of() const {
     Arena counter(nullptr);
     Pieces(counter, *this);
     return counter.used();
@@ -95,10 +97,11 @@ template <class E> struct Backward : MixFFN<E> {
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const T* own_grad_output = s.grad_output + skip * width;
-    multiply_transposed_add<E>(channels, columns, hidden_width, own_grad_output, width, s.activated + skip * hidden_width,
-                               hidden_width, sums.fc2, hidden_width);
+    multiply_transposed_add<E>(channels, columns, hidden_width, own_grad_output, width,
+                               s.activated + skip * hidden_width, hidden_width, sums.fc2, hidden_width);
     add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
-    const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width, rows[2] + skip * hidden_width};
+    const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width,
+                                  rows[2] + skip * hidden_width};
     depthwise_weight_backward<T>(own_rows, grad_z + hidden_width, columns, hidden_width, {0, hidden_width}, sums.taps,
                                  sums.dw_bias);
   }
@@ -111,10 +114,12 @@ template <class E> struct Backward : MixFFN<E> {
     depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
     add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
-    multiply_transposed_add<E>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1, hidden_width);
+    multiply_transposed_add<E>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1,
+                               hidden_width);
     multiply<E>(columns, hidden, width, s.grad_u, hidden_width, products.fc1, s.grad_x, width);
     if (w.norm.weight)
-      layer_norm_backward(w.norm, columns, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight, sums.norm_bias);
+      layer_norm_backward(w.norm, columns, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight,
+                          sums.norm_bias);
     if (a.residual) {
       load_tokens(a.grad_output, p.batch, 0, token, columns, channels, s.x, width);
       add_rows(columns, width, s.x, s.grad_x);
@@ -147,7 +152,8 @@ template <class E> struct Backward : MixFFN<E> {
   void run() const {
     const std::int64_t size = static_cast<std::int64_t>(bytes_of<TokenSums>() / sizeof(T));
     const std::int64_t groups = group_count(this->pieces, size * static_cast<std::int64_t>(sizeof(T)));
-    Workspace memory(bytes_of<Weights>() + bytes_of<Products>() + sizeof(T) * static_cast<std::size_t>((groups + 1) * size));
+    Workspace memory(bytes_of<Weights>() + bytes_of<Products>() +
+                     sizeof(T) * static_cast<std::size_t>((groups + 1) * size));
     Arena arena(memory.data());
     Weights w(arena, *this);
     w.fill_in(*this);

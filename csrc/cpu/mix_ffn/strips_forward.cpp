@@ -6,7 +6,8 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class E> struct Forward : MixFFN<E> {
+template <class E>
+struct Forward : MixFFN<E> {
   using Base = MixFFN<E>;
   using T = typename E::Value;
   using Element = typename E::Element;

@@ -1,18 +1,20 @@
 // MixFFN, forward and backward, for images of few tokens: whole images at once, layer after layer.
 //
-// The strips of mix_ffn_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of every
-// weight gradient; both are too much where the weights are larger than the images. Here the hidden tensors of a group of
-// images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time (dense.h).
+// The strips of mix_ffn_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of
+// every weight gradient; both are too much where the weights are larger than the images. Here the hidden tensors of a
+// group of images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time
+// (dense.h).
 //
-// U and dZ are kept with a border of zeros for the convolution: a row of an image is W + 1 tokens, the first of them zero
-// (also the right-hand neighbour of the row before), and a row of zeros lies above each image and below the last.
+// U and dZ are kept with a border of zeros for the convolution: a row of an image is W + 1 tokens, the first of them
+// zero (also the right-hand neighbour of the row before), and a row of zeros lies above each image and below the last.
 #include "../engine/dense.h"
 #include "mix_ffn.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T> struct Whole : MixFFN<Values<T>> {
+template <class T>
+struct Whole : MixFFN<Values<T>> {
   using Base = MixFFN<Values<T>>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
@@ -50,23 +52,25 @@ template <class T> struct Whole : MixFFN<Values<T>> {
   }
 
   // calls task(row of the group) for the image rows of `images` images, in parallel
-  template <class Task> void for_rows(std::int64_t images, const Task& task) const {
+  template <class Task>
+  void for_rows(std::int64_t images, const Task& task) const {
     parallel_for(images * a.height, a.num_threads, 0, [&](std::int64_t row, void*) { task(row); });
   }
 
   // calls task(begin, end) for slices of the hidden features, in parallel
-  template <class Task> void for_hidden_slices(const Task& task) const {
+  template <class Task>
+  void for_hidden_slices(const Task& task) const {
     constexpr std::int64_t kSlice = 4 * kWidth<T>;
-    parallel_for((hidden_width + kSlice - 1) / kSlice, a.num_threads, 0, [&](std::int64_t i, void*) {
-      task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)});
-    });
+    parallel_for((hidden_width + kSlice - 1) / kSlice, a.num_threads, 0,
+                 [&](std::int64_t i, void*) { task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)}); });
   }
 
   void hidden_tokens(const Weights& w, std::int64_t tokens, const T* x, const std::int64_t* offsets, T* u) const {
     dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias, {u, 0, offsets});
   }
 
-  template <class Task> void for_groups(const Task& task) const {
+  template <class Task>
+  void for_groups(const Task& task) const {
     for (std::int64_t first = 0; first < a.batch; first += group_images)
       task(first, min_of(group_images, a.batch - first));
   }
@@ -107,7 +111,8 @@ template <class T> struct Whole : MixFFN<Values<T>> {
         this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
       });
       dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
-      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x, s.y);
+      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
+                   s.y);
     });
   }
 
@@ -118,7 +123,8 @@ template <class T> struct Whole : MixFFN<Values<T>> {
     T *fc1_gradient, *fc2_gradient;      // staged
     T *x, *normalized, *rstd, *grad_output, *grad_x;
     T *u, *grad_z, *z, *activated;
-    T *hidden_partials, *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
+    T *hidden_partials,
+        *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
     std::int64_t* offsets;
     BackwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
@@ -158,12 +164,13 @@ template <class T> struct Whole : MixFFN<Values<T>> {
   void convolution_gradients(const BackwardBuffers& s, std::int64_t images) const {
     for_hidden_slices([&](Range slice) {
       for (std::int64_t row = 0; row < images * a.height; ++row)
-        depthwise_weight_backward<T>(neighbours(s.u, row).rows, s.grad_z + (bordered_row(row) + 1) * hidden_width, a.width,
-                                     hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
+        depthwise_weight_backward<T>(neighbours(s.u, row).rows, s.grad_z + (bordered_row(row) + 1) * hidden_width,
+                                     a.width, hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
       const std::int64_t size = slice.end - slice.begin;
       const T* partials = s.hidden_partials + slice.begin;
       add_column_sums(images * a.height, size, partials, 2 * hidden_width, s.vectors.hidden_weight + slice.begin);
-      add_column_sums(images * a.height, size, partials + hidden_width, 2 * hidden_width, s.vectors.hidden_bias + slice.begin);
+      add_column_sums(images * a.height, size, partials + hidden_width, 2 * hidden_width,
+                      s.vectors.hidden_bias + slice.begin);
     });
     for_rows(images, [&](std::int64_t row) {
       depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width,
@@ -179,8 +186,10 @@ template <class T> struct Whole : MixFFN<Values<T>> {
     BackwardBuffers s(arena, *this);
     s.weights.fill_in(*this);
     s.vectors.clear();
-    pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden, channels);
-    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1, channels, hidden);
+    pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1,
+                    hidden, channels);
+    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1,
+                    channels, hidden);
     const WeightGradient<T> fc1(a.gradients.fc1_weight, hidden, channels, s.fc1_gradient);
     const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, hidden, s.fc2_gradient);
     make_offsets(s.offsets);
@@ -189,7 +198,8 @@ template <class T> struct Whole : MixFFN<Values<T>> {
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
       load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
-      load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr, nullptr);
+      load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
+                     nullptr);
       hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
       dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
                       {s.grad_z, 0, s.offsets});
@@ -197,15 +207,18 @@ template <class T> struct Whole : MixFFN<Values<T>> {
       dense_weights<T>(a.num_threads, channels, tokens, hidden_width, s.grad_output, width, s.activated, hidden_width,
                        fc2.data(), fc2.leading(), first > 0);
       convolution_gradients(s, images);
-      dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(), first > 0);
+      dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(),
+                       first > 0);
       for_hidden_slices([&](Range slice) {
-        add_column_sums(tokens, slice.end - slice.begin, s.z + slice.begin, hidden_width, s.vectors.fc1_bias + slice.begin);
+        add_column_sums(tokens, slice.end - slice.begin, s.z + slice.begin, hidden_width,
+                        s.vectors.fc1_bias + slice.begin);
       });
       add_column_sums(tokens, width, s.grad_output, width, s.vectors.fc2_bias);
-      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc1_transposed, nullptr, {s.grad_x, width});
-      store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
-                            image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.vectors.norm_weight,
-                            s.vectors.norm_bias);
+      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc1_transposed, nullptr,
+                      {s.grad_x, width});
+      store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first,
+                            images, image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials,
+                            s.vectors.norm_weight, s.vectors.norm_bias);
     });
     fc1.finish();
     fc2.finish();

@@ -1,15 +1,16 @@
 // Backward of folded efficient self-attention, by recomputation from x and a few small matrices.
 //
-// Pass 1 over x and grad_output reduces dM = P^T dY, the gradient of the folded matrix M = G W_o. The small products then
-// give the gradients of the context, of W_o, W_v, b_v and of A, and delta_j = <A_j, dA_j>, the closed form of
-// sum_n S_nj dS_nj, which spares a third pass. Pass 2 recomputes queries and keys and writes grad_x; the gradients of W_q
-// and W_k are summed over tokens in a fixed number of groups of chunks.
+// Pass 1 over x and grad_output reduces dM = P^T dY, the gradient of the folded matrix M = G W_o. The small products
+// then give the gradients of the context, of W_o, W_v, b_v and of A, and delta_j = <A_j, dA_j>, the closed form of
+// sum_n S_nj dS_nj, which spares a third pass. Pass 2 recomputes queries and keys and writes grad_x; the gradients of
+// W_q and W_k are summed over tokens in a fixed number of groups of chunks.
 #include "folded.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class E> struct Backward : SelfAttention<E> {
+template <class E>
+struct Backward : SelfAttention<E> {
   using Base = SelfAttention<E>;
   using T = typename E::Value;
   using Element = typename E::Element;
@@ -17,9 +18,11 @@ template <class E> struct Backward : SelfAttention<E> {
   using Base::a, Base::channels, Base::keys, Base::values, Base::heads, Base::head_keys, Base::head_values, Base::width,
       Base::key_width, Base::query_width, Base::head_width, Base::head_value_width, Base::split, Base::parameter;
 
-  const std::int64_t folded_size = query_width * width, context_size = keys * head_value_width, rows_size = keys * width;
+  const std::int64_t folded_size = query_width * width, context_size = keys * head_value_width,
+                     rows_size = keys * width;
   const std::int64_t folded_packed_size = E::packed_size(channels, query_width);
-  const std::int64_t rows_packed_size = E::packed_size(channels, key_width), rows_right_size = E::packed_size(keys, width);
+  const std::int64_t rows_packed_size = E::packed_size(channels, key_width),
+                     rows_right_size = E::packed_size(keys, width);
 
   // Per image, and what pass 2 multiplies with.
   struct Matrices {
@@ -74,7 +77,8 @@ template <class E> struct Backward : SelfAttention<E> {
 
   explicit Backward(const SelfAttentionArguments& arguments) : Base(arguments) {}
 
-  template <class Pieces> std::size_t bytes_of() const {
+  template <class Pieces>
+  std::size_t bytes_of() const {
     Arena counter(nullptr);
     Pieces(counter, *this);
     return counter.used();
@@ -112,13 +116,14 @@ template <class E> struct Backward : SelfAttention<E> {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.queries);
         load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
-        multiply_transposed_add<E>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum, width);
+        multiply_transposed_add<E>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum,
+                                   width);
       });
     });
     parallel_for(a.batch * query_width, a.num_threads, 64, [&](std::int64_t i, void*) {
       const std::int64_t batch = i / query_width, row = i % query_width;
-      combine_partials<T>(sums + batch * split.count * folded_size + row * width, nullptr, split.count, folded_size, width,
-                          grad_folded + i * width);
+      combine_partials<T>(sums + batch * split.count * folded_size + row * width, nullptr, split.count, folded_size,
+                          width, grad_folded + i * width);
     });
   }
 
@@ -130,16 +135,17 @@ template <class E> struct Backward : SelfAttention<E> {
     T* value_weight = output_weight + heads * output_packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack<Values<T>>(a.num_threads, output_weight + head * output_packed, parameter(a.parameters.output_weight) + first, values, 1, channels,
-           head_values);
-      pack<Values<T>>(a.num_threads, value_weight + head * value_packed, parameter(a.parameters.value_weight) + first * channels, channels, 1,
-           head_values, channels);
+      pack<Values<T>>(a.num_threads, output_weight + head * output_packed,
+                      parameter(a.parameters.output_weight) + first, values, 1, channels, head_values);
+      pack<Values<T>>(a.num_threads, value_weight + head * value_packed,
+                      parameter(a.parameters.value_weight) + first * channels, channels, 1, head_values, channels);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       const std::int64_t first = batch * keys + row;
       T* grad_context = m.grad_context + first * head_value_width;
-      multiply<Values<T>>(rows, channels, head_value_width, m.grad_folded + (batch * query_width + this->query_row(row)) * width,
-                          width, output_weight + head * output_packed, grad_context, head_value_width);
+      multiply<Values<T>>(rows, channels, head_value_width,
+                          m.grad_folded + (batch * query_width + this->query_row(row)) * width, width,
+                          output_weight + head * output_packed, grad_context, head_value_width);
       if (a.grad_context)
         for (std::int64_t i = 0; i < rows; ++i)
           for (std::int64_t c = 0; c < head_values; ++c)
@@ -154,8 +160,8 @@ template <class E> struct Backward : SelfAttention<E> {
             key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
     });
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
-      pack<E>(a.num_threads, m.grad_key_tokens_packed + n * rows_packed_size, m.grad_key_tokens + n * rows_size, 1, width,
-              channels, keys);
+      pack<E>(a.num_threads, m.grad_key_tokens_packed + n * rows_packed_size, m.grad_key_tokens + n * rows_size, 1,
+              width, channels, keys);
     });
   }
 
@@ -172,13 +178,16 @@ template <class E> struct Backward : SelfAttention<E> {
       const std::int64_t columns = output ? head_values : channels, leading = padded<T>(columns);
       fill(sum, rows * leading, T(0));
       for (std::int64_t n = 0; n < a.batch; ++n) {
-        const T* context_rows = (output ? m.context : m.grad_context) + n * context_size + head * head_keys * head_value_width;
+        const T* context_rows =
+            (output ? m.context : m.grad_context) + n * context_size + head * head_keys * head_value_width;
         if (output)
-          multiply_transposed_add<Values<T>>(rows, head_keys, leading, m.grad_folded + n * folded_size + head * head_width * width + first,
-                                     width, context_rows, head_value_width, sum, leading);
+          multiply_transposed_add<Values<T>>(rows, head_keys, leading,
+                                             m.grad_folded + n * folded_size + head * head_width * width + first, width,
+                                             context_rows, head_value_width, sum, leading);
         else
           multiply_transposed_add<Values<T>>(rows, head_keys, leading, context_rows + first, head_value_width,
-                                     m.key_tokens + n * rows_size + head * head_keys * width, width, sum, leading);
+                                             m.key_tokens + n * rows_size + head * head_keys * width, width, sum,
+                                             leading);
       }
       T* target = output ? static_cast<T*>(a.gradients.output_weight) + first * values + head * head_values
                          : static_cast<T*>(a.gradients.value_weight) + (head * head_values + first) * channels;
@@ -192,31 +201,34 @@ template <class E> struct Backward : SelfAttention<E> {
       for (std::int64_t n = 0; n < a.batch; ++n)
         for (std::int64_t j = 0; this->any_kept(n) && j < head_keys; ++j)
           sum += static_cast<double>(
-              m.grad_context[n * context_size + (v / head_values * head_keys + j) * head_value_width + v % head_values]);
+              m.grad_context[n * context_size + (v / head_values * head_keys + j) * head_value_width +
+                             v % head_values]);
       static_cast<T*>(a.gradients.value_bias)[v] = static_cast<T>(sum);
     }
   }
 
-  void block_backward(const Weights& w, const Matrices& m, Blocks& s, TokenSums& sums, std::int64_t batch, std::int64_t token,
-                      std::int64_t tokens) const {
+  void block_backward(const Weights& w, const Matrices& m, Blocks& s, TokenSums& sums, std::int64_t batch,
+                      std::int64_t token, std::int64_t tokens) const {
     this->load_x(w.norm, batch, token, tokens, s.x, s.normalized, s.rstd);
     load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
 
     this->load_queries(w, tokens, s.x, s.queries);
-    multiply<E>(tokens, channels, query_width, s.grad_output, width, m.folded_packed + batch * folded_packed_size, s.grad_queries,
-                query_width);
+    multiply<E>(tokens, channels, query_width, s.grad_output, width, m.folded_packed + batch * folded_packed_size,
+                s.grad_queries, query_width);
     softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
     multiply<E>(tokens, this->query_rows, width, s.grad_queries, query_width, m.query_right, s.grad_x, width);
-    multiply_transposed_add<E>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width, sums.query_weight, width);
+    multiply_transposed_add<E>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width,
+                               sums.query_weight, width);
     add_column_sums(tokens, query_width, s.grad_queries, query_width, sums.query_bias);
     add_column_sums(tokens, width, s.grad_output, width, sums.output_bias);
 
     multiply<E>(tokens, channels, key_width, s.x, width, w.key, s.keys, key_width);
     apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.keys, key_width, s.x, width);
     key_softmax(tokens, key_width, s.keys, m.max + batch * key_width, m.inverse_sum + batch * key_width);
-    multiply_add<E>(tokens, keys, width, s.keys, key_width, m.grad_key_tokens_right + batch * rows_right_size, s.grad_x, width);
-    multiply<E>(tokens, channels, key_width, s.x, width, m.grad_key_tokens_packed + batch * rows_packed_size, s.grad_keys,
-                key_width);
+    multiply_add<E>(tokens, keys, width, s.keys, key_width, m.grad_key_tokens_right + batch * rows_right_size, s.grad_x,
+                    width);
+    multiply<E>(tokens, channels, key_width, s.x, width, m.grad_key_tokens_packed + batch * rows_packed_size,
+                s.grad_keys, key_width);
     T* delta = m.delta + batch * key_width;
     if (tokens == a.tokens) key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, delta);
     key_softmax_backward(tokens, key_width, s.keys, delta, s.grad_keys);
@@ -224,7 +236,8 @@ template <class E> struct Backward : SelfAttention<E> {
     multiply_transposed_add<E>(keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight, width);
 
     if (w.norm.weight)
-      layer_norm_backward(w.norm, tokens, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight, sums.norm_bias);
+      layer_norm_backward(w.norm, tokens, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight,
+                          sums.norm_bias);
     if (a.residual) add_rows(tokens, width, s.grad_output, s.grad_x);
     store_tokens(a.grad_x, batch, 0, token, tokens, channels, s.grad_x, width);
   }
@@ -251,7 +264,8 @@ template <class E> struct Backward : SelfAttention<E> {
     TokenSums sums(arena, *this);
     for (std::int64_t row = 0; row < keys; ++row) {
       const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(channels);
-      std::memcpy(static_cast<T*>(a.gradients.query_weight) + row * channels, sums.query_weight + this->query_row(row) * width, bytes);
+      std::memcpy(static_cast<T*>(a.gradients.query_weight) + row * channels,
+                  sums.query_weight + this->query_row(row) * width, bytes);
       std::memcpy(static_cast<T*>(a.gradients.key_weight) + row * channels, sums.key_weight + row * width, bytes);
       if (a.gradients.query_bias) static_cast<T*>(a.gradients.query_bias)[row] = sums.query_bias[this->query_row(row)];
     }

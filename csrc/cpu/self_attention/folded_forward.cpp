@@ -1,13 +1,14 @@
 // Forward of efficient self-attention, folded: with X the (layer-normed) tokens,
 //     A = rho_k(X W_k)^T X,   G = A W_v + 1 b_v^T,   Y = rho_q(X W_q + b_q) (G W_o) + b_o  [+ x]
-// Exact: rho_k's columns sum to 1, and b_k cancels in the softmax over tokens. Two passes over X; queries, keys and values
-// live in scratch, kBlockTokens tokens at a time. A and the softmax statistics are returned for the backward.
+// Exact: rho_k's columns sum to 1, and b_k cancels in the softmax over tokens. Two passes over X; queries, keys and
+// values live in scratch, kBlockTokens tokens at a time. A and the softmax statistics are returned for the backward.
 #include "folded.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class E> struct Forward : SelfAttention<E> {
+template <class E>
+struct Forward : SelfAttention<E> {
   using Base = SelfAttention<E>;
   using T = typename E::Value;
   using Element = typename E::Element;
@@ -65,9 +66,10 @@ template <class E> struct Forward : SelfAttention<E> {
     T* bias = value_weight + heads * packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack<Values<T>>(a.num_threads, value_weight + head * packed, parameter(a.parameters.value_weight) + first * channels, 1, channels, channels,
-           head_values);
-      copy_padded(bias + head * head_value_width, a.parameters.value_bias ? parameter(a.parameters.value_bias) + first : nullptr, head_values);
+      pack<Values<T>>(a.num_threads, value_weight + head * packed,
+                      parameter(a.parameters.value_weight) + first * channels, 1, channels, channels, head_values);
+      copy_padded(bias + head * head_value_width,
+                  a.parameters.value_bias ? parameter(a.parameters.value_bias) + first : nullptr, head_values);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       T* out = context + (batch * keys + row) * head_value_width;

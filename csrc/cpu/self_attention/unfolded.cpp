@@ -2,8 +2,8 @@
 //
 // Folding multiplies the context into the output projection, Dk x Dv x C flop an image and head, to save the value and
 // output projections of every token. With few tokens that is the larger number, so here the published form is computed:
-// queries, keys and values of a group of images as whole matrices, all threads on one product at a time (dense.h), and the
-// attention of the heads by the kernels of attention.cpp. The bias of the keys has no effect and is left out.
+// queries, keys and values of a group of images as whole matrices, all threads on one product at a time (dense.h), and
+// the attention of the heads by the kernels of attention.cpp. The bias of the keys has no effect and is left out.
 #include "../attention/attention.h"
 #include "../attention/softmax.h"
 #include "../engine/dense.h"
@@ -12,7 +12,8 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T> struct Unfolded {
+template <class T>
+struct Unfolded {
   const SelfAttentionArguments& a;
   const std::int64_t channels = a.channels, keys = a.key_channels, values = a.value_channels;
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys), value_width = padded<T>(values);
@@ -41,8 +42,8 @@ template <class T> struct Unfolded {
       copy_padded(query_bias, a.parameters.query_bias, u.keys);
       copy_padded(value_bias, a.parameters.value_bias, u.values);
       if (a.parameters.norm.weight)
-        norm = {copy_padded(norm_weight, a.parameters.norm.weight, u.channels), copy_padded(norm_bias, a.parameters.norm.bias, u.channels),
-                static_cast<T>(a.norm_eps)};
+        norm = {copy_padded(norm_weight, a.parameters.norm.weight, u.channels),
+                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps)};
     }
   };
 
@@ -64,17 +65,20 @@ template <class T> struct Unfolded {
           attended(arena.take<T>(u.group_tokens * u.value_width)) {}
   };
 
-  template <class Task> void for_groups(const Task& task) const {
+  template <class Task>
+  void for_groups(const Task& task) const {
     for (std::int64_t first = 0; first < a.batch; first += group_images)
       task(first, min_of(group_images, a.batch - first));
   }
 
   // calls task(batch, token in the image, tokens, token in the group, block), in parallel
-  template <class Task> void for_image_tokens(std::int64_t first_image, std::int64_t images, const Task& task) const {
+  template <class Task>
+  void for_image_tokens(std::int64_t first_image, std::int64_t images, const Task& task) const {
     for_tokens_of_images(a.num_threads, first_image, images, a.tokens, task);
   }
 
-  void load_group(const Norm<T>& norm, std::int64_t first_image, std::int64_t images, T* x, T* normalized, T* rstd) const {
+  void load_group(const Norm<T>& norm, std::int64_t first_image, std::int64_t images, T* x, T* normalized,
+                  T* rstd) const {
     load_images(a.num_threads, a.x, norm, first_image, images, a.tokens, channels, x, normalized, rstd);
   }
 
@@ -87,12 +91,14 @@ template <class T> struct Unfolded {
 
   // a matrix [tokens, channels] of a group as heads
   Activation heads(T* data, std::int64_t leading, std::int64_t channels_of_all) const {
-    return {data, sizeof(T) == 8 ? DType::float64 : DType::float32, a.tokens * leading, channels_of_all / a.heads, leading, 1};
+    return {
+        data, sizeof(T) == 8 ? DType::float64 : DType::float32, a.tokens * leading, channels_of_all / a.heads, leading,
+        1};
   }
 
   // the attention of a group of images; context, key_max and key_sum are those of its first image
-  AttentionArguments attention(const Tokens& t, std::int64_t first_image, std::int64_t images, void* context, void* key_max,
-                               void* key_sum) const {
+  AttentionArguments attention(const Tokens& t, std::int64_t first_image, std::int64_t images, void* context,
+                               void* key_max, void* key_sum) const {
     AttentionArguments attention{};
     attention.num_threads = a.num_threads;
     attention.batch = images;
@@ -116,7 +122,9 @@ template <class T> struct Unfolded {
 
   std::int64_t context_size() const { return keys * (values / a.heads); }
   static T* at(void* base, std::int64_t offset) { return base ? static_cast<T*>(base) + offset : nullptr; }
-  static const T* at(const void* base, std::int64_t offset) { return base ? static_cast<const T*>(base) + offset : nullptr; }
+  static const T* at(const void* base, std::int64_t offset) {
+    return base ? static_cast<const T*>(base) + offset : nullptr;
+  }
 
   struct ForwardBuffers {
     Weights weights;
@@ -145,11 +153,12 @@ template <class T> struct Unfolded {
       const std::int64_t tokens = images * a.tokens;
       load_group(s.weights.norm, first, images, s.tokens.x, nullptr, nullptr);
       project(s.weights, tokens, s.tokens);
-      attention_forward(attention(s.tokens, first, images, at(a.context, first * context_size()), at(a.key_max, first * keys),
-                                  at(a.key_sum, first * keys)));
-      dense_tokens<T>(a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight, s.output_bias,
-                      {s.y, width});
-      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.tokens.x, s.y);
+      attention_forward(attention(s.tokens, first, images, at(a.context, first * context_size()),
+                                  at(a.key_max, first * keys), at(a.key_sum, first * keys)));
+      dense_tokens<T>(a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
+                      s.output_bias, {s.y, width});
+      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.tokens.x,
+                   s.y);
     });
   }
 
@@ -218,8 +227,8 @@ template <class T> struct Unfolded {
     set_padding(s.grad_key, tokens, keys, key_width, T(0));
     set_padding(s.grad_value, tokens, values, value_width, T(0));
 
-    const auto weight = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width, const T* in,
-                            std::int64_t in_width) {
+    const auto weight = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width,
+                            const T* in, std::int64_t in_width) {
       dense_weights<T>(threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(), add);
     };
     weight(query, keys, s.grad_query, key_width, t.x, width);
@@ -230,12 +239,15 @@ template <class T> struct Unfolded {
     add_column_sums(tokens, value_width, s.grad_value, value_width, s.value_bias);
     add_column_sums(tokens, width, s.grad_output, width, s.output_bias);
 
-    dense_tokens<T>(threads, tokens, keys, width, s.grad_query, key_width, s.query_transposed, nullptr, {s.grad_x, width});
-    dense_tokens<T>(threads, tokens, keys, width, s.grad_key, key_width, s.key_transposed, nullptr, {s.grad_x, width}, true);
-    dense_tokens<T>(threads, tokens, values, width, s.grad_value, value_width, s.value_transposed, nullptr, {s.grad_x, width},
+    dense_tokens<T>(threads, tokens, keys, width, s.grad_query, key_width, s.query_transposed, nullptr,
+                    {s.grad_x, width});
+    dense_tokens<T>(threads, tokens, keys, width, s.grad_key, key_width, s.key_transposed, nullptr, {s.grad_x, width},
                     true);
-    store_image_gradients(threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images, a.tokens,
-                          channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight, s.norm_bias);
+    dense_tokens<T>(threads, tokens, values, width, s.grad_value, value_width, s.value_transposed, nullptr,
+                    {s.grad_x, width}, true);
+    store_image_gradients(threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
+                          a.tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
+                          s.norm_bias);
   }
 
   void backward() const {
@@ -258,9 +270,8 @@ template <class T> struct Unfolded {
     fill(s.output_bias, width, T(0));
     fill(s.norm_weight, width, T(0));
     fill(s.norm_bias, width, T(0));
-    for_groups([&](std::int64_t first, std::int64_t images) {
-      backward_group(s, query, key, value, output, first, images);
-    });
+    for_groups(
+        [&](std::int64_t first, std::int64_t images) { backward_group(s, query, key, value, output, first, images); });
     query.finish();
     key.finish();
     value.finish();

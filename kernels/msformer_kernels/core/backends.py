@@ -164,9 +164,7 @@ def _by_machine(device_type: str, dtype: torch.dtype, operator: Served | None, c
     return _default(device_type, dtype, operator, call)
 
 
-def _in_scope(
-    name: str, source: str, device_type: str, dtype: torch.dtype, operator: Served | None, call: Any
-) -> str:
+def _in_scope(name: str, source: str, device_type: str, dtype: torch.dtype, operator: Served | None, call: Any) -> str:
     """A choice for many calls; an operator that the backend does not have at all gets the default."""
     _check_name(name, source)
     if operator is not None and name != "reference" and name not in operator.served_by:
@@ -174,9 +172,7 @@ def _in_scope(
     return _checked(name, source, device_type, dtype, operator, call)
 
 
-def _checked(
-    name: str, source: str, device_type: str, dtype: torch.dtype, operator: Served | None, call: Any
-) -> str:
+def _checked(name: str, source: str, device_type: str, dtype: torch.dtype, operator: Served | None, call: Any) -> str:
     _check_name(name, source)
     reason = why_not(name, device_type, dtype, operator, call)
     if reason is not None:

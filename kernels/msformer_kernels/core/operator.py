@@ -21,7 +21,7 @@ import inspect
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ class Operator(Generic[R]):
             chosen = backends.choose(self, backend, first.device.type, first.dtype, call)
             if chosen == "reference":
                 return self.run_reference(call)
-            if chosen is not None:
+            if not torch.compiler.is_compiling():
                 refuse_transforms(self.name)
             found = self.op(*call, chosen)
             return found if isinstance(found, Tensor) else found[: self._returned]
@@ -207,7 +207,7 @@ class Operator(Generic[R]):
         returns = inspect.signature(self.reference).return_annotation
         function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
         function.explain = explain  # type: ignore[attr-defined]
-        return function
+        return cast(Callable[P, R], function)
 
 
 def empty_like_parameter(parameter: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:

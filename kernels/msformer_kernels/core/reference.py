@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from msformer_kernels.core.operator import Operator
 
 
+def _autograd() -> Any:
+    """Within it operations are differentiated, although a kernel of an op runs below autograd."""
+    keys = torch._C.DispatchKey
+    below = torch._C.DispatchKeySet(keys.AutogradFunctionality) | torch._C.DispatchKeySet(keys.ADInplaceOrView)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded - below)
+
+
 class Reference:
     """`forward` and `backward` of one operator, by its reference and autograd."""
 
@@ -31,7 +39,7 @@ class Reference:
 
     def backward(self, call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         operator = self.operator
-        with torch.enable_grad():
+        with _autograd(), torch.enable_grad():
             leaves = {n: getattr(call, n).detach().requires_grad_() for n in self._present(call)}
             found = operator.run_reference(self._in_one_dtype(call._replace(**leaves)))
             outputs = found if isinstance(found, tuple) else (found,)

@@ -27,8 +27,8 @@ LIBRARY = torch.library.Library("msformer", "DEF")
 class Registration:
     """The two ops of an operator.
 
-    `autocast` is ``rule(operator, op, device_type, dtype, args)``, where `op` calls below autocast; see `cast_inputs` and
-    `cast_output`.
+    `autocast` is ``rule(operator, op, device_type, dtype, args)``, where `op` calls below autocast; see `cast_inputs`
+    and `cast_output`.
     """
 
     def __init__(self, operator: Operator[Any], autocast: Callable[..., Any] | None) -> None:
@@ -39,7 +39,7 @@ class Registration:
         )
         self._gradients: Any = gradients
         self._saved: Any = namedtuple(f"{name}_saved", operator.kept)  # type: ignore[misc]
-        # the arguments of a call, and the backend: which are tensors, which are not, and how the two are put together again
+        # the arguments of a call, and the backend: which are tensors, which are not, how they are put together again
         tensors = operator.positions(operator.tensors)
         options = [i for i in range(len(operator.names) + 1) if i not in tensors]
         self._tensors, self._number_of_tensors = itemgetter(*tensors), len(tensors)
@@ -63,9 +63,7 @@ class Registration:
         self._define(backward, schema, self._backward, self._backward_fake)
         self.op = getattr(torch.ops.msformer, name).default
         self._backward_op = getattr(torch.ops.msformer, backward).default
-        torch.library.register_autograd(
-            f"msformer::{name}", self._differentiate, setup_context=self._keep, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"msformer::{name}", self._differentiate, setup_context=self._keep, lib=LIBRARY)
         refuse_second_derivative(backward, name)
         if autocast is not None:
             self._define_autocast(name, autocast)
@@ -171,8 +169,8 @@ def cast_inputs(operator: Operator[Any], op: Any, device_type: str, dtype: torch
 
 
 def cast_output(operator: Operator[Any], op: Any, device_type: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Any:
-    """Autocast of a layer. The kernels of the CPU compute in float32 whatever comes in, so nothing is cast on the way in;
-    on a GPU the dtype of the activations decides. A sum with the residual has the dtype of the activations."""
+    """Autocast of a layer. The kernels of the CPU compute in float32 whatever comes in, so nothing is cast on the way
+    in; on a GPU the dtype of the activations decides. A sum with the residual has the dtype of the activations."""
     x = args[0]
     if x.dtype == torch.float64:
         return op(*args)

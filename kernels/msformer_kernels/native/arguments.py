@@ -54,4 +54,6 @@ def empty_gradients(parameters: Sequence[Tensor | None], like: Tensor) -> list[T
 
 def rounded(gradients: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Gradients in the dtypes of their parameters."""
-    return tuple([g if p is None or p.dtype is g.dtype else g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)])
+    return tuple(
+        [g if p is None or p.dtype is g.dtype else g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+    )

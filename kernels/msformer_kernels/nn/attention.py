@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from msformer_kernels.ops.efficient_self_attention.api import efficient_self_attention
-from msformer_kernels.nn.norm import norm_arguments
 from msformer_kernels.core.validation import check_heads, check_positive
+from msformer_kernels.nn.norm import norm_arguments
+from msformer_kernels.ops.efficient_self_attention.api import efficient_self_attention
 
 
 class EfficientAttention(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.attention import EfficientAttention
 from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip
 from msformer_kernels.ops.mix_ffn.api import check_image
-from msformer_kernels.core.validation import check_positive
 
 
 class MLP(nn.Module):

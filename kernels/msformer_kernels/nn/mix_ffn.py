@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from msformer_kernels.ops.mix_ffn.api import check_activation, mix_ffn
-from msformer_kernels.nn.norm import norm_arguments
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.norm import norm_arguments
+from msformer_kernels.ops.mix_ffn.api import check_activation, mix_ffn
 
 
 class _DepthwiseConv(nn.Module):

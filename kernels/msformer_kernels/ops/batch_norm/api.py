@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msformer_kernels.ops.batch_norm.spec import OPERATOR
 from msformer_kernels.core.validation import check_rank, check_shape
+from msformer_kernels.ops.batch_norm.spec import OPERATOR
 
 
 @OPERATOR.public

@@ -31,7 +31,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _blocks(channels)
     tiles = cdiv(channels, blocks["BC"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
-    partials = x.new_empty(batch * splits, 3, channels, dtype=torch.float32)
+    partials = x.new_empty(batch * splits, 4, channels, dtype=torch.float32)
     statistics_kernel[(batch, splits, tiles)](
         x, partials, tokens, channels, size, *x.stride(), ALIGN=alignment(x), **blocks
     )

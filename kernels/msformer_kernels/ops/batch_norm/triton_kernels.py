@@ -1,8 +1,9 @@
 """BatchNorm of tokens in Triton: two passes forward, two backward, each reading the tokens once from device memory.
 
 Forward: `statistics_kernel` makes mean and sum of squared deviations of every split of the tokens (its second look at
-them finds them in the cache); `combine_statistics_kernel` merges the splits (Chan, Golub, LeVeque, "Updating formulae
-and a pairwise algorithm for computing sample variances", 1979), so that a large mean does not swallow the variance;
+them finds them in the cache, and also tells by how much rounding put the mean off); `combine_statistics_kernel` merges
+the splits (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979), in
+float64, so that a large mean does not swallow the variance;
 `normalize_kernel` writes the output. Backward: `gradient_sums_kernel`, then `gradient_kernel`.
 """
 
@@ -17,7 +18,7 @@ from msformer_kernels.triton.tiles import aligned, load_tile, load_vector, store
 @triton.jit
 def statistics_kernel(
     x_ptr,  # [B, N, C], strided
-    partial_ptr,  # [B, splits, 3, C]: count, mean, sum of squared deviations
+    partial_ptr,  # [B, splits, 4, C]: count, mean, its rounding error, sum of squared deviations
     tokens,
     channels: tl.constexpr,
     split_size,
@@ -41,22 +42,25 @@ def statistics_kernel(
     for start in range(first, last, BN):
         total += load_tile(x_ptr, start + tl.arange(0, BN), columns, stride_n, stride_c, last, channels)
     mean = tl.sum(total, 0) / count
+    deviations = tl.zeros([BN, BC], tl.float32)
     squares = tl.zeros([BN, BC], tl.float32)
     for start in range(first, last, BN):
         rows = start + tl.arange(0, BN)
         x = load_tile(x_ptr, rows, columns, stride_n, stride_c, last, channels)
         deviation = tl.where((rows < last)[:, None], x - mean[None, :], 0.0)
+        deviations += deviation
         squares += deviation * deviation
-    partial = partial_ptr + (batch * tl.num_programs(1) + split) * 3 * channels + columns
+    partial = partial_ptr + (batch * tl.num_programs(1) + split) * 4 * channels + columns
     inside = columns < channels
     tl.store(partial, tl.zeros([BC], tl.float32) + count, mask=inside)
     tl.store(partial + channels, mean, mask=inside)
-    tl.store(partial + 2 * channels, tl.sum(squares, 0), mask=inside)
+    tl.store(partial + 2 * channels, tl.sum(deviations, 0) / count, mask=inside)
+    tl.store(partial + 3 * channels, tl.sum(squares, 0), mask=inside)
 
 
 @triton.jit
 def combine_statistics_kernel(
-    partial_ptr,  # [parts, 3, C]
+    partial_ptr,  # [parts, 4, C]
     mean_ptr,  # [C]
     variance_ptr,
     parts,
@@ -65,23 +69,34 @@ def combine_statistics_kernel(
     BC: tl.constexpr,
 ):
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    count = tl.zeros([BC], tl.float32)
-    total = tl.zeros([BC], tl.float32)
+    row = 4 * channels
+    count = tl.zeros([BC], tl.float64)
+    total = tl.zeros([BC], tl.float64)
     for start in range(0, parts, BS):
         rows = start + tl.arange(0, BS)
-        counts = load_tile(partial_ptr, rows, columns, 3 * channels, 1, parts, channels)  # [BS, BC]
+        counts = load_tile(partial_ptr, rows, columns, row, 1, parts, channels).to(tl.float64)  # [BS, BC]
+        means = load_means(partial_ptr, rows, columns, parts, channels)
         count += tl.sum(counts, 0)
-        total += tl.sum(counts * load_tile(partial_ptr + channels, rows, columns, 3 * channels, 1, parts, channels), 0)
-    mean = total / tl.where(count == 0.0, 1.0, count)
-    squares = tl.zeros([BC], tl.float32)
+        total += tl.sum(counts * means, 0)
+    count = tl.where(count == 0.0, 1.0, count)
+    mean = total / count
+    squares = tl.zeros([BC], tl.float64)
     for start in range(0, parts, BS):
         rows = start + tl.arange(0, BS)
-        counts = load_tile(partial_ptr, rows, columns, 3 * channels, 1, parts, channels)
-        deviation = load_tile(partial_ptr + channels, rows, columns, 3 * channels, 1, parts, channels) - mean[None, :]
-        own = load_tile(partial_ptr + 2 * channels, rows, columns, 3 * channels, 1, parts, channels)
+        counts = load_tile(partial_ptr, rows, columns, row, 1, parts, channels).to(tl.float64)
+        deviation = load_means(partial_ptr, rows, columns, parts, channels) - mean[None, :]
+        own = load_tile(partial_ptr + 3 * channels, rows, columns, row, 1, parts, channels).to(tl.float64)
         squares += tl.sum(own + counts * deviation * deviation, 0)
-    tl.store(mean_ptr + columns, mean, mask=columns < channels)
-    tl.store(variance_ptr + columns, squares / tl.where(count == 0.0, 1.0, count), mask=columns < channels)
+    tl.store(mean_ptr + columns, mean.to(tl.float32), mask=columns < channels)
+    tl.store(variance_ptr + columns, (squares / count).to(tl.float32), mask=columns < channels)
+
+
+@triton.jit
+def load_means(partial_ptr, rows, columns, parts, channels: tl.constexpr):
+    """Means of some parts with what rounding left out of them, float64 [BS, BC]."""
+    mean = load_tile(partial_ptr + channels, rows, columns, 4 * channels, 1, parts, channels)
+    left_out = load_tile(partial_ptr + 2 * channels, rows, columns, 4 * channels, 1, parts, channels)
+    return mean.to(tl.float64) + left_out.to(tl.float64)
 
 
 @triton.jit

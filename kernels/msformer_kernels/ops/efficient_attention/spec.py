@@ -1,5 +1,5 @@
-"""The declaration of ``msformer::efficient_attention``. The op also returns the maximum and sum of the key softmax, which
-its backward needs."""
+"""The declaration of ``msformer::efficient_attention``. The op also returns the maximum and sum of the key softmax,
+which its backward needs."""
 
 from __future__ import annotations
 

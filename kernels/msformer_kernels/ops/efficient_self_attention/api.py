@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
 from msformer_kernels.core.validation import (
     check_heads,
     check_mask,
@@ -12,6 +11,7 @@ from msformer_kernels.core.validation import (
     check_rank,
     check_shape,
 )
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
 
 
 @OPERATOR.public

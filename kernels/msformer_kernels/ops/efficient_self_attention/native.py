@@ -43,9 +43,7 @@ def _inputs(call: Any) -> tuple[Any, ...]:
 def forward(call: Any) -> tuple[Tensor, ...]:
     parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(call.x.dtype))
     output, *state = OPERATOR.fake(call)
-    _native.self_attention_forward(
-        (*_inputs(call), *addresses(parameters), *addresses(state), *activation(output))
-    )
+    _native.self_attention_forward((*_inputs(call), *addresses(parameters), *addresses(state), *activation(output)))
     return output, *state
 
 

@@ -387,9 +387,8 @@ def _folded_backward(
 
 
 def _normed(call: Any) -> Tensor:
-    x, weight, bias = call.x, call.norm_weight, call.norm_bias
-    cast = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    return layer_norm(x, *cast, call.norm_eps)
+    weight, bias = (None if p is None else p.to(call.x.dtype) for p in (call.norm_weight, call.norm_bias))
+    return layer_norm(call.x, weight, bias, call.norm_eps)
 
 
 def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from msformer_kernels.core.validation import check_norm, check_rank, check_shape
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
-from msformer_kernels.core.validation import check_norm, check_rank, check_shape
 
 
 def check_image(x: Tensor, height: int, width: int) -> None:

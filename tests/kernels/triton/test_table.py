@@ -82,7 +82,7 @@ def test_every_kernel_has_a_workload_that_launches_it(kernel: str, monkeypatch: 
         return launch_options(name, width, like)
 
     for operator in ("efficient_attention", "efficient_self_attention", "mix_ffn"):
-        monkeypatch.setattr(import_module(f"msformer_kernels.{operator}.triton_calls"), "launch_options", record)
+        monkeypatch.setattr(import_module(f"msformer_kernels.ops.{operator}.triton_calls"), "launch_options", record)
     limit, size = min(TABLE[kernel])
     tune.workload(kernel, limit, torch.bfloat16 if size == 2 else torch.float32, 3, "cpu")()
     assert kernel in asked

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,7 +15,18 @@ import torch
 import msformer_kernels as kernels
 from msformer_kernels.core import backends
 from msformer_kernels.core.backends import resolve
-from tests.kernels.cases import require
+from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.core.reference import Reference
+from tests.kernels.cases import (
+    attention_case,
+    batch_norm_case,
+    cast,
+    linear_case,
+    mix_ffn_case,
+    require,
+    run,
+    self_attention_case,
+)
 
 
 def test_order_of_choice(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
@@ -47,10 +59,8 @@ def test_use_backend_is_undone_by_an_exception_and_stays_in_its_thread() -> None
     assert getattr(backends._override, "name", None) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "it serves GPU tensors"), ("cuda", "not part of this version")]
-)
-def test_explicit_choice_never_falls_back(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, reason = "triton", "it serves GPU tensors"
     monkeypatch.setattr(backends, "_interpreted", False)
     q = torch.randn(1, 1, 3, 2)
     message = f"'{name}'.*backend=.*{reason}.*usable here: reference"
@@ -105,8 +115,52 @@ def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_op_names_the_backends_that_it_has() -> None:
     q = torch.randn(1, 1, 3, 2)
-    with pytest.raises(ValueError, match=r"backend: msformer_kernels\.efficient_attention has no kernels for 'cuda'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; expected one of reference, native, triton"):
         torch.ops.msformer.efficient_attention(q, q, q, None, 1.0, 1.0, 1.0, True, "softmax", "cuda")
+    with pytest.raises(kernels.BackendError, match=r"'triton' .*it has no kernels for linear"):
+        torch.ops.msformer.linear(q[0], torch.randn(3, 2), None, "triton")
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_an_op_without_a_backend_takes_that_of_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, as in a graph that was traced elsewhere; `use_backend` is for calls, not for ops."""
+    require(name)
+    monkeypatch.setenv("MSFORMER_BACKEND", name)
+    x, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    seen = []
+    for module in ("msformer_kernels.core.reference.Reference.forward", "msformer_kernels.ops.linear.native.forward"):
+        owner, _, function = module.rpartition(".")
+        target = import_module(owner) if owner.endswith("native") else Reference
+        original = getattr(target, function)
+        monkeypatch.setattr(target, function, lambda *a, m=module, o=original: (seen.append(m), o(*a))[1])
+    OPERATORS["linear"]._checked.clear()
+    with kernels.use_backend("triton"):
+        output = torch.ops.msformer.linear(x, weight, None, None)
+    assert len(seen) == 1
+    assert name in seen[0]
+    found = torch.autograd.grad(output.square().sum(), (x, weight))
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, weight).square().sum(), (x, weight))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_the_reference_as_an_op(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are those of the reference itself; what only other backends need is NaN, not a wrong value."""
+    monkeypatch.setenv("MSFORMER_BACKEND", "reference")
+    case = {
+        "linear": linear_case("a"),
+        "batch_norm": batch_norm_case("a"),
+        "efficient_attention": attention_case("a", mask="random"),
+        "efficient_self_attention": self_attention_case("a", heads=2),
+        "mix_ffn": mix_ffn_case("a"),
+    }[operator]
+    tensors = cast(case.draw(), torch.float32)
+    expected = run(case, tensors, "reference")
+    monkeypatch.setattr(backends, "choose", lambda *_: None)
+    found = run(case, tensors, "reference")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
@@ -117,13 +171,17 @@ def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatc
     text = str(explanation)
     assert "* native" in text
     assert "instruction set" in text
-    assert "cuda       not usable" in text
+    assert kernels.explain("cuda").exceptions["linear"] == "reference (triton: it has no kernels for linear)"
+    with pytest.raises(ValueError, match=r"operator: expected one of .*, got 'softmax'"):
+        kernels.explain(operator="softmax")
     monkeypatch.setenv("MSFORMER_BACKEND", "reference")
     assert str(kernels.explain()).startswith("cpu, float32: reference (chosen by MSFORMER_BACKEND)")
-    monkeypatch.setenv("MSFORMER_BACKEND", "cuda")
+    monkeypatch.setenv("MSFORMER_BACKEND", "triton")
+    monkeypatch.setattr(backends, "_interpreted", False)
     refused = kernels.explain()
     assert refused.chosen is None
-    assert "cpu, float32: None (backend 'cuda' (chosen by MSFORMER_BACKEND) cannot be had" in str(refused)
+    assert "cpu, float32: None (backend 'triton' (chosen by MSFORMER_BACKEND) is not available" in str(refused)
+    assert kernels.explain(operator="linear").rule == "triton, chosen by MSFORMER_BACKEND, has no kernels for it"
 
 
 def test_without_the_extension_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

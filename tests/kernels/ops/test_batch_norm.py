@@ -1,13 +1,19 @@
-"""BatchNorm and linear layers of tokens: running statistics, evaluation mode, empty input."""
+"""BatchNorm of tokens: running statistics, evaluation mode, too few tokens."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import msformer_kernels as kernels
+from tests.kernels.cases.batch_norm import CASES
+from tests.kernels.ops.shared import OperatorTests
+
+
+class TestBatchNorm(OperatorTests):
+    OPERATOR = "batch_norm"
+    CASES = CASES
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.4, None])
@@ -49,21 +55,3 @@ def test_a_large_mean_does_not_swallow_the_variance(backend: str) -> None:
 def test_too_few_tokens(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="x: expected at least 2 tokens in all"):
         kernels.batch_norm(torch.randn(*shape))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["no_images", "no_tokens", "no_features"])
-def test_linear_of_nothing(shape: tuple[int, int, int], backend: str) -> None:
-    x = torch.randn(*shape, requires_grad=True)
-    weight, bias = torch.randn(5, shape[2], requires_grad=True), torch.randn(5, requires_grad=True)
-    found, expected = kernels.linear(x, weight, bias, backend=backend), F.linear(x, weight, bias)
-    torch.testing.assert_close(found, expected)
-    gradients = torch.autograd.grad(found.sum(), (x, weight, bias))
-    for a, b in zip(gradients, torch.autograd.grad(expected.sum(), (x, weight, bias)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_linear_says_which_argument_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"weight: expected \[out, in\] = \(5, 4\), got \(5, 3\)"):
-        kernels.linear(torch.randn(2, 3, 4), torch.randn(5, 3))
-    with pytest.raises(ValueError, match=r"bias: expected \[out\] = \(5,\), got \(4,\)"):
-        kernels.linear(torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msformer_kernels as kernels
 from tests.kernels.cases import require
@@ -48,18 +49,20 @@ def test_attention_of_an_image(channels_last: bool) -> None:
     torch.testing.assert_close(context, expected_context)
 
 
-def test_channels_last_images_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = torch.randn(1, 6, 3, 5).contiguous(memory_format=torch.channels_last)
-    seen = []
-    original = kernels.efficient_self_attention.__globals__["ops"].efficient_self_attention
-    monkeypatch.setattr(
-        kernels.efficient_self_attention.__globals__["ops"],
-        "efficient_self_attention",
-        lambda x, *rest: (seen.append(x.data_ptr()), original(x, *rest))[1],
-    )
+def test_channels_last_images_are_not_copied() -> None:
     if kernels.explain().chosen == "reference":
         pytest.skip("the reference does not pass through the op")
-    kernels.EfficientAttention(6)(image)
+    image = torch.randn(1, 6, 3, 5).contiguous(memory_format=torch.channels_last)
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "msformer":
+                seen.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        kernels.EfficientAttention(6)(image)
     assert seen == [image.data_ptr()]
 
 
@@ -145,3 +148,35 @@ def test_block_on_the_meta_device_gives_shapes() -> None:
         output, context = block(torch.empty(2, 12, 8), 3, 4)
     assert output.shape == (2, 12, 8)
     assert context.shape == (2, 2, 4, 4)
+
+
+def test_layers_refuse_bad_sizes() -> None:
+    with pytest.raises(ValueError, match="num_heads: 3 does not divide key_channels = 8"):
+        kernels.EfficientAttention(8, num_heads=3)
+    with pytest.raises(ValueError, match="num_heads: 3 does not divide value_channels = 8"):
+        kernels.EfficientAttention(8, key_channels=6, num_heads=3)
+    with pytest.raises(ValueError, match="in_channels: expected at least 1, got 0"):
+        kernels.EfficientAttention(0)
+    with pytest.raises(ValueError, match="hidden_features: expected at least 1, got -4"):
+        kernels.MixFFN(4, -4)
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        kernels.MixFFN(4, 8, activation="swish")
+    with pytest.raises(ValueError, match="ffn: expected one of mix_skip, mix, mlp, got 'moe'"):
+        kernels.EfficientTransformerBlock(8, ffn="moe")
+    with pytest.raises(ValueError, match="x: has 6 tokens"):
+        kernels.EfficientTransformerBlock(8, ffn="mlp")(torch.randn(1, 6, 8), 2, 2)
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0)], ids=["no_images", "no_tokens"])
+def test_empty_input_gives_zero_gradients_to_every_parameter(shape: tuple[int, int], name: str) -> None:
+    """Zeros, not None: DDP waits for a gradient of every parameter."""
+    require(name)
+    block = kernels.EfficientTransformerBlock(8)
+    with kernels.use_backend(name):
+        output, context = block(torch.randn(*shape, 8), 3 if shape[1] else 0, 4)
+    assert output.shape == (*shape, 8)
+    (output.sum() + context.sum()).backward()
+    for parameter_name, parameter in block.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert not parameter.grad.any(), parameter_name

@@ -1,0 +1,77 @@
+"""Cases of `efficient_self_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import msformer_kernels as kernels
+from tests.kernels.cases.base import Case, Cases, Tensors, random, random_mask, strided
+
+
+def self_attention_case(
+    name: str,
+    batch: int = 2,
+    tokens: int = 11,
+    channels: int = 6,
+    key_channels: int = 6,
+    value_channels: int = 6,
+    heads: int = 1,
+    norm: bool = True,
+    residual: bool = True,
+    biases: bool = True,
+    mask: str | None = None,
+    layout: str = "contiguous",
+    norm_eps: float = 1e-5,
+) -> Case:
+    def make() -> Tensors:
+        scale = channels**-0.5
+        bias = (lambda n: random(n)) if biases else (lambda n: None)
+        return {
+            "x": strided(random(batch, tokens, channels), layout),
+            "query_weight": random(key_channels, channels, scale=2 * scale),
+            "query_bias": bias(key_channels),
+            "key_weight": random(key_channels, channels, scale=2 * scale),
+            "key_bias": bias(key_channels),
+            "value_weight": random(value_channels, channels, scale=scale),
+            "value_bias": bias(value_channels),
+            "output_weight": random(channels, value_channels, scale=scale),
+            "output_bias": bias(channels),
+            "norm_weight": random(channels) + 1 if norm else None,
+            "norm_bias": bias(channels) if norm else None,
+            "mask": random_mask(mask, batch, tokens),
+        }
+
+    def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
+        options = {"num_heads": heads, "residual": residual, "norm_eps": norm_eps, "backend": backend}
+        return kernels.efficient_self_attention(**tensors, **options)
+
+    return Case(name, make, call)
+
+
+CASES = Cases(
+    small=[
+        self_attention_case("one", batch=1, tokens=1, channels=1, key_channels=1, value_channels=1, norm=False),
+        self_attention_case("norm_residual"),
+        self_attention_case("bare", norm=False, residual=False, biases=False),
+        self_attention_case("heads", channels=10, key_channels=15, value_channels=20, heads=5, norm=False),
+        self_attention_case("masked", batch=3, heads=2, key_channels=4, value_channels=8, mask="one_image_masked"),
+        self_attention_case("transposed", layout="transposed"),
+        self_attention_case("sliced", layout="sliced", residual=False),
+        self_attention_case("expanded", batch=3, layout="expanded"),
+        self_attention_case("norm_eps", norm_eps=0.3),
+    ],
+    medium=[
+        self_attention_case("tiles", batch=1, tokens=301, channels=36, key_channels=70, value_channels=44, heads=2),
+    ],
+    large=[
+        self_attention_case("long", batch=1, tokens=1201, channels=100, key_channels=100, value_channels=100),
+        self_attention_case(
+            "heads_long", tokens=500, channels=64, key_channels=40, value_channels=80, heads=4, mask="random"
+        ),
+        self_attention_case("groups", batch=5, tokens=400, channels=40, key_channels=24, value_channels=40, heads=2),
+    ],
+    empty=[
+        self_attention_case("empty_batch", batch=0),
+        self_attention_case("no_tokens", tokens=0),
+    ],
+)

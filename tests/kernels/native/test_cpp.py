@@ -1,0 +1,52 @@
+"""The C++ unit tests (unit_tests.cpp), compiled and run for every variant of the CPU code that this machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "csrc"))
+from variants import FLAGS, VARIANTS, Variant  # noqa: E402
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("there is no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_unit_tests(variant: Variant, tmp_path: Path) -> None:
+    native = pytest.importorskip("msformer_kernels._native")
+    if variant.name not in native.available_isas():
+        pytest.skip("this machine does not have the variant")
+    program = tmp_path / "unit_tests"
+    sources = [Path(__file__).with_name("unit_tests.cpp"), ROOT / "csrc/cpu/base/memory.cpp"]
+    flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp"]
+    subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "0 failures\n"
+
+
+def test_the_build_has_the_variants_of_the_list() -> None:
+    """Best first, and the one that runs anywhere last."""
+    native = pytest.importorskip("msformer_kernels._native")
+    names = [variant.name for variant in VARIANTS]
+    assert [name for name in names if name in native.available_isas()] == native.available_isas()
+    assert native.available_isas()[-1] == "plain"
+
+
+def test_a_call_with_too_few_or_too_many_values_is_refused() -> None:
+    native = pytest.importorskip("msformer_kernels._native")
+    with pytest.raises(ValueError, match="expected fewer than 3 of 3 values"):
+        native.linear_forward((1, 2, 3))
+    with pytest.raises(ValueError, match="expected more than"):
+        native.linear_forward((0,) * 50)

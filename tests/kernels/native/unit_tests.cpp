@@ -1,0 +1,296 @@
+// Unit tests of what the CPU kernels are made of: vectors, conversions, products of every engine, reductions, softmax
+// sums. Compiled once per variant and run by test_cpp.py. Everything is compared with plain loops in double.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/attention/softmax.h"
+#include "cpu/base/norm.h"
+#include "cpu/base/sums.h"
+#include "cpu/base/tokens.h"
+#include "cpu/engine/products.h"
+
+using namespace msformer;
+using namespace msformer::MSFORMER_VARIANT;
+
+namespace {
+
+int failures = 0;
+std::mt19937 generator(7);
+
+template <class... Values>
+void check(bool good, const char* format, Values... values) {
+  if (good) return;
+  if (++failures <= 20) {
+    std::printf(format, values...);
+    std::printf("\n");
+  }
+}
+
+template <class T>
+class Buffer {  // aligned, padded, filled with NaN
+ public:
+  explicit Buffer(std::int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (sizeof(T) * count + 127) / 64 * 64))) {
+    const std::int64_t whole = static_cast<std::int64_t>((sizeof(T) * count + 127) / 64 * 64 / sizeof(T));
+    for (std::int64_t i = 0; i < whole; ++i)
+      data_[i] = std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  T* get() { return data_; }
+  T& operator[](std::int64_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+double uniform() { return std::uniform_real_distribution<double>(-1, 1)(generator); }
+
+template <class T>
+constexpr double kEps = sizeof(T) == 4 ? 1.2e-7 : 2.3e-16;
+
+// rows [rows, columns] in a buffer with padded rows; padding zero
+template <class T>
+void fill_rows(Buffer<T>& out, std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t c = 0; c < padded<T>(columns); ++c)
+      out[i * padded<T>(columns) + c] = c < columns ? static_cast<T>(uniform()) : T(0);
+}
+
+template <class T>
+void test_vectors() {
+  constexpr int W = kWidth<T>;
+  alignas(64) T values[W * W];
+  for (T& v : values) v = static_cast<T>(uniform());
+  double sum = 0, largest = -2;
+  for (int i = 0; i < W; ++i) {
+    sum += static_cast<double>(values[i]);
+    largest = std::fmax(largest, static_cast<double>(values[i]));
+  }
+  check(std::fabs(static_cast<double>(horizontal_sum<T>(load(values))) - sum) < W * kEps<T>, "horizontal_sum");
+  check(static_cast<double>(horizontal_max<T>(load(values))) == largest, "horizontal_max");
+  Vector<T> rows[W];
+  for (int i = 0; i < W; ++i) rows[i] = load(values + i * W);
+  transpose<T>(rows);
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) check(rows[i][j] == values[j * W + i], "transpose %d %d", i, j);
+  for (int count = 0; count <= W; ++count) {
+    const Vector<T> kept = keep_lanes<T>(load(values), count);
+    for (int i = 0; i < W; ++i) check(kept[i] == (i < count ? values[i] : T(0)), "keep_lanes %d", count);
+  }
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  check(vmax<T>(splat(T(1)), splat(nan))[0] == T(1), "vmax lets NaN replace a number");
+}
+
+void test_functions() {
+  for (double x = -87; x < 88; x += 0.0101) {
+    const float at = static_cast<float>(x);
+    const double expected = std::exp(static_cast<double>(at)), found = static_cast<double>(vexp(splat(at))[0]);
+    check(std::fabs(found - expected) <= 2.5 * 6e-8 * expected, "vexp(%g) = %g, expected %g", x, found, expected);
+    if (x <= 0) check(vexp_small(splat(at))[0] == vexp(splat(at))[0], "vexp_small(%g)", x);
+  }
+  check(vexp_small(splat(-1000.0f))[0] == 0.0f, "vexp_small(-1000)");
+  check(std::isnan(vexp(splat(std::nanf("")))[0]), "vexp(NaN)");
+  for (double x = -13; x < 13; x += 0.00101) {
+    Vector<float> cdf, pdf;
+    const float at = static_cast<float>(x);
+    normal_distribution(splat(at), cdf, pdf);
+    const double wanted = 0.5 * std::erfc(-static_cast<double>(at) / std::sqrt(2.0));
+    check(std::fabs(static_cast<double>(cdf[0]) - wanted) <= 2e-7 + 1e-5 * std::fmin(wanted, 1e-3),
+          "cdf(%g) = %g, expected %g", x, static_cast<double>(cdf[0]), wanted);
+  }
+}
+
+void test_conversions() {
+  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
+    const BFloat16 b{static_cast<std::uint16_t>(bits)};
+    const Float16 h{static_cast<std::uint16_t>(bits)};
+    const float from_b = to_float(b), from_h = to_float(h);
+    if (!std::isnan(from_b)) check(to_bfloat16(from_b).bits == bits, "bfloat16 %x", bits);
+    if (!std::isnan(from_h)) check(to_float16(from_h).bits == bits, "float16 %x", bits);
+    check(std::isnan(from_h) == ((bits & 0x7fff) > 0x7c00), "float16 NaN %x", bits);
+  }
+  check(to_float16(65520.0f).bits == 0x7c00 && to_float16(65519.0f).bits == 0x7bff, "float16 overflow");
+  check(to_bfloat16(1.00390625f).bits == 0x3f80 && to_bfloat16(1.01171875f).bits == 0x3f82, "bfloat16 ties to even");
+}
+
+// what the engine makes of a value before it multiplies it
+template <class E>
+double operand(typename E::Value x) {
+  Buffer<typename E::Value> one(16);
+  for (int i = 0; i < 16; ++i) one[i] = x;
+  E::round_operands(one.get(), 16);
+  return static_cast<double>(one[0]);
+}
+
+template <class E>
+void test_products(const char* name) {
+  using T = typename E::Value;
+  for (std::int64_t rows : {1, 2, 5, 6, 7, 13})
+    for (std::int64_t k : {1, 2, 3, 16, 17, 33})
+      for (std::int64_t n : {1, 4, 15, 16, 17, 63, 64, 65, 130}) {
+        const std::int64_t lda = padded<T>(k), ldc = padded<T>(n);
+        Buffer<T> a(rows * lda), weights(k * n), bias(ldc), c(rows * ldc);
+        Buffer<typename E::Element> packed(E::packed_size(k, ldc));
+        fill_rows(a, rows, k);
+        fill_rows(bias, 1, n);
+        for (std::int64_t i = 0; i < k * n; ++i) weights[i] = static_cast<T>(uniform());
+        for (const bool transposed : {false, true}) {  // [k, n], or [n, k] as the weights of a linear layer
+          const std::int64_t k_stride = transposed ? 1 : n, n_stride = transposed ? k : 1;
+          pack<E>(1, packed.get(), weights.get(), k_stride, n_stride, k, n);
+          multiply<E>(rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc, bias.get());
+          multiply_add<E>(rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc);
+          for (std::int64_t i = 0; i < rows; ++i)
+            for (std::int64_t j = 0; j < ldc; ++j) {
+              double sum = 0, size = 1;
+              for (std::int64_t p = 0; j < n && p < k; ++p) {
+                const double term = operand<E>(a[i * lda + p]) * operand<E>(weights[p * k_stride + j * n_stride]);
+                sum += term;
+                size += std::fabs(term);
+              }
+              const double expected = 2 * sum + static_cast<double>(bias[j]);
+              check(std::fabs(static_cast<double>(c[i * ldc + j]) - expected) <= 8 * kEps<T> * size,
+                    "%s: product %ld x %ld x %ld at %ld, %ld", name, long(rows), long(k), long(n), long(i), long(j));
+            }
+        }
+        // A^T B: `rows` and n are the sizes of the result, k the tokens
+        const std::int64_t left_width = padded<T>(rows);
+        Buffer<T> left(k * left_width), right(k * ldc), sums(rows * ldc);
+        fill_rows(left, k, rows);
+        fill_rows(right, k, n);
+        for (std::int64_t i = 0; i < rows * ldc; ++i) sums[i] = T(1);
+        multiply_transposed_add<E>(rows, k, ldc, left.get(), left_width, right.get(), ldc, sums.get(), ldc);
+        for (std::int64_t i = 0; i < rows; ++i)
+          for (std::int64_t j = 0; j < n; ++j) {
+            double sum = 1, size = 1;
+            for (std::int64_t p = 0; p < k; ++p) {
+              const double term = operand<E>(left[p * left_width + i]) * operand<E>(right[p * ldc + j]);
+              sum += term;
+              size += std::fabs(term);
+            }
+            check(std::fabs(static_cast<double>(sums[i * ldc + j]) - sum) <= 8 * kEps<T> * size,
+                  "%s: transposed product %ld x %ld x %ld", name, long(rows), long(k), long(n));
+          }
+      }
+}
+
+template <class T>
+void test_reductions() {
+  for (std::int64_t rows : {0, 1, 3, 15, 16, 17, 33, 300, 5001}) {
+    const std::int64_t width = 2 * kWidth<T>;
+    Buffer<T> in(rows * width + 1), out(width);
+    for (std::int64_t i = 0; i < rows * width; ++i) in[i] = static_cast<T>(uniform() + 1);
+    for (std::int64_t c = 0; c < width; ++c) out[c] = T(3);
+    add_column_sums(rows, width, in.get(), width, out.get());
+    for (std::int64_t c = 0; c < width; ++c) {
+      long double sum = 3;
+      for (std::int64_t i = 0; i < rows; ++i) sum += static_cast<long double>(in[i * width + c]);
+      check(std::fabs(static_cast<double>(out[c] - sum)) <= 3 * kEps<T> * static_cast<double>(sum),
+            "add_column_sums of %ld rows", long(rows));
+    }
+  }
+  const std::int64_t parts = 37, count = 131;
+  Buffer<T> partials(parts * count), total(count);
+  double factors[parts];
+  for (double& factor : factors) factor = uniform();
+  for (std::int64_t i = 0; i < parts * count; ++i) partials[i] = static_cast<T>(uniform());
+  combine_partials<T>(partials.get(), factors, parts, count, count, total.get());
+  for (std::int64_t i = 0; i < count; ++i) {
+    long double sum = 0;  // of terms that are summed in double, and rounded once to T
+    for (std::int64_t p = 0; p < parts; ++p)
+      sum += static_cast<long double>(factors[p]) * static_cast<long double>(partials[p * count + i]);
+    check(std::fabs(static_cast<double>(total[i] - sum)) <= 4 * kEps<T> + 1e-14, "combine_partials at %ld", long(i));
+  }
+}
+
+// an online softmax over three chunks of tokens, each in two blocks, one of them all masked
+template <class E>
+void test_key_sums() {
+  using T = typename E::Value;
+  const std::int64_t keys = 5, channels = 7, tokens = 66, chunk = 22, block = 11;
+  const std::int64_t key_width = padded<T>(keys), width = padded<T>(channels), size = KeySums<T>::size(keys, width);
+  Buffer<T> logits(tokens * key_width), values(tokens * width), sums(3 * size), out(width);
+  fill_rows(logits, tokens, keys);
+  fill_rows(values, tokens, channels);
+  for (std::int64_t i = 0; i < tokens * key_width; ++i) logits[i] *= T(9);
+  for (std::int64_t i = 0; i < block * key_width; ++i) logits[i] = -kInfinity<T>;
+  std::vector<T> kept(logits.get(), logits.get() + tokens * key_width);
+  for (std::int64_t part = 0; part < 3; ++part) {
+    KeySums<T> chunk_sums(sums.get() + part * size, keys);
+    reset(chunk_sums, keys, width);
+    for (std::int64_t first = part * chunk; first < (part + 1) * chunk; first += block)
+      accumulate_keys<E>(block, keys, logits.get() + first * key_width, values.get() + first * width, width,
+                         chunk_sums);
+  }
+  for (std::int64_t key = 0; key < keys; ++key) {
+    T max, sum;
+    combine_keys<T>(sums.get(), 3, keys, key, width, true, &max, &sum, out.get());
+    double largest = -1e300, total = 0;
+    for (std::int64_t n = block; n < tokens; ++n)
+      largest = std::fmax(largest, static_cast<double>(kept[n * key_width + key]));
+    std::vector<double> mean(channels);
+    for (std::int64_t n = block; n < tokens; ++n) {
+      const double weight = std::exp(static_cast<double>(kept[n * key_width + key]) - largest);
+      total += weight;
+      for (std::int64_t c = 0; c < channels; ++c) mean[c] += weight * static_cast<double>(values[n * width + c]);
+    }
+    const double tolerance = std::fmax(20 * kEps<T>, std::fabs(operand<E>(T(1.0 / 3)) - 1.0 / 3) * 4);
+    check(static_cast<double>(max) == largest, "maximum of key %ld", long(key));
+    check(std::fabs(static_cast<double>(sum) - total) <= 20 * kEps<T> * total, "sum of key %ld", long(key));
+    for (std::int64_t c = 0; c < channels; ++c)
+      check(std::fabs(static_cast<double>(out[c]) - mean[c] / total) <= tolerance, "mean of key %ld", long(key));
+  }
+}
+
+template <class T>
+void test_layer_norm() {
+  for (std::int64_t channels : {1, 3, 16, 17, 100}) {
+    const std::int64_t rows = 5, width = padded<T>(channels);
+    Buffer<T> x(rows * width), normalized(rows * width), out(rows * width), weight(width), bias(width), rstd(rows);
+    fill_rows(x, rows, channels);
+    fill_rows(weight, 1, channels);
+    fill_rows(bias, 1, channels);
+    layer_norm<T>({weight.get(), bias.get(), T(1e-5)}, rows, channels, x.get(), normalized.get(), out.get(), width,
+                  rstd.get());
+    for (std::int64_t i = 0; i < rows; ++i) {
+      double mean = 0, variance = 0;
+      for (std::int64_t c = 0; c < channels; ++c) mean += static_cast<double>(x[i * width + c]) / channels;
+      for (std::int64_t c = 0; c < channels; ++c)
+        variance += std::pow(static_cast<double>(x[i * width + c]) - mean, 2) / channels;
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const double n =
+            (static_cast<double>(x[i * width + c]) - mean) / std::sqrt(variance + static_cast<double>(T(1e-5)));
+        const double expected = n * static_cast<double>(weight[c]) + static_cast<double>(bias[c]);
+        check(std::fabs(static_cast<double>(out[i * width + c]) - expected) <= 100 * kEps<T>, "layer_norm of %ld",
+              long(channels));
+      }
+      for (std::int64_t c = channels; c < width; ++c) check(out[i * width + c] == T(0), "padding of layer_norm");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_vectors<float>();
+  test_vectors<double>();
+  test_functions();
+  test_conversions();
+  test_products<Values<float>>("float");
+  test_products<Values<double>>("double");
+  test_products<MSFORMER_BFLOAT16_ENGINE>("bfloat16 engine");
+  test_reductions<float>();
+  test_reductions<double>();
+  test_key_sums<Values<float>>();
+  test_key_sums<Values<double>>();
+  test_key_sums<MSFORMER_BFLOAT16_ENGINE>();
+  test_layer_norm<float>();
+  test_layer_norm<double>();
+  std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,165 @@
+"""The tests that every operator has: `class TestX(OperatorTests)` runs them on its cases (conftest.py hands them out).
+
+The arguments `small`, `smooth`, `tiled` (small and medium), `large`, `any_native` and `empty` stand for cases.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import MonteCarloArithmetic, Results, Rule, uncertainty
+from tests.kernels.cases import Case, Cases, cast, run
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DRAWS = {"native": {"f32": 12, "bf16": 8, "f16": 6}, "triton": {"f32": 4, "bf16": 3, "f16": 2}}
+"""Of a small case; Triton's interpreter is slow."""
+MANY = {"native": 48, "triton": 20}
+EFFORT = float(os.environ.get("MSFORMER_TEST_EFFORT", "1"))
+"""By how much the number of draws is multiplied."""
+
+
+def draw_once(case: Case, dtype: torch.dtype, backend: str, seed: int, rule: Rule) -> None:
+    """One draw of the error rule: ours, eager and the exact results, on the same rounded inputs."""
+    rounded = cast(case.draw(seed), dtype)
+    eager, ours = run(case, rounded, "reference", seed=seed), run(case, rounded, backend, seed=seed)
+    dtypes = {name: x.dtype for name, x in ours.items()}
+    wide = cast(rounded, torch.float64)
+
+    def exact(tensors: dict[str, Tensor | None]) -> Results:
+        return run(case, tensors, "reference", dtypes, seed)
+
+    def perturbed(arithmetic: MonteCarloArithmetic) -> Results:
+        inputs = {n: x if x is None else arithmetic.perturbed(x.detach()) for n, x in wide.items()}
+        return exact({n: x if x is None or x.dtype == torch.bool else x.requires_grad_() for n, x in inputs.items()})
+
+    truth = exact(wide)
+    rule.add(ours, eager, truth, uncertainty(perturbed, truth, torch.finfo(dtype).eps))
+
+
+def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100) -> None:
+    """Raises AssertionError where the rule is broken (see `benchmarks.accuracy`).
+
+    A verdict after few draws, at most `most`, may be bad luck; so a bad one counts only if it stands after many more.
+    """
+    rule = Rule()
+    few = max(1, min(most, round(EFFORT * DRAWS[backend][dtype])))
+    for count in (few, max(4 * few, MANY[backend])):
+        while rule.draws < count:
+            draw_once(case, DTYPES[dtype], backend, rule.draws, rule)
+        if not rule.faults():
+            return
+    raise AssertionError("\n".join(rule.faults()))
+
+
+@pytest.mark.usefixtures("poisoned")
+class OperatorTests:
+    OPERATOR: ClassVar[str]
+    CASES: ClassVar[Cases]
+
+    @pytest.mark.accuracy
+    @pytest.mark.parametrize("dtype", list(DTYPES))
+    def test_error_rule(self, tiled: Case, dtype: str, backend: str) -> None:
+        check_error_rule(tiled, dtype, backend, most=6 if tiled in self.CASES.medium else 100)
+
+    @pytest.mark.accuracy
+    @pytest.mark.parametrize("dtype", list(DTYPES))
+    def test_error_rule_of_large_inputs(self, large: Case, dtype: str, float64_backend: str) -> None:
+        check_error_rule(large, dtype, float64_backend, most=3)
+
+    @pytest.mark.accuracy
+    def test_float64_agrees_with_the_reference(self, any_native: Case, float64_backend: str) -> None:
+        tensors = cast(any_native.draw(), torch.float64)
+        expected, found = run(any_native, tensors, "reference"), run(any_native, tensors, float64_backend)
+        for name, value in expected.items():
+            scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
+            torch.testing.assert_close(
+                found[name], value, rtol=0, atol=1e-12 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+    def test_empty_inputs(self, empty: Case, backend: str) -> None:
+        tensors = cast(empty.draw(), torch.float32)
+        expected, found = run(empty, tensors, "reference"), run(empty, tensors, backend)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_gradcheck(self, smooth: Case, float64_backend: str) -> None:
+        """The compiled backward in float64, against differences of the compiled forward."""
+        tensors = cast(smooth.draw(), torch.float64)
+        names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+
+        def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return smooth.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+        assert torch.autograd.gradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", ["f32", "bf16"])
+    def test_same_bits_on_any_number_of_threads(
+        self, large: Case, dtype: str, float64_backend: str, threads: None
+    ) -> None:
+        tensors = cast(large.draw(), DTYPES[dtype])
+        torch.set_num_threads(1)
+        expected = run(large, tensors, float64_backend)
+        for count in (2, 3, 2, 7, 2):
+            torch.set_num_threads(count)
+            for name, found in run(large, tensors, float64_backend).items():
+                assert torch.equal(found, expected[name]), (name, count)
+
+    def test_same_bits_in_every_run(self, tiled: Case, backend: str) -> None:
+        tensors = cast(tiled.draw(), torch.float32)
+        expected, found = run(tiled, tensors, backend), run(tiled, tensors, backend)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+    def test_inputs_are_never_written(self, small: Case, backend: str) -> None:
+        tensors = cast(small.draw(), torch.float32)
+        before = {n: x.detach().clone() for n, x in tensors.items() if x is not None}
+        versions = {n: x._version for n, x in tensors.items() if x is not None}
+        run(small, tensors, backend)
+        for name, x in before.items():
+            now = tensors[name]
+            assert now is not None
+            assert torch.equal(now.detach(), x), name
+            assert now._version == versions[name], name
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    def test_nan_and_infinity_come_out_where_they_would_in_pytorch(
+        self, special: Case, bad: float, backend: str
+    ) -> None:
+        tensors = special.draw()
+        first = next(iter(tensors.values()))
+        assert first is not None
+        first[0, ..., 2, 1] = bad
+        leaves = cast(tensors, torch.float32)
+        expected, found = run(special, leaves, "reference"), run(special, leaves, backend)
+        for name in (n for n in expected if n.startswith("output")):
+            assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+            finite = expected[name].isfinite()
+            torch.testing.assert_close(found[name][finite], expected[name][finite], rtol=1e-4, atol=1e-4)
+        for name in (n for n in expected if n.startswith("grad")):
+            assert name == "grad_key_bias" or not found[name][expected[name].isnan()].isfinite().any(), name
+
+    def test_second_derivative_says_that_it_is_not_supported(self, special: Case, float64_backend: str) -> None:
+        tensors = cast(special.draw(), torch.float64)
+        x = next(iter(tensors.values()))
+        assert x is not None
+        output = special.call(tensors, float64_backend)[0]
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r'second derivatives are not supported.*backend="reference"'):
+            gradient.sum().backward()
+
+    def test_the_reference_has_second_derivatives(self, special: Case) -> None:
+        if "relu" in str(special):
+            pytest.skip("a ReLU has none at its kink, which differences may straddle")
+        tensors = cast(special.draw(), torch.float64)
+        names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+
+        def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return special.call(tensors | dict(zip(names, leaves, strict=True)), "reference")
+
+        assert torch.autograd.gradgradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-5)

@@ -1,0 +1,179 @@
+"""Efficient attention on query, key and value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import msformer_kernels as kernels
+from tests.kernels.cases import attention_case, cast, require, run
+from tests.kernels.cases.efficient_attention import CASES
+from tests.kernels.ops.shared import OperatorTests
+
+
+class TestEfficientAttention(OperatorTests):
+    OPERATOR = "efficient_attention"
+    CASES = CASES
+
+
+def test_efficient_attention_by_hand() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1).double()
+    context, expected = [], []
+    for j in range(2):
+        weights = [math.exp(k[n, j]) for n in range(4)]
+        context.append(sum(w * v[n, 0].item() for n, w in enumerate(weights)) / sum(weights))
+    for i in range(3):
+        weights = [math.exp(q[i, j]) for j in range(2)]
+        expected.append(sum(w * c for w, c in zip(weights, context, strict=True)) / sum(weights))
+    output, found = kernels.efficient_attention(q[None, None], k[None, None], v[None, None], backend="reference")
+    assert found.flatten().tolist() == pytest.approx(context)
+    assert output.flatten().tolist() == pytest.approx(expected)
+
+
+def test_scaling_normalization_is_linear_attention_over_n() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3))
+    output, _ = kernels.efficient_attention(q, k, v, normalization="scaling", backend="reference")
+    torch.testing.assert_close(output, q @ k.transpose(-1, -2) @ v / 6)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_masking_equals_removing(normalization: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 4)
+    keep = torch.tensor([[True, False, True, True, False, True, False]])
+    masked = kernels.efficient_attention(q, k, v, mask=keep, normalization=normalization, backend="reference")
+    removed = kernels.efficient_attention(
+        q, k[:, :, keep[0]], v[:, :, keep[0]], normalization=normalization, backend="reference"
+    )
+    torch.testing.assert_close(masked, removed)
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("backend_name", ["reference", "native"])
+def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
+    require(backend_name)
+    case = attention_case("", batch=2, heads=2, mask="random")
+    tensors = case.draw()
+    clean = run(case, cast(tensors, torch.float32), backend_name)
+    x, mask = tensors[name], tensors["mask"]
+    assert x is not None
+    assert mask is not None
+    x.transpose(1, 2)[~mask] = float("nan")
+    dirty = run(case, cast(tensors, torch.float32), backend_name)
+    for key in clean:
+        torch.testing.assert_close(dirty[key], clean[key], rtol=0, atol=0)
+
+
+def test_no_token_kept_gives_zeros(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    output, context = kernels.efficient_attention(q, k, v, mask=mask, backend=backend)
+    assert not output.any()
+    assert not context.any()
+    for gradient in torch.autograd.grad(output.sum() + context.sum(), (q, k, v)):
+        assert not gradient.any()
+
+
+def test_no_token_kept_has_no_nan_on_the_way_back_either() -> None:
+    """Anomaly detection, which people debug with, refuses a backward that makes a NaN and clears it later."""
+    q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        output, context = kernels.efficient_attention(q, k, v, mask=mask, backend="reference")
+        (output.sum() + context.sum()).backward()
+
+
+def test_large_logits_do_not_overflow(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, 50, 4) * 1e4 for _ in range(3))
+    output, context = kernels.efficient_attention(q, k, v, backend=backend)
+    expected, expected_context = kernels.efficient_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(context, expected_context)
+
+
+@pytest.mark.parametrize("channels", [1, 6, 21])
+def test_one_token_gets_exactly_no_key_gradient(channels: int, backend: str) -> None:
+    """Its softmax weight is 1 whatever its key."""
+    check_one_token(channels, torch.float32, backend)
+
+
+@pytest.mark.parametrize("channels", [1, 6, 21])
+def test_one_token_gets_exactly_no_key_gradient_in_float64(channels: int, float64_backend: str) -> None:
+    check_one_token(channels, torch.float64, float64_backend)
+
+
+def check_one_token(channels: int, dtype: torch.dtype, backend: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 3, channels, dtype=dtype, requires_grad=True) for _ in range(3))
+    one_kept = torch.tensor([[False, True, False]]).expand(2, 3)
+    cases = [(k[:, :, :1], v[:, :, :1], None), (k, v, one_kept)]
+    for key, value, mask in cases:
+        output, context = kernels.efficient_attention(q, key, value, mask=mask, backend=backend)
+        (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum() + context.square().sum(), k)
+        assert not gradient.any()
+    layer = kernels.EfficientAttention(channels).to(dtype)
+    with kernels.use_backend(backend):
+        layer(torch.randn(1, 1, channels, dtype=dtype))[0].square().sum().backward()
+    assert layer.keys.weight.grad is not None
+    assert not layer.keys.weight.grad.any()
+
+
+def test_forward_mode_and_function_transforms_are_refused(float64_backend: str) -> None:
+    """Rather than silently giving zero tangents."""
+    q = torch.randn(1, 1, 4, 3)
+
+    def call(q: Tensor, name: str) -> Tensor:
+        return kernels.efficient_attention(q, q, q, backend=name)[0].sum()
+
+    for transform in (torch.func.grad(call), lambda q, name: torch.func.jvp(lambda x: call(x, name), (q,), (q,))):
+        with pytest.raises(NotImplementedError, match=r"torch\.func are not supported by the compiled kernels"):
+            transform(q, float64_backend)
+        transform(q, "reference")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            call(dual, float64_backend)
+
+
+meta = torch.device("meta")
+
+
+def attention(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "query": torch.randn(2, 3, 5, 4),
+        "key": torch.randn(2, 3, 7, 4),
+        "value": torch.randn(2, 3, 7, 6),
+    }
+    kernels.efficient_attention(**(arguments | changes))
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"query": torch.randn(3, 5, 4)},
+        ValueError,
+        r"query: expected \[B, heads, Nq, Dk\], got shape \(3, 5, 4\)",
+    ),
+    ({"key": torch.randn(2, 3, 7, 5)}, ValueError, r"key: expected .* = \(2, 3, 7, 4\), got \(2, 3, 7, 5\)"),
+    ({"value": torch.randn(2, 3, 8, 6)}, ValueError, r"value: expected .* = \(2, 3, 7, 6\), got"),
+    ({"value": torch.randn(2, 1, 7, 6)}, ValueError, r"value: expected"),
+    ({"key": torch.randn(2, 3, 7, 4).double()}, TypeError, "key: has dtype torch.float64, but query has"),
+    ({"query": torch.ones(2, 3, 5, 4, dtype=torch.int64)}, TypeError, "query: expected a floating-point"),
+    ({"value": torch.randn(2, 3, 7, 6, device=meta)}, ValueError, "value: is on meta, but query is on cpu"),
+    ({"mask": torch.ones(2, 7)}, TypeError, "mask: expected a boolean tensor .* got torch.float32"),
+    ({"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"mask: expected \[B, N\] = \(2, 7\), got"),
+    ({"normalization": "l2"}, ValueError, "normalization: expected one of softmax, scaling, got 'l2'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS)
+def test_bad_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    """The error names the argument, what came and what was expected."""
+    attention()
+    with pytest.raises(error, match=message):
+        attention(**changes)

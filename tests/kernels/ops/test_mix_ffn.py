@@ -1,0 +1,109 @@
+"""MixFFN and MixFFN-skip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import msformer_kernels as kernels
+from tests.kernels.cases.mix_ffn import CASES
+from tests.kernels.ops.shared import OperatorTests
+
+
+class TestMixFFN(OperatorTests):
+    OPERATOR = "mix_ffn"
+    CASES = CASES
+
+
+def test_mix_ffn_by_hand() -> None:
+    """One channel, 2 x 2 image, identity linears: a 3x3 convolution with zero padding, the skip, and GELU."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64).view(1, 4, 1)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    taps = torch.arange(1.0, 10.0, dtype=torch.float64).view(1, 1, 3, 3)
+    found = kernels.mix_ffn(x, 2, 2, one, None, taps, None, one, None, skip=True, residual=True, backend="reference")
+    # top left: centre tap 5, right 6, below 8, below right 9
+    z = 1 * 5 + 2 * 6 + 3 * 8 + 4 * 9 + 1
+    assert found[0, 0, 0].item() == pytest.approx(1 + z * 0.5 * (1 + math.erf(z / math.sqrt(2))))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
+    """Through an operator that only applies the activation: identity linears, a centre tap of one."""
+    points = [torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0])]
+    x = torch.cat(points).view(1, -1, 1)
+    one, tap = torch.ones(1, 1), torch.zeros(1, 1, 3, 3)
+    tap[..., 1, 1] = 1
+
+    def value_and_slope(dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        arguments = (t for w in (one, tap, one) for t in (w.to(dtype), None))
+        output = kernels.mix_ffn(leaf, 1, x.shape[1], *arguments, activation=activation, backend=name)
+        return {"value": output.detach(), "slope": torch.autograd.grad(output.sum(), leaf)[0]}
+
+    ours, eager = value_and_slope(torch.float32, backend), value_and_slope(torch.float32, "reference")
+    for name, exact in value_and_slope(torch.float64, "reference").items():
+        error, allowed = ((found[name].double() - exact).abs().max().item() for found in (ours, eager))
+        ulp = torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
+
+
+def test_an_image_that_is_too_wide_for_a_launch_grid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the capability rule, so that a default call goes elsewhere."""
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    one, tap = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
+    arguments = (torch.randn(1, 65536, 1), 1, 65536, one, None, tap, None, one, None)
+    with pytest.raises(kernels.BackendError, match=r"width is 65536, its kernels take at most 65535; usable here"):
+        kernels.mix_ffn(*arguments, backend="triton")
+    explanation = kernels.mix_ffn.explain(*arguments)  # type: ignore[attr-defined]
+    assert "not usable: width is 65536" in explanation.reasons["triton"]
+    assert explanation.chosen == "native"
+
+
+def mix_ffn(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.randn(2, 6, 4),
+        "height": 2,
+        "width": 3,
+        "fc1_weight": torch.randn(8, 4),
+        "fc1_bias": None,
+        "dw_weight": torch.randn(8, 1, 3, 3),
+        "dw_bias": None,
+        "fc2_weight": torch.randn(4, 8),
+        "fc2_bias": None,
+    }
+    kernels.mix_ffn(**(arguments | changes))
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.randn(2, 4, 2, 3)}, ValueError, r"x: expected \[B, N, C\], got shape"),
+    ({"height": 3}, ValueError, r"x: has 6 tokens, expected height \* width = 3 \* 3 = 9"),
+    ({"height": -2, "width": -3}, ValueError, "x: has 6 tokens"),
+    (
+        {"fc1_weight": torch.randn(8, 5)},
+        ValueError,
+        r"fc1_weight: expected \[hidden, C\] = \(8, 4\), got \(8, 5\)",
+    ),
+    ({"dw_weight": torch.randn(8, 3, 3)}, ValueError, r"dw_weight: expected .* = \(8, 1, 3, 3\), got"),
+    ({"fc2_weight": torch.randn(8, 4)}, ValueError, r"fc2_weight: expected \[C, hidden\] = \(4, 8\), got"),
+    ({"hidden_norm_bias": torch.randn(8)}, ValueError, "hidden_norm_bias: given without hidden_norm_weight"),
+    (
+        {"hidden_norm_weight": torch.randn(4)},
+        ValueError,
+        r"hidden_norm_weight: expected .* = \(8,\), got \(4,\)",
+    ),
+    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, gelu_tanh, relu, got 'swish'"),
+    ({"fc2_bias": torch.randn(4).double()}, TypeError, "fc2_bias: has dtype torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS)
+def test_bad_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    """The error names the argument, what came and what was expected."""
+    mix_ffn()
+    with pytest.raises(error, match=message):
+        mix_ffn(**changes)
