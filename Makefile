@@ -32,7 +32,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
-	MYPYPATH=kernels $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks
+	MYPYPATH=kernels $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks -p studies
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build

@@ -14,14 +14,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import rivals as rival_names
 from benchmarks.cases import (
+    MSFORMER,
     OPERATIONS,
     PASSES,
     QUICK_CASES,
     Case,
+    Shape,
     full_cases,
     full_shapes,
     make_cases,
     order_rivals,
+    parse_shape,
     quick_rivals,
     why_not,
 )
@@ -37,7 +40,6 @@ from benchmarks.report import (
     write_json_file,
     write_results,
 )
-from benchmarks.shapes import MSFORMER, Shape, parse_shape
 from msformer.output import OutputError, prepare_folder
 
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9

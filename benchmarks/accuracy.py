@@ -39,7 +39,8 @@ class MonteCarloArithmetic(TorchDispatchMode):
 
     def __init__(self, eps: float, seed: int) -> None:
         super().__init__()
-        self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
+        self.eps, self.seed = eps, seed
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -51,7 +52,9 @@ class MonteCarloArithmetic(TorchDispatchMode):
         """x with random errors; nothing but floating-point values has any."""
         if not x.is_floating_point():
             return x
-        noise = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device, x.dtype)
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        noise = torch.rand(x.shape, generator=self.generators[x.device], dtype=x.dtype, device=x.device)
         return x * (1 + self.eps * (noise - 0.5))
 
 

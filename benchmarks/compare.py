@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import Results
+from benchmarks.report import Results, duration
 from benchmarks.rows import Key, Row
-from benchmarks.text import duration
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "SLOWER", "", "too few samples"
 

@@ -1,10 +1,11 @@
-"""`pytest benchmarks`: the cases of `python -m benchmarks`, quick or `--full`, each rival a test of its own."""
+"""Hands the cases and their rivals to bench_rivals.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.pytest_support import cases_of
+from benchmarks.cases import QUICK_CASES, full_cases, quick_rivals
+from benchmarks.rivals import all_rivals
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -12,9 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A file names its operations in ``OPERATIONS``."""
-    if {"case", "rival"} <= set(metafunc.fixturenames):
-        chosen = cases_of(metafunc.module.OPERATIONS, full=metafunc.config.getoption("--full"))
-        metafunc.parametrize(
-            ("case", "rival"), chosen, ids=[f"{case}-{rival}".replace(" ", "-") for case, rival in chosen]
-        )
+    if not {"case", "rival"} <= set(metafunc.fixturenames):
+        return
+    if metafunc.config.getoption("--full"):
+        plan = [(case, all_rivals()) for case in full_cases()]
+    else:
+        plan = [(case, quick_rivals(case, all_rivals())) for case in QUICK_CASES]
+    chosen = [(case, rival) for case, rivals in plan for rival in rivals]
+    names = [f"{case}-{rival}".replace(" ", "-") for case, rival in chosen]
+    metafunc.parametrize(("case", "rival"), chosen, ids=names)

@@ -1,4 +1,4 @@
-"""The machine: what it is, and what it can do at most, measured."""
+"""The machine: what it is, what it can do at most, and the memory of this process, all measured."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import psutil
 import torch
 
-import msformer
 import msformer_kernels
 
 
@@ -50,7 +49,23 @@ class Machine:
     date: str
 
 
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU and what drives it; needs torch and Triton alone."""
+    import triton
+
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": properties.name, "memory GiB": properties.total_memory >> 30}
+        machine |= {"processors": properties.multi_processor_count, "cuda": torch.version.cuda or torch.version.hip}
+    return machine
+
+
 def describe() -> Machine:
+    import psutil
+
+    import msformer
+
     backends = msformer_kernels.available_backends()
     return Machine(
         processor=_processor(),
@@ -173,6 +188,8 @@ class OtherPrograms:
 
 def _busy_seconds() -> float:
     """Of all cores together, since the machine was started."""
+    import psutil
+
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice")))
 
@@ -181,3 +198,53 @@ def cache_flusher() -> Callable[[], object]:
     """A function that leaves nothing of what was used before in any cache."""
     buffer = torch.zeros(2 * last_level_cache() // 4)
     return lambda: buffer.add_(1.0)
+
+
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+
+
+def _status(field: str) -> int | None:
+    """A size in /proc/self/status, bytes."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes of resident memory that a call adds at its peak to what there was before; None where that is not known."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept for later would hide what the call needs
+    before = _status("VmRSS")
+    try:
+        _RESET.write_text("5")  # the peak is counted from here
+    except OSError:
+        return None
+    call()
+    peak = _status("VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Within the block, an allocation beyond the memory that is free now raises an error of the one who asked."""
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    import psutil
+
+    used = _status("VmSize")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if used is None:
+        yield
+        return
+    limit = used + psutil.virtual_memory().available
+    resource.setrlimit(resource.RLIMIT_AS, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.shapes import Shape
+from benchmarks.cases import Shape
 from msformer.model import ATTENTION_SCALE, PATCH_SIZE, MSFormerOutput
 
 

@@ -1,4 +1,4 @@
-"""Results as files: results.json, report.md and plots in a folder; and as tables on the console."""
+"""The report: results as text, as plots, and as files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,241 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import text
+from benchmarks.cases import LAYERS, MODELS
 from benchmarks.machine import Ceilings, Machine
-from benchmarks.plots import draw_plots
-from benchmarks.rows import Row, groups
+from benchmarks.rivals import PLAIN
+from benchmarks.rows import MEASURED, Row, gain, groups
 from msformer.output import complete_file, write_json
+
+
+def duration(seconds: float) -> str:
+    """Three digits, with a unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            value = seconds * factor
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+    raise AssertionError
+
+
+def size(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:.1f} MiB"
+
+
+def title(row: Row) -> str:
+    passes = "" if row.operation in MODELS else ", forward" if row.passes == "forward" else ", forward + backward"
+    return f"{row.operation} {row.shape}, {row.dtype}{passes}"
+
+
+def columns(rivals: Sequence[str]) -> list[str]:
+    gains = [f"over {rival}" for rival in rivals]
+    tail = ["of ceiling", "GF/s", "peak memory", "error", "over eager's"]
+    return ["rival", "computes in", "time", "spread", *gains, *tail]
+
+
+def cells(row: Row, group: Sequence[Row], rivals: Sequence[str]) -> list[str]:
+    """One row, in the columns of `columns`; empty where there is nothing to say."""
+    seconds, spread = row.seconds, row.spread
+    if row.status != MEASURED or seconds is None:
+        return [row.rival, row.mode, row.status, *[""] * (6 + len(rivals))]
+    by_name = {other.rival: other for other in group}
+    gains = [gain(row, by_name[rival]) if rival in by_name and rival != row.rival else None for rival in rivals]
+    return [
+        row.rival,
+        row.mode,
+        duration(seconds),
+        "" if spread is None else f"{spread / seconds:.0%}",
+        *("" if factor is None else f"{factor:.2f} x" for factor in gains),
+        "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%}",
+        f"{row.flop / seconds / 1e9:.0f}",
+        "" if row.peak_memory is None else size(row.peak_memory),
+        "" if row.error is None else f"{row.error:.1e}",
+        _share_of_error(row, by_name.get("eager")),
+    ]
+
+
+def _share_of_error(row: Row, eager: Row | None) -> str:
+    """How the error compares with that of eager PyTorch."""
+    if row.error is None or eager is None or not eager.error or row is eager:
+        return ""
+    return f"{row.error / eager.error:.2f} x"
+
+
+BUSY = 0.1
+"""Cores taken by other programs, from which on times are called into question."""
+
+
+def problems(group: Sequence[Row]) -> list[str]:
+    """What was not timed, and why; and whether the machine was busy with other things."""
+    found = [f"{row.rival} is not timed: {row.reason}" for row in group if row.status != MEASURED]
+    busy = group[0].other_programs
+    if busy is not None and busy >= BUSY:
+        found.append(f"other programs kept {busy:.1f} cores busy meanwhile: do not rely on these times")
+    return found
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The rivals that there are, the plain forms first."""
+    names = list(dict.fromkeys(row.rival for row in rows))
+    return [name for name in PLAIN if name in names] + [name for name in names if name not in PLAIN]
+
+
+def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory: bool) -> list[str]:
+    """Where this was measured, and what that machine can do."""
+    return [
+        f"{machine.processor}, {machine.cores} logical cores, {machine.memory / 2**30:.0f} GiB; {machine.system}",
+        f"Python {machine.python}, torch {machine.torch}, msformer {machine.msformer}; backends "
+        f"{', '.join(machine.backends)}; instruction set {machine.instruction_set}",
+        f"{machine.threads} threads, at most {rounds} rounds; {machine.date}; between fitting steps freed memory "
+        f"{'stays with the process, for every rival' if keep_memory else 'goes back to the system, for every rival'}",
+        f"ceilings: {ceilings.flop_per_second / 1e9:.0f} GF/s ({ceilings.flop_source}), "
+        f"{ceilings.bytes_per_second / 1e9:.1f} GB/s ({ceilings.bytes_source})",
+    ]
+
+
+LEGEND = (
+    "Times are medians of interleaved rounds, with the caches flushed before each sample; the spread is the distance "
+    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster. GF/s "
+    "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes "
+    "allow on this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), "
+    "divided by the time. Peak memory is what a call adds. The error is the worst of all results and gradients, "
+    "against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose error is above "
+    "what benchmarks/correctness.py allows."
+)
+
+
+_COLOURS = {"published": "#888888", "eager": "#1f77b4", "compile": "#ff7f0e", "native": "#2ca02c"}
+_MORE_COLOURS = ("#d62728", "#9467bd", "#8c564b")
+_MARKERS = {"attention": "o", "mix_ffn": "s", "mix_ffn_skip": "D", "block": "^"}
+
+
+def colour(rival: str, rivals: Sequence[str]) -> str:
+    """The same for a rival in all plots of a run."""
+    others = [name for name in rivals if name not in _COLOURS]
+    return _COLOURS.get(rival) or _MORE_COLOURS[others.index(rival) % len(_MORE_COLOURS)]
+
+
+def draw_plots(folder: Path, rows: Sequence[Row], ceilings: Ceilings) -> list[Path]:
+    """Writes them as PNG; returns their paths."""
+    timed = [row for row in rows if row.seconds is not None]
+    rivals = list(dict.fromkeys(row.rival for row in timed))
+    paths = []
+    for kind in dict.fromkeys((row.operation, row.dtype, row.passes) for row in timed):
+        chosen = [row for row in timed if (row.operation, row.dtype, row.passes) == kind]
+        paths.append(_save(folder / f"{'-'.join(kind)}.png", against_tokens(chosen, rivals, " ".join(kind))))
+    layers = [row for row in timed if row.operation in LAYERS]
+    for dtype in dict.fromkeys(row.dtype for row in layers):
+        chosen = [row for row in layers if row.dtype == dtype]
+        paths.append(_save(folder / f"roofline-{dtype}.png", roofline(chosen, rivals, ceilings, dtype)))
+    return paths
+
+
+def _save(path: Path, figure: Figure) -> Path:
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def against_tokens(rows: Sequence[Row], rivals: Sequence[str], name: str) -> Figure:
+    """Time and memory of one operation; a line of the figure for each family of shapes."""
+    families = list(dict.fromkeys(row.family for row in rows))
+    figure = _figure(11, 3.6 * len(families) + 0.6)
+    figure.suptitle(name)
+    axes = figure.subplots(len(families), 2, squeeze=False)
+    for family, (time_axes, memory_axes) in zip(families, axes, strict=True):
+        members = [row for row in rows if row.family == family]
+        for rival in rivals:
+            line = sorted((row for row in members if row.rival == rival), key=lambda row: (row.tokens, row.flop))
+            _line(time_axes, [(row.tokens, 1e3 * (row.seconds or 0)) for row in line], rival, rivals)
+            known = [(row.tokens, row.peak_memory / 2**20) for row in line if row.peak_memory]
+            _line(memory_axes, known, rival, rivals)
+        for panel, label in ((time_axes, "time, ms"), (memory_axes, "peak memory of a call, MiB")):
+            _token_axis(panel, members)
+            panel.set(ylabel=label, title=family)
+        time_axes.legend()
+    return figure
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, float]], rival: str, rivals: Sequence[str]) -> None:
+    """Points, joined unless some shapes have the same number of tokens."""
+    if points:
+        tokens, values = zip(*points, strict=True)
+        style = "-" if len(set(tokens)) == len(tokens) else ""
+        axes.plot(tokens, values, linestyle=style, marker="o", color=colour(rival, rivals), label=rival)
+
+
+def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
+    """Both axes logarithmic, the tokens marked where there are points, with the shapes that have so many."""
+    axes.set(xscale="log", yscale="log", xlabel="N, tokens of the batch; below it the shapes")
+    names: dict[int, list[str]] = {}
+    for row in rows:
+        shapes = names.setdefault(row.tokens, [f"{row.tokens}"])
+        if row.shape not in shapes:
+            shapes.append(row.shape)
+    axes.set_xticks(list(names), ["\n".join(shapes) for shapes in names.values()], fontsize=7)
+    axes.minorticks_off()
+    axes.set_xlim(min(names) / 1.5, max(names) * 1.5)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.4, high * 1.4)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.3)
+
+
+def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dtype: str) -> Figure:
+    """Rate against flop a byte, both of the folded form, under the two ceilings."""
+    figure = _figure(8, 5.5)
+    axes = figure.subplots()
+    peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
+    intensities = [row.flop / row.bytes for row in rows]
+    left, right = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
+    axes.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], color="black")
+    for label, point, offset in (
+        (f"{peak:.0f} GF/s", (right, peak), (-60, 4)),
+        (f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4)),
+    ):
+        axes.annotate(label, point, xytext=offset, textcoords="offset points")
+    for row, intensity in zip(rows, intensities, strict=True):
+        filled = colour(row.rival, rivals) if row.passes == "training" else "none"
+        axes.plot(
+            intensity,
+            row.flop / (row.seconds or 1) / 1e9,
+            marker=_MARKERS[row.operation],
+            color=colour(row.rival, rivals),
+            markerfacecolor=filled,
+        )
+    lowest = min(row.flop / (row.seconds or 1) / 1e9 for row in rows)
+    axes.set_ylim(min(lowest, left * bandwidth) / 1.5, 2 * peak)
+    axes.set(xscale="log", yscale="log", xlabel="flop a byte that must move", ylabel="GF/s", title=f"roofline, {dtype}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(handles=_keys(rows, rivals), fontsize=8, loc="lower left")
+    return figure
+
+
+def _keys(rows: Sequence[Row], rivals: Sequence[str]) -> list[Line2D]:
+    """The legend of the roofline: colours are rivals, markers operations, hollow is forward alone."""
+    present = [rival for rival in rivals if any(row.rival == rival for row in rows)]
+    keys = [Line2D([], [], color=colour(rival, rivals), linewidth=4, label=rival) for rival in present]
+    for operation in dict.fromkeys(row.operation for row in rows):
+        keys.append(Line2D([], [], color="black", marker=_MARKERS[operation], linestyle="", label=operation))
+    if {row.passes for row in rows} == {"forward", "training"}:
+        hollow = Line2D([], [], color="black", marker="o", markerfacecolor="none", linestyle="", label="forward alone")
+        keys.append(hollow)
+    return keys
+
 
 VERSION = 1
 JSON_NAME, MARKDOWN_NAME = "results.json", "report.md"
@@ -91,16 +318,15 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     if not results.complete:
         lines += ["**Interrupted: some cases are missing.**", ""]
     lines += [
-        f"- {line}"
-        for line in text.machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory)
+        f"- {line}" for line in machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory)
     ]
-    lines += ["", text.LEGEND, ""]
-    rivals = text.columns_of(results.rows)
+    lines += ["", LEGEND, ""]
+    rivals = columns_of(results.rows)
     for group in groups(results.rows):
-        header = text.columns(rivals)
-        lines += [f"## {text.title(group[0])}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
-        lines += [_markdown_row(text.cells(row, group, rivals)) for row in group]
-        found = text.problems(group)
+        header = columns(rivals)
+        lines += [f"## {title(group[0])}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
+        lines += [_markdown_row(cells(row, group, rivals)) for row in group]
+        found = problems(group)
         lines += ["", *(f"- {problem}" for problem in found), *([""] if found else [])]
     lines += [f"![{Path(name).stem}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
@@ -117,18 +343,18 @@ def make_console() -> Console:
 
 
 def print_head(console: Console, results: Results) -> None:
-    for line in text.machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory):
+    for line in machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory):
         console.print(line, markup=False, soft_wrap=True)
 
 
 def print_group(console: Console, group: Sequence[Row]) -> None:
     """The rivals of one case."""
-    rivals = text.columns_of(group)
-    table = Table(title=text.title(group[0]), title_justify="left", title_style="bold")
-    for number, name in enumerate(text.columns(rivals)):
+    rivals = columns_of(group)
+    table = Table(title=title(group[0]), title_justify="left", title_style="bold")
+    for number, name in enumerate(columns(rivals)):
         table.add_column(name, justify="left" if number < 2 else "right")
     for row in group:
-        table.add_row(*text.cells(row, group, rivals))
+        table.add_row(*cells(row, group, rivals))
     console.print(table)
-    for problem in text.problems(group):
+    for problem in problems(group):
         console.print(problem, markup=False, soft_wrap=True)

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import IMAGE_STEPS, OPERATIONS, QUICK_CASES, Case, full_cases, make_cases, quick_rivals, why_not
-from benchmarks.shapes import Shape, family, parse_shape
+from benchmarks.cases import (
+    IMAGE_STEPS,
+    OPERATIONS,
+    QUICK_CASES,
+    Case,
+    Shape,
+    family,
+    full_cases,
+    make_cases,
+    parse_shape,
+    quick_rivals,
+    why_not,
+)
 
 
 @pytest.mark.parametrize("text", ["1x257x257x100h1", "8x7x5x64h2", "2x3x4x8h4m20"])

@@ -111,6 +111,6 @@ def test_pytest_benchmark_collects_every_operation_and_plain_pytest_none() -> No
 
     benches = collect("benchmarks")
     for name in ("attention", "mix_ffn", "block", "step", "image"):
-        assert f"bench_{name}.py::test_{name}[" in benches
+        assert f"bench_rivals.py::test_rival[{name}-" in benches
     assert benches.count("-eager]") == 6
     assert "bench_" not in collect("tests/benchmarks")

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.correctness import deviation
-from benchmarks.machine import Ceilings, OtherPrograms, describe, measure_ceilings
-from benchmarks.measure import Settings, calls_a_sample, in_turn, measure_case
-from benchmarks.memory import limited_memory, peak_memory
+from benchmarks.cases import Case, Shape
+from benchmarks.machine import Ceilings, OtherPrograms, describe, limited_memory, measure_ceilings, peak_memory
+from benchmarks.measure import Settings, calls_a_sample, deviation, in_turn, measure_case
 from benchmarks.rows import FAILED, MEASURED, WRONG, Row
-from benchmarks.shapes import Shape
 
 CASE = Case("attention", Shape(1, 2, 2, 4), "float32", "forward")
 CEILINGS = Ceilings(1e9, "", 1e9, "")

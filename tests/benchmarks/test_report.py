@@ -10,14 +10,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import text
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Shape
 from benchmarks.compare import FASTER, SAME, SLOWER, UNKNOWN, compare, print_comparison
 from benchmarks.machine import Ceilings, Machine
-from benchmarks.plots import against_tokens, roofline
-from benchmarks.report import Results, markdown, print_group, read_results, write_results
+from benchmarks.report import (
+    Results,
+    against_tokens,
+    duration,
+    markdown,
+    print_group,
+    read_results,
+    roofline,
+    size,
+    write_results,
+)
 from benchmarks.rows import MEASURED, WRONG, Row, new_row
-from benchmarks.shapes import Shape
 
 MACHINE = Machine("cpu", 2, 2**30, "os", "3", "2", "0", 2, "plain", ("reference",), "today")
 BLOCK = Case("block", Shape(1, 9, 7, 8), "float32", "training")
@@ -110,9 +117,9 @@ def test_tables_say_what_was_found() -> None:
 
 
 def test_units() -> None:
-    found = [text.duration(seconds) for seconds in (1.234, 0.1234, 0.01234, 1.2e-6)]
+    found = [duration(seconds) for seconds in (1.234, 0.1234, 0.01234, 1.2e-6)]
     assert found == ["1.23 s", "123 ms", "12.3 ms", "1.20 µs"]
-    assert text.size(2.5 * 2**20) == "2.5 MiB"
+    assert size(2.5 * 2**20) == "2.5 MiB"
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import msformer_kernels as kernels
-from benchmarks.cases import LAYERS, Case
-from benchmarks.correctness import deviation
-from benchmarks.models import Step, make_candidate
+from benchmarks.cases import LAYERS, Case, Shape
+from benchmarks.measure import deviation
 from benchmarks.published import PublishedMSFormer
 from benchmarks.rivals import backend_of, backends, mode, running, uses_autocast
-from benchmarks.shapes import Shape
-from benchmarks.workloads import OURS, PUBLISHED, Layer, seeded_module
+from benchmarks.workloads import OURS, PUBLISHED, Layer, Step, make_candidate, seeded_module
 from msformer.losses import total_loss
 from msformer.model import MSFormer
 from msformer.presets import LossWeights

@@ -11,12 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.preset_study import CHANGES, main, standardised, stretched, variant, whitened
 from msformer.baselines import Task
 from msformer.baselines.ms_former import label_map
 from msformer.data import prepare_image
 from msformer.presets import PUBLISHED
 from msformer.segmentation import order_by_area
+from studies.presets import CHANGES, main, standardised, stretched, variant, whitened
 from tests.msformer.evaluation import data
 
 IMAGE = prepare_image(data.lesion(data.disc(36, 40, 9)))

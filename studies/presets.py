@@ -1,6 +1,6 @@
 """What decides MS-Former's result: variants of the published setting, each against it on the same images.
 
-    python -m benchmarks.preset_study --data DIR --out DIR [--only size-129,margin+lab] [--every 4] [--at 129]
+    python -m studies.presets --data DIR --out DIR [--only size-129,margin+lab] [--every 4] [--at 129]
 
 A variant changes one thing. Label maps are kept in OUT and made once; scores are those of `msformer evaluate`. Printed
 are the mean DSC of three protocols and, with a 95% bootstrap interval over images, by how much it differs from the

@@ -1,12 +1,11 @@
-"""What the bench files share: which cases, and the check before the timing.
+"""pytest-benchmark: `pytest benchmarks` times the cases of `python -m benchmarks`, quick or `--full`, rival by rival.
 
 Here a rival is timed after the other, as pytest-benchmark does it; `python -m benchmarks` lets them take turns, and is
-the one to quote.
+the one to quote. `-k attention` and the like choose an operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import pytest
@@ -14,23 +13,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.cases import QUICK_CASES, Case, full_cases, quick_rivals
+from benchmarks.cases import Case
 from benchmarks.machine import cache_flusher
 from benchmarks.measure import checked, exact_results
-from benchmarks.models import make_candidate
-from benchmarks.rivals import all_rivals
 from benchmarks.rows import new_row
+from benchmarks.workloads import make_candidate
 
 ROUNDS = 5
-
-
-def cases_of(operations: Sequence[str], full: bool) -> list[tuple[Case, str]]:
-    """The cases of some operations, with each of their rivals."""
-    if full:
-        plan = [(case, all_rivals()) for case in full_cases()]
-    else:
-        plan = [(case, quick_rivals(case, all_rivals())) for case in QUICK_CASES]
-    return [(case, rival) for case, rivals in plan if case.operation in operations for rival in rivals]
 
 
 @lru_cache(maxsize=1)
@@ -38,8 +27,8 @@ def _exact(case: Case) -> tuple[str, dict[str, Tensor]]:
     return exact_results(case, make_candidate)
 
 
-def bench(benchmark: BenchmarkFixture, case: Case, rival: str) -> None:
-    """Times a rival if its results are right; the test fails if they are not."""
+def test_rival(benchmark: BenchmarkFixture, case: Case, rival: str) -> None:
+    """Times a rival if its results are right; fails if they are not."""
     torch.compiler.reset()
     row = new_row(case, rival)
     row.exact, exact = _exact(case)

@@ -1,0 +1,1 @@
+"""What decides the quality of segmentations; not benchmarks of kernels."""
