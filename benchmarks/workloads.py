@@ -19,7 +19,7 @@ from benchmarks.cases import DEPTH, IMAGE_STEPS, Case, Shape
 from benchmarks.published import PublishedMSFormer
 from benchmarks.rivals import backend_of, compiled, is_exact, mode, running, storage_dtype
 from msformer import segmentation
-from msformer.data import prepare_image, resize_image
+from msformer.io.prepare import prepare_image, resize_image
 from msformer.losses import total_loss
 from msformer.model import MSFormer
 from msformer.presets import LossWeights

@@ -18,7 +18,7 @@ import click
 from msformer.presets import DEFAULT, PRESETS, find_preset
 
 if TYPE_CHECKING:
-    from msformer.runs import Job, Plan, Record
+    from msformer.runs.plan import Job, Plan, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -100,8 +100,8 @@ def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -
     """
     from torch import float32
 
-    from msformer.data import Reading
-    from msformer.runs import Plan
+    from msformer.io.read import Reading
+    from msformer.runs.plan import Plan
     from msformer.segmentation import find_device
     from msformer_kernels.core.backends import resolve
 
@@ -162,8 +162,9 @@ def segment(
     if select != "auto" and not mask:
         raise click.UsageError("--select is for --mask, which is not given")
     with friendly_errors():
-        from msformer.data import find_images
-        from msformer.runs import plan_jobs, read_mask, write_volumes
+        from msformer.io.files import find_images
+        from msformer.runs.plan import plan_jobs
+        from msformer.runs.write import read_mask, write_volumes
 
         plan = make_plan(
             options, select if mask else None, window=window, slice_index=None if slice == ALL_SLICES else slice
@@ -195,7 +196,7 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
     """
     with friendly_errors():
         from msformer.demo import make_images, print_scores, score_all
-        from msformer.runs import plan_jobs
+        from msformer.runs.plan import plan_jobs
 
         plan = make_plan(options)
         sources, masks = make_images(out, count, plan.fit["seed"])
@@ -344,7 +345,7 @@ def run_all(
 
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
-    from msformer.runs import done_before, for_each, run_job
+    from msformer.runs.execute import done_before, for_each, run_job
     from msformer_kernels import BackendError
 
     prepare_folder(out)
@@ -394,7 +395,8 @@ def finish(
     **more: Any,
 ) -> None:
     """Contact sheets, summary, and a last line that says where everything is."""
-    from msformer.runs import settings_record, write_sheets, write_summary
+    from msformer.runs.plan import settings_record
+    from msformer.runs.write import write_sheets, write_summary
 
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from msformer.output import complete_file, prepare_folder
-from msformer.runs import Record, read_labels
+from msformer.runs.plan import Record
+from msformer.runs.write import read_labels
 from msformer.scoring import Scores, score
 from msformer.synthetic import synthetic_lesion
 

@@ -24,8 +24,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 import msformer_kernels
-from msformer.data import prepare_image, resize_image, resize_labels
 from msformer.fitting import Progress, Rule, fit, label_map
+from msformer.io.prepare import prepare_image, resize_image, resize_labels
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.presets import DEFAULT, LossWeights, Preset, Size, find_preset
@@ -89,7 +89,7 @@ def segment(
     state is left as it was. May be called from several threads: on a GPU each fit has a stream of its own.
 
     Args:
-        image: a path, read as `msformer.data.read_image` says; a PIL image; an array ``[H, W]``, ``[H, W, 1]``,
+        image: a path, read as `msformer.io.read.read_image` says; a PIL image; an array ``[H, W]``, ``[H, W, 1]``,
             ``[H, W, 3]`` or ``[H, W, 4]`` (alpha is dropped); or a tensor ``[1 or 3, H, W]``. 8-bit values are divided
             by 255; 16-bit and floating-point values are stretched from their minimum and maximum to 0 and 1.
         preset: a name in `msformer.presets.PRESETS`; what is not given below is as it says.

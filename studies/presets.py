@@ -28,12 +28,12 @@ import msformer_kernels
 from benchmarks.report import make_console
 from msformer.baselines import LabelMap, Method, Task
 from msformer.baselines.iic import jitter
-from msformer.data import resize_image, resize_labels
 from msformer.evaluation.command import RULE_OF_LAYOUT
 from msformer.evaluation.layouts import find_cases
 from msformer.evaluation.run import evaluate
 from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import mean_and_interval
+from msformer.io.prepare import resize_image, resize_labels
 from msformer.losses import total_loss
 from msformer.model import MSFormer
 from msformer.output import complete_file, prepare_folder

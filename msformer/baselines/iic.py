@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msformer.baselines import LabelMap, Method, Task
-from msformer.data import resize_image
+from msformer.io.prepare import resize_image
 from msformer.segmentation import seeded
 from msformer.streams import own_stream
 

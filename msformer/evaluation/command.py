@@ -17,13 +17,13 @@ from rich.table import Table
 
 import msformer
 from msformer.baselines import Method, choose_methods
-from msformer.data import Reading
 from msformer.evaluation.layouts import Found, find_cases
 from msformer.evaluation.page import Report, write_page
 from msformer.evaluation.protocols import GATE, PROTOCOLS
 from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, percent, summarise, write_csv
+from msformer.io.read import Reading
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.selection import AUTO, RULES

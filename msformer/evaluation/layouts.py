@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msformer.data import find_images, plain_name
-from msformer.medical import count_slices, is_medical, slices_with_labels
+from msformer.io.files import find_images, plain_name
+from msformer.io.medical import is_medical
+from msformer.io.nifti import count_slices, slices_with_labels
 from msformer.output import printable
 
 LUNG_WINDOW = (-512.0, 512.0)
@@ -39,7 +40,7 @@ class Case:
     window: tuple[float, float] | None = None
     """Values that become black and white; None: as `msformer.segment` takes the file."""
     slice_index: int | None = None
-    """Of NIfTI volumes, as `msformer.medical.read_nifti` counts."""
+    """Of NIfTI volumes, as `msformer.io.nifti.read_nifti` counts."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msformer.data import nearest
+from msformer.io.prepare import nearest
 from msformer.scoring import Mask
 
 

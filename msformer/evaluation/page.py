@@ -22,12 +22,12 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from msformer.baselines import Method
-from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import read_pair
 from msformer.evaluation.protocols import PROTOCOLS
 from msformer.evaluation.store import Store
 from msformer.evaluation.summary import header, percent, table_rows
+from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import complete_file
 from msformer.pictures import outline, overlay
 from msformer.scoring import Mask

@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msformer.data import Reading, is_colour, is_ct, prepare_image, read_alpha, read_image
 from msformer.evaluation.layouts import Case
-from msformer.medical import Geometry, is_medical, is_volume, read_slice, show
+from msformer.io.base import Geometry, show
+from msformer.io.medical import is_medical, read_slice
+from msformer.io.nifti import is_volume
+from msformer.io.ordinary import read_alpha
+from msformer.io.prepare import prepare_image
+from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.scoring import Mask
 from msformer.selection import AUTO, rule_for
 

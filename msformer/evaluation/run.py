@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from msformer.baselines import Method
-from msformer.data import resize_image, resize_labels
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
+from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import OutputError, printable
 from msformer.progress import RunProgress
 from msformer.selection import select

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 import msformer
 from msformer.baselines import Method, Task
-from msformer.data import resize_image
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import Pair
+from msformer.io.prepare import resize_image
 from msformer.memory import kept_memory
 from msformer.output import complete_file, read_record, write_json
 from msformer.pictures import indexed_png
-from msformer.runs import fingerprint, read_labels
+from msformer.runs.plan import fingerprint
+from msformer.runs.write import read_labels
 from msformer.segmentation import order_by_area
 from msformer_kernels import use_backend
 

@@ -15,7 +15,7 @@ from msformer.baselines.kmeans import pixel_features
 from msformer.baselines.ms_former import label_map
 from msformer.baselines.pixel_network import Fit, continuity, pixel_network, self_labelling
 from msformer.baselines.sgscn import context_consistency
-from msformer.data import prepare_image
+from msformer.io.prepare import prepare_image
 from msformer.presets import PUBLISHED, QUICK, SMOOTH, LossWeights, Preset
 from msformer.scoring import dice, oracle_union
 from msformer.segmentation import segment

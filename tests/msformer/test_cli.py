@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-import msformer.runs
+import msformer.runs.execute
 import msformer_kernels as kernels
 from msformer.cli import main
 from msformer.output import OutputError, complete_file, prepare_folder
@@ -172,7 +172,7 @@ def test_an_error_of_the_run_ends_all_images(
         calls.append(path)
         raise OutputError("cannot write: no space left")
 
-    monkeypatch.setattr(msformer.runs, "write_json", no_space)
+    monkeypatch.setattr(msformer.runs.execute, "write_json", no_space)
     result = run("segment", images, "--out", tmp_path / "out", "--at-once", at_once, *QUICK_OPTIONS)
     assert result.exit_code == 1
     assert "error: cannot write: no space left" in result.output
@@ -253,7 +253,7 @@ def test_disk_full_while_writing(images: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = msformer.runs.segment
+    original = msformer.runs.execute.segment
     calls = []
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -262,7 +262,7 @@ def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(msformer.runs, "segment", interrupted)
+    monkeypatch.setattr(msformer.runs.execute, "segment", interrupted)
     result = run("segment", images, "--out", tmp_path / "out", *QUICK_OPTIONS)
     assert result.exit_code == 130
     assert "interrupted; finished images are complete" in result.output

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msformer.baselines import Task, deepcluster, iic
-from msformer.data import prepare_image
+from msformer.io.prepare import prepare_image
 from tests.msformer.evaluation.data import disc, lesion
 
 

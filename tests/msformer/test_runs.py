@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from msformer.pictures import SheetRow, contact_sheet
-from msformer.runs import plan_jobs
+from msformer.runs.plan import plan_jobs
 from tests.msformer.conftest import QUICK_OPTIONS
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs, save
 from tests.msformer.test_cli import files, run, write_dicom

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from msformer.data import prepare_image
-from msformer.medical import apply_window
+from msformer.io.base import apply_window
+from msformer.io.prepare import prepare_image
 from msformer.scoring import dice
 from msformer.selection import FADING, REACH, RULES, body_mask, clean_up, grey_levels, select
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs

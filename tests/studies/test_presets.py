@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from msformer.baselines import Task
 from msformer.baselines.ms_former import label_map
-from msformer.data import prepare_image
+from msformer.io.prepare import prepare_image
 from msformer.presets import PUBLISHED
 from msformer.segmentation import order_by_area
 from studies.presets import CHANGES, main, standardised, stretched, variant, whitened

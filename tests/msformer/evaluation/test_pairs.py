@@ -12,9 +12,10 @@ from PIL import Image as PILImage
 
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import read_mask, read_pair
-from msformer.medical import read_slice, write_nifti
+from msformer.io.medical import read_slice
+from msformer.io.nifti import write_nifti
 from tests.msformer.evaluation import data
-from tests.msformer.test_medical import save_dicom
+from tests.msformer.io.test_medical import save_dicom
 
 
 def test_mismatched_sizes(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 from scipy import ndimage
 
 from msformer.baselines import Method, otsu
-from msformer.data import resize_labels
 from msformer.evaluation.measures import OwnSize, measure, speckle
 from msformer.evaluation.protocols import PROTOCOLS, predictions, published
 from msformer.evaluation.summary import cell, header, mean_and_interval, summarise, table_rows
+from msformer.io.prepare import resize_labels
 from msformer.scoring import dice
 from tests.msformer.evaluation.data import disc
 

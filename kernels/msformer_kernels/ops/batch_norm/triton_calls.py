@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.ops.batch_norm.triton_kernels import (
-    combine_statistics_kernel,
-    gradient_kernel,
-    gradient_sums_kernel,
-    normalize_kernel,
-    statistics_kernel,
+    batch_norm_combine_statistics_kernel,
+    batch_norm_gradient_kernel,
+    batch_norm_gradient_sums_kernel,
+    batch_norm_normalize_kernel,
+    batch_norm_statistics_kernel,
 )
 from msformer_kernels.triton.launch import alignment, block_size, cdiv, placed, split_tokens
 from msformer_kernels.triton.table import COMPILED
@@ -32,15 +32,15 @@ def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     tiles = cdiv(channels, blocks["BC"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 4, channels, dtype=torch.float32)
-    statistics_kernel[(batch, splits, tiles)](
+    batch_norm_statistics_kernel[(batch, splits, tiles)](
         x, partials, tokens, channels, size, *x.stride(), ALIGN=alignment(x), **blocks
     )
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    combine_statistics_kernel[(cdiv(channels, 16),)](
+    batch_norm_combine_statistics_kernel[(cdiv(channels, 16),)](
         partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4, **COMPILED
     )
     output = x.new_empty(x.shape)
-    normalize_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
+    batch_norm_normalize_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
         x,
         mean,
         variance,
@@ -70,12 +70,12 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
     strides = *grad_output.stride(), *x.stride()
     align = alignment(grad_output, x)
-    gradient_sums_kernel[(batch, splits, tiles)](
+    batch_norm_gradient_sums_kernel[(batch, splits, tiles)](
         grad_output, x, mean, variance, partials, tokens, channels, size, eps, *strides, ALIGN=align, **blocks
     )
     sums = partials.sum(0)
     grad_x = x.new_empty(x.shape)
-    gradient_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
+    batch_norm_gradient_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](
         grad_output,
         x,
         mean,

@@ -1,10 +1,11 @@
 """BatchNorm of tokens in Triton: two passes forward, two backward, each reading the tokens once from device memory.
 
-Forward: `statistics_kernel` makes mean and sum of squared deviations of every split of the tokens (its second look at
-them finds them in the cache, and also tells by how much rounding put the mean off); `combine_statistics_kernel` merges
-the splits (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979), in
-float64, so that a large mean does not swallow the variance;
-`normalize_kernel` writes the output. Backward: `gradient_sums_kernel`, then `gradient_kernel`.
+Forward: `batch_norm_statistics_kernel` makes mean and sum of squared deviations of every split of the tokens (its
+second look at them finds them in the cache, and also tells by how much rounding put the mean off);
+`batch_norm_combine_statistics_kernel` merges the splits (Chan, Golub, LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances", 1979), in float64, so that a large mean does not swallow the variance;
+`batch_norm_normalize_kernel` writes the output. Backward: `batch_norm_gradient_sums_kernel`, then
+`batch_norm_gradient_kernel`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from msformer_kernels.triton.tiles import aligned, load_tile, load_vector, store
 
 
 @triton.jit
-def statistics_kernel(
+def batch_norm_statistics_kernel(
     x_ptr,  # [B, N, C], strided
     partial_ptr,  # [B, splits, 4, C]: count, mean, its rounding error, sum of squared deviations
     tokens,
@@ -59,7 +60,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def combine_statistics_kernel(
+def batch_norm_combine_statistics_kernel(
     partial_ptr,  # [parts, 4, C]
     mean_ptr,  # [C]
     variance_ptr,
@@ -100,7 +101,7 @@ def load_means(partial_ptr, rows, columns, parts, channels: tl.constexpr):
 
 
 @triton.jit
-def normalize_kernel(
+def batch_norm_normalize_kernel(
     x_ptr,  # [B, N, C], strided
     mean_ptr,  # [C]
     variance_ptr,
@@ -135,7 +136,7 @@ def normalize_kernel(
 
 
 @triton.jit
-def gradient_sums_kernel(
+def batch_norm_gradient_sums_kernel(
     grad_ptr,  # [B, N, C], strided
     x_ptr,  # [B, N, C], strided
     mean_ptr,  # [C]
@@ -181,7 +182,7 @@ def gradient_sums_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def batch_norm_gradient_kernel(
     grad_ptr,  # [B, N, C], strided
     x_ptr,  # [B, N, C], strided
     mean_ptr,  # [C]

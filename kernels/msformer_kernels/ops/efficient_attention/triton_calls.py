@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.ops.efficient_attention.triton_kernels import (
-    combine_gradient_kernel,
-    combine_kernel,
-    context_gradient_kernel,
-    context_kernel,
-    key_gradient_kernel,
-    output_kernel,
-    query_gradient_kernel,
+    attention_combine_gradient_kernel,
+    attention_combine_kernel,
+    attention_context_gradient_kernel,
+    attention_context_kernel,
+    attention_key_gradient_kernel,
+    attention_output_kernel,
+    attention_query_gradient_kernel,
 )
 from msformer_kernels.triton.launch import alignment, block_size, cdiv, dot_precision, mask_arguments, split_tokens
 from msformer_kernels.triton.table import COMPILED, launch_options
@@ -44,7 +44,7 @@ def combine(
     groups, splits, key_channels, value_channels = partials.shape
     result = partials.new_empty(groups, key_channels, value_channels)
     largest, total = (partials.new_empty(groups, key_channels) for _ in range(2))
-    combine_kernel[(groups, key_channels)](
+    attention_combine_kernel[(groups, key_channels)](
         maxima,
         sums,
         partials,
@@ -70,7 +70,7 @@ def combine_gradient(partials: Tensor, added: Tensor | None, context: Tensor) ->
     groups, splits, key_channels, value_channels = partials.shape
     total = partials.new_empty(groups, key_channels, value_channels)
     delta = partials.new_empty(groups, key_channels)
-    combine_gradient_kernel[(groups, key_channels)](
+    attention_combine_gradient_kernel[(groups, key_channels)](
         partials,
         context if added is None else added,
         context,
@@ -127,7 +127,7 @@ def make_context(
     maxima, sums = (key.new_empty(groups, splits, key_channels, dtype=torch.float32) for _ in range(2))
     partials = key.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
     mask_bytes, *mask_strides = mask_arguments(mask, lengths)
-    context_kernel[(groups, splits, tiles)](
+    attention_context_kernel[(groups, splits, tiles)](
         key,
         value,
         mask_bytes,
@@ -158,7 +158,7 @@ def write_output(query: Tensor, context: Tensor, lengths: Tensor, output: Tensor
     if tokens == 0:
         return
     blocks = _blocks("attention_output", key_channels, output)
-    output_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), cdiv(output.shape[3], blocks["BV"]))](
+    attention_output_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), cdiv(output.shape[3], blocks["BV"]))](
         query,
         context,
         lengths,
@@ -196,7 +196,7 @@ def query_gradients(
     shift, factor = (query.new_empty(groups, tokens, dtype=torch.float32) for _ in range(2))
     blocks = _blocks("attention_query_gradient", key_channels, grad_output)
     if tokens:
-        query_gradient_kernel[(groups * cdiv(tokens, blocks["BN"]),)](
+        attention_query_gradient_kernel[(groups * cdiv(tokens, blocks["BN"]),)](
             query,
             grad_output,
             context,
@@ -222,7 +222,7 @@ def query_gradients(
     tiles = cdiv(key_channels, blocks["BD"]) * cdiv(value_channels, blocks["BV"])
     splits, size = split_tokens(tokens, blocks["BN"], tiles * groups, query.device)
     partials = query.new_empty(groups, splits, key_channels, value_channels, dtype=torch.float32)
-    context_gradient_kernel[(groups, splits, tiles)](
+    attention_context_gradient_kernel[(groups, splits, tiles)](
         query,
         grad_output,
         shift,
@@ -263,7 +263,7 @@ def key_gradients(
     blocks = _blocks("attention_output", key_channels, value)
     mask_bytes, *mask_strides = mask_arguments(mask, key_max)
     tiles = cdiv(key_channels, blocks["BD"]) + cdiv(value.shape[3], blocks["BV"])
-    key_gradient_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), tiles)](
+    attention_key_gradient_kernel[(batch * heads * cdiv(tokens, blocks["BN"]), tiles)](
         key,
         value,
         mask_bytes,

@@ -2,12 +2,12 @@
 
     context = rho_k(key)^T value,   output = output_scale * rho_q(query) context
 
-Forward: `context_kernel` makes partial sums over a split of the tokens for a tile of the context, with a running
-maximum and sum a key feature (online softmax, as FlashAttention over keys); `combine_kernel` adds the splits;
-`output_kernel` reads the queries once. Bytes moved: query, key, value and output once each (key and value once for
-every tile of 64 features of the other). Backward: `query_gradient_kernel` (grad of query, and two statistics a
-query), `context_gradient_kernel` and a combine (reduction over queries), `key_gradient_kernel` (grads of key and
-value). Everything in between stays in registers.
+Forward: `attention_context_kernel` makes partial sums over a split of the tokens for a tile of the context, with a
+running maximum and sum a key feature (online softmax, as FlashAttention over keys); `attention_combine_kernel` adds the
+splits; `attention_output_kernel` reads the queries once. Bytes moved: query, key, value and output once each (key and
+value once for every tile of 64 features of the other). Backward: `attention_query_gradient_kernel` (grad of query, and
+two statistics a query), `attention_context_gradient_kernel` and a combine (reduction over queries),
+`attention_key_gradient_kernel` (grads of key and value). Everything in between stays in registers.
 
 Products are of float32 operands (see `dot_precision`), since the context and its gradient are float32 whatever comes
 in. Without softmax ("scaling") the running maximum is 0 and the sum is the square root of the number of tokens.
@@ -22,7 +22,7 @@ from msformer_kernels.triton.tiles import aligned, dot, load_tile, softmax_rows_
 
 
 @triton.jit
-def context_kernel(
+def attention_context_kernel(
     key_ptr,  # [B, heads, N, D], strided
     value_ptr,  # [B, heads, N, V], strided
     mask_ptr,  # [B, N] bytes
@@ -111,7 +111,7 @@ def context_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def attention_combine_kernel(
     max_ptr,  # [groups, splits, D]
     sum_ptr,
     partial_ptr,  # [groups, splits, D, V]
@@ -214,7 +214,7 @@ def product_with_context(left_ptr, context_ptr, rows, features, stride_n, stride
 
 
 @triton.jit
-def output_kernel(
+def attention_output_kernel(
     query_ptr,  # [B, heads, N, D], strided
     context_ptr,  # [B * heads, D, V]
     length_ptr,  # [B]
@@ -271,7 +271,7 @@ def output_kernel(
 
 
 @triton.jit
-def query_gradient_kernel(
+def attention_query_gradient_kernel(
     query_ptr,  # [B, heads, N, D], strided
     grad_output_ptr,  # [B, heads, N, V], strided
     context_ptr,  # [B * heads, D, V]
@@ -353,7 +353,7 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def context_gradient_kernel(
+def attention_context_gradient_kernel(
     query_ptr,  # [B, heads, N, D], strided
     grad_output_ptr,  # [B, heads, N, V], strided
     shift_ptr,  # [B * heads, N]
@@ -420,7 +420,7 @@ def context_gradient_kernel(
 
 
 @triton.jit
-def combine_gradient_kernel(
+def attention_combine_gradient_kernel(
     partial_ptr,  # [groups, splits, D, V]
     added_ptr,  # [groups, D, V]
     context_ptr,  # [groups, D, V]
@@ -469,7 +469,7 @@ def key_weights(key_ptr, max_ptr, sum_ptr, rows, features, kept, stride_n, strid
 
 
 @triton.jit
-def key_gradient_kernel(
+def attention_key_gradient_kernel(
     key_ptr,  # [B, heads, N, D], strided
     value_ptr,  # [B, heads, N, V], strided
     mask_ptr,  # [B, N] bytes

@@ -27,13 +27,13 @@ from msformer_kernels.ops.efficient_attention.triton_calls import (
 )
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
 from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
-    fold_backward_kernel,
-    fold_kernel,
-    key_tokens_kernel,
-    output_kernel,
-    query_backward_kernel,
-    token_backward_kernel,
-    weight_gradient_kernel,
+    self_attention_fold_backward_kernel,
+    self_attention_fold_kernel,
+    self_attention_key_tokens_kernel,
+    self_attention_output_kernel,
+    self_attention_query_backward_kernel,
+    self_attention_token_backward_kernel,
+    self_attention_weight_gradient_kernel,
 )
 from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.triton.launch import (
@@ -129,7 +129,7 @@ def _fold(call: Any, state: State, lengths: Tensor, make_context: bool) -> Tenso
     batch, heads, head_keys, head_values = state.context.shape
     channels = x.shape[2]
     folded = x.new_empty(batch, heads * head_keys, channels)
-    fold_kernel[(batch, heads, cdiv(head_keys, 16))](
+    self_attention_fold_kernel[(batch, heads, cdiv(head_keys, 16))](
         state.key_tokens,
         call.value_weight,
         lengths if call.value_bias is None else call.value_bias,
@@ -170,7 +170,7 @@ def _folded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     maxima, sums = (x.new_empty(batch, splits, keys, dtype=torch.float32) for _ in range(2))
     partials = x.new_empty(batch, splits, keys, channels, dtype=torch.float32)
-    key_tokens_kernel[(batch, splits, tiles)](
+    self_attention_key_tokens_kernel[(batch, splits, tiles)](
         x,
         norm_weight,
         norm_bias,
@@ -200,7 +200,7 @@ def _folded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
     output = x.new_empty(batch, tokens, channels)
     if tokens:
         blocks = launch_options("self_output", channels, x)
-        output_kernel[(batch * cdiv(tokens, blocks["BN"]),)](
+        self_attention_output_kernel[(batch * cdiv(tokens, blocks["BN"]),)](
             x,
             norm_weight,
             norm_bias,
@@ -247,7 +247,7 @@ def _folded_backward(
     grad_projected = x.new_empty(batch, tokens, 2 * keys)
     sizes = [keys * channels, channels]
     partials = x.new_empty(batch, splits, sum(sizes), dtype=torch.float32)
-    query_backward_kernel[(batch, splits, heads)](
+    self_attention_query_backward_kernel[(batch, splits, heads)](
         x,
         grad_output,
         norm_weight,
@@ -279,7 +279,7 @@ def _folded_backward(
     grad_context_sum = torch.empty_like(state.context)
     grad_key_tokens = torch.empty_like(state.key_tokens, dtype=sum_dtype)
     delta = torch.empty_like(state.key_max)
-    fold_backward_kernel[(batch, heads, cdiv(head_keys, 16))](
+    self_attention_fold_backward_kernel[(batch, heads, cdiv(head_keys, 16))](
         grad_folded,
         state.context if grad_context is None else grad_context,
         state.key_tokens,
@@ -306,7 +306,7 @@ def _folded_backward(
     grad_x = x.new_empty(x.shape)
     norm_partials = x.new_empty(batch * splits, 2, channels, dtype=torch.float32)
     mask, *mask_strides = mask_arguments(call.mask, lengths)
-    token_backward_kernel[(batch, splits)](
+    self_attention_token_backward_kernel[(batch, splits)](
         x,
         grad_output,
         grad_projected,
@@ -344,7 +344,7 @@ def _folded_backward(
     tiles = cdiv(2 * keys, blocks["BD"])
     splits, size = split_tokens(tokens, blocks["BN"], batch * tiles, x.device)
     partials = x.new_empty(batch * splits, 2 * keys * (channels + 1), dtype=torch.float32)
-    weight_gradient_kernel[(batch, splits, tiles)](
+    self_attention_weight_gradient_kernel[(batch, splits, tiles)](
         x,
         grad_projected,
         norm_weight,

@@ -5,15 +5,17 @@ With X the layer-normed tokens of an image:
     S = rho_k(X W_k)      A = S^T X      G_h = A_h W_v,h + b_v,h      M_h = G_h W_o,h
     Y = rho_q(X W_q + b_q) M + b_o [+ x]
 
-Forward: `key_tokens_kernel` reads x and makes the partial A of a split with an online softmax; `combine_kernel` (of
-efficient_attention) adds the splits; `fold_kernel` makes G and M, which are small; `output_kernel` reads x again and
-writes Y. 3NC values are moved, 8NC^2 flop done. Queries, keys and both softmaxes live in registers.
+Forward: `self_attention_key_tokens_kernel` reads x and makes the partial A of a split with an online softmax;
+`attention_combine_kernel` adds the splits; `self_attention_fold_kernel` makes G and M, which are small;
+`self_attention_output_kernel` reads x again and writes Y. 3NC values are moved, 8NC^2 flop done. Queries, keys and both
+softmaxes live in registers.
 
-Backward: `query_backward_kernel` recomputes P = rho_q, writes the gradient of the queries and reduces dM = P^T dY
-over a split; `fold_backward_kernel` turns dM into dG, dA and delta_j = <A_j, dA_j>, the closed form of sum_n S_nj
-dS_nj; `token_backward_kernel` recomputes S, writes the gradient of the keys and dx (through LayerNorm and residual);
-`weight_gradient_kernel` reduces dW_q and dW_k from the two gradients. Summed up in the kernels before it, each would
-hold a second C x C accumulator, for which there are no registers (at C = 100 both spilled).
+Backward: `self_attention_query_backward_kernel` recomputes P = rho_q, writes the gradient of the queries and reduces dM
+= P^T dY over a split; `self_attention_fold_backward_kernel` turns dM into dG, dA and delta_j = <A_j, dA_j>, the closed
+form of sum_n S_nj dS_nj; `self_attention_token_backward_kernel` recomputes S, writes the gradient of the keys and dx
+(through LayerNorm and residual); `self_attention_weight_gradient_kernel` reduces dW_q and dW_k from the two gradients.
+Summed up in the kernels before it, each would hold a second C x C accumulator, for which there are no registers (at C =
+100 both spilled).
 
 Operands of products are rounded to the dtype of x (float32: see `dot_precision`); sums, statistics, A and G are
 float32. Where gradients are summed over all tokens (dA), float16 could overflow: products with those take float32
@@ -88,7 +90,7 @@ def head_softmax(x, weight_ptr, bias_ptr, head, features, columns, head_keys, ch
 
 
 @triton.jit
-def key_tokens_kernel(
+def self_attention_key_tokens_kernel(
     x_ptr,  # [B, N, C], strided
     norm_weight_ptr,  # [C]
     norm_bias_ptr,
@@ -153,7 +155,7 @@ def key_tokens_kernel(
 
 
 @triton.jit
-def fold_kernel(
+def self_attention_fold_kernel(
     key_tokens_ptr,  # [B, D, C]
     value_weight_ptr,  # [V, C]
     value_bias_ptr,  # [V]
@@ -201,7 +203,7 @@ def fold_kernel(
 
 
 @triton.jit
-def output_kernel(
+def self_attention_output_kernel(
     x_ptr,  # [B, N, C], strided
     norm_weight_ptr,
     norm_bias_ptr,
@@ -253,7 +255,7 @@ def output_kernel(
 
 
 @triton.jit
-def query_backward_kernel(
+def self_attention_query_backward_kernel(
     x_ptr,  # [B, N, C], strided
     grad_output_ptr,  # [B, N, C], strided
     norm_weight_ptr,
@@ -322,7 +324,7 @@ def query_backward_kernel(
 
 
 @triton.jit
-def fold_backward_kernel(
+def self_attention_fold_backward_kernel(
     grad_folded_ptr,  # [B, D, C], images batch_stride apart
     grad_context_ptr,  # [B, D, V / heads], of the context that was returned
     key_tokens_ptr,  # [B, D, C]
@@ -373,7 +375,7 @@ def fold_backward_kernel(
 
 
 @triton.jit
-def token_backward_kernel(
+def self_attention_token_backward_kernel(
     x_ptr,  # [B, N, C], strided
     grad_output_ptr,  # [B, N, C], strided
     grad_projected_ptr,  # [B, N, 2D]: gradients of the queries; those of the keys are written
@@ -483,7 +485,7 @@ def token_backward_kernel(
 
 
 @triton.jit
-def weight_gradient_kernel(
+def self_attention_weight_gradient_kernel(
     x_ptr,  # [B, N, C], strided
     grad_projected_ptr,  # [B, N, D]
     norm_weight_ptr,

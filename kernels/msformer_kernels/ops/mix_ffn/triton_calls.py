@@ -14,9 +14,9 @@ from torch import Tensor
 from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 from msformer_kernels.ops.mix_ffn.triton_kernels import (
-    activation_backward_kernel,
-    activation_kernel,
-    convolution_backward_kernel,
+    mix_ffn_activation_backward_kernel,
+    mix_ffn_activation_kernel,
+    mix_ffn_convolution_backward_kernel,
 )
 from msformer_kernels.triton.launch import block_size, cdiv, layer_norm_backward, placed, processors
 from msformer_kernels.triton.table import launch_options
@@ -77,7 +77,7 @@ def forward(call: Any) -> Tensor:
     activated = torch.empty_like(hidden)
     pointers, constants = _mixing(call, hidden)
     walk = _walk("activation", hidden, height, width, constants["NORM"])
-    activation_kernel[walk.grid](
+    mix_ffn_activation_kernel[walk.grid](
         hidden,
         *pointers,
         activated,
@@ -109,7 +109,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     activated, grad_mixed = torch.empty_like(hidden), torch.empty_like(hidden)
     walk = _walk("activation_backward", hidden, height, width, constants["NORM"])
     norm_partials = hidden.new_empty(walk.partials, 2, features, dtype=torch.float32)
-    activation_backward_kernel[walk.grid](
+    mix_ffn_activation_backward_kernel[walk.grid](
         hidden,
         grad_activated,
         *pointers,
@@ -131,7 +131,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     grad_hidden = activated  # its values are not needed any more
     walk = _walk("convolution_backward", hidden, height, width, whole=False)
     partials = hidden.new_empty(walk.partials, 11, features, dtype=torch.float32)
-    convolution_backward_kernel[walk.grid](
+    mix_ffn_convolution_backward_kernel[walk.grid](
         grad_mixed,
         hidden,
         pointers[0],

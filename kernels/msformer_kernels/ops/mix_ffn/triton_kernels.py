@@ -2,14 +2,15 @@
 
     U = [LN](x) W_1 + b_1,   Z = dw3x3(U) + b_d [+ U],   T = act([LN](Z)),   Y = T W_2 + b_2 [+ x]
 
-`activation_kernel` makes T from U in one pass: a program owns some columns of the image and walks down its rows; each
-row of U is read once (three times from the first-level cache, for the columns left and right of it) and added to the
-three rows of Z it belongs to, which stay in registers. Without a hidden norm, features are cut into tiles too; with
-one, a program holds all of them, so that the norm needs no second pass. N x H values are read and as many written.
+`mix_ffn_activation_kernel` makes T from U in one pass: a program owns some columns of the image and walks down its
+rows; each row of U is read once (three times from the first-level cache, for the columns left and right of it) and
+added to the three rows of Z it belongs to, which stay in registers. Without a hidden norm, features are cut into tiles
+too; with one, a program holds all of them, so that the norm needs no second pass. N x H values are read and as many
+written.
 
-Backward: U is made again; `activation_backward_kernel` walks as the forward does and turns dT into dZ, writing T as
-well (for the gradient of W_2) and reducing the gradients of the hidden norm; `convolution_backward_kernel` walks over
-dZ and U, writes dU and reduces the gradients of the taps and of both biases.
+Backward: U is made again; `mix_ffn_activation_backward_kernel` walks as the forward does and turns dT into dZ, writing
+T as well (for the gradient of W_2) and reducing the gradients of the hidden norm; `mix_ffn_convolution_backward_kernel`
+walks over dZ and U, writes dU and reduces the gradients of the taps and of both biases.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def add_row(total, left, middle, right, taps_ptr, features, hidden, FIRST: tl.co
 
 
 @triton.jit
-def activation_kernel(
+def mix_ffn_activation_kernel(
     hidden_ptr,  # U [B, H, W, hidden]
     taps_ptr,  # [hidden, 9]
     bias_ptr,  # [hidden]
@@ -141,7 +142,7 @@ def activation_kernel(
 
 
 @triton.jit
-def activation_backward_kernel(
+def mix_ffn_activation_backward_kernel(
     hidden_ptr,  # U [B, H, W, hidden]
     grad_ptr,  # dT [B, H, W, hidden]
     taps_ptr,  # [hidden, 9]
@@ -209,7 +210,7 @@ def activation_backward_kernel(
 
 
 @triton.jit
-def convolution_backward_kernel(
+def mix_ffn_convolution_backward_kernel(
     grad_z_ptr,  # dZ [B, H, W, hidden]
     hidden_ptr,  # U [B, H, W, hidden]
     taps_ptr,  # [hidden, 9]

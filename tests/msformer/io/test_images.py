@@ -15,18 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from msformer.data import (
-    ImageError,
-    Reading,
-    find_images,
-    is_ct,
-    plain_name,
-    prepare_image,
-    read_alpha,
-    read_image,
-    resize_image,
-    resize_labels,
-)
+from msformer.io.base import ImageError
+from msformer.io.files import find_images, plain_name
+from msformer.io.ordinary import read_alpha
+from msformer.io.prepare import prepare_image, resize_image, resize_labels
+from msformer.io.read import Reading, is_ct, read_image
 
 COLOUR = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3) * 4
 GREY = COLOUR[..., 0]

@@ -13,9 +13,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from msformer.data import is_ct
-from msformer.medical import ImageError, default_window, read_dicom, read_slice
-from tests.msformer.test_medical import GREY, save_dicom
+from msformer.io.base import ImageError, default_window
+from msformer.io.dicom import read_dicom
+from msformer.io.medical import read_slice
+from msformer.io.read import is_ct
+from tests.msformer.io.test_medical import GREY, save_dicom
 
 UID = pydicom.uid
 

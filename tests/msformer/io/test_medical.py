@@ -13,19 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from msformer.medical import (
-    ImageError,
-    Slice,
-    apply_window,
-    count_slices,
-    default_window,
-    is_dicom,
-    is_medical,
-    read_dicom,
-    read_nifti,
-    show,
-    write_nifti,
-)
+from msformer.io.base import ImageError, Slice, apply_window, default_window, show
+from msformer.io.dicom import is_dicom, read_dicom
+from msformer.io.medical import is_medical
+from msformer.io.nifti import count_slices, read_nifti, write_nifti
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")

@@ -1,0 +1,117 @@
+"""Segmenting the images of a run, one or several at a time, and resuming.
+
+A record is written last, so that an image with a record is complete. An image whose record has the same settings and
+the same input (by content) is not segmented again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from msformer.io.medical import is_medical, read_slice
+from msformer.io.nifti import write_nifti
+from msformer.io.prepare import prepare_image
+from msformer.io.read import is_colour, is_ct, read_image
+from msformer.output import complete_file, printable, read_record, write_json
+from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
+from msformer.runs.write import object_mask, one_based, write_pictures
+from msformer.segmentation import Progress, segment
+from msformer.selection import AUTO, rule_for
+
+
+class Interrupted(Exception):
+    """The run is over, because another image ended it."""
+
+
+def for_each(jobs: Sequence[Job], work: Callable[[Job, Callable[[], None]], None], at_once: int) -> None:
+    """Calls ``work(job, check)`` for all jobs, `at_once` of them in threads at a time.
+
+    What one raises ends the run and is raised here; so is Ctrl-C. The others end where they call `check` next.
+    """
+    if at_once == 1:
+        for job in jobs:
+            work(job, lambda: None)
+        return
+    over = threading.Event()
+
+    def check() -> None:
+        if over.is_set():
+            raise Interrupted
+
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(work, job, check) for job in jobs]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
+    """The record of this image, if it is complete and was made from the same input with the same settings."""
+    wanted = {"settings": settings_record(plan), "source": printable(str(job.source.resolve()))}
+    record = read_record(job.file(folder, ".json"))
+    if record is None or any(record.get(key) != value for key, value in wanted.items()):
+        return None
+    if not all(job.file(folder, suffix).exists() for suffix in plan.suffixes(job)):
+        return None
+    return record if record.get("sha256") == fingerprint(job.source) else None
+
+
+def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Record:
+    """Segments one image and writes its files.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: as `segment`, for this image.
+        OutputError: a result cannot be written.
+    """
+    pixels = read_image(job.source, plan.reading_of(job))
+    result = segment(pixels, progress=progress, **plan.fit)
+    record = {
+        "source": printable(str(job.source.resolve())),
+        "sha256": fingerprint(job.source),
+        "settings": settings_record(plan),
+        "labels": result.num_labels,
+        "steps": result.steps,
+        "settled": result.settled,
+        "seconds": round(result.seconds, 3),
+        "device": result.device,
+        "backend": result.backend,
+        "size": list(result.labels_full.shape),
+        "fitted_size": list(result.labels.shape),
+        "label_counts": result.label_counts,
+        "losses": result.losses,
+    }
+    job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
+    write_pictures(job, folder, pixels, result)
+    mask = None
+    if plan.mask is not None:
+        rule = rule_of(job, plan, pixels)
+        record["rule"] = rule
+        mask = object_mask(pixels, result, rule)
+        with complete_file(job.file(folder, ".mask.png")) as temporary:
+            PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
+    if is_medical(job.source) and job.slice_index is None:
+        source = read_slice(job.source, plan.reading_of(job).slice_index)
+        write_nifti(job.file(folder, ".labels.nii.gz"), [(one_based(result.labels_full), source)])
+        if mask is not None:
+            write_nifti(job.file(folder, ".mask.nii.gz"), [(mask, source)])
+    write_json(job.file(folder, ".json"), record)
+    return record
+
+
+def rule_of(job: Job, plan: Plan, pixels: NDArray[Any]) -> str:
+    """The rule by which the mask of an image is made."""
+    if plan.mask not in (None, AUTO):
+        return str(plan.mask)
+    return rule_for(is_colour(prepare_image(pixels)), is_ct(job.source, plan.reading_of(job).slice_index))

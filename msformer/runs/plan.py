@@ -1,0 +1,137 @@
+"""What a run is going to do: the images and the names of their results, the settings, and how they are recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msformer
+from msformer.io.files import plain_name
+from msformer.io.medical import is_medical
+from msformer.io.nifti import count_slices
+from msformer.io.read import Reading
+from msformer.output import printable, read_record
+from msformer.presets import LossWeights
+
+Record = dict[str, Any]
+
+SUMMARY = "summary"  # summary.json; no image may have this name
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image file and the name of its results, a relative path without suffix."""
+
+    source: Path
+    name: str
+    slice_index: int | None = None
+    """Where all slices of a volume are segmented, which this is."""
+
+    def file(self, folder: Path, suffix: str) -> Path:
+        return folder / f"{self.name}{suffix}"
+
+    @property
+    def origin(self) -> str:
+        """The file, and if it is one of several, the slice."""
+        return str(self.source) if self.slice_index is None else f"{self.source}, slice {self.slice_index}"
+
+    @property
+    def volume(self) -> str:
+        """The name of the results of the whole volume."""
+        return self.name if self.slice_index is None else self.name.removesuffix(_slice_suffix(self.slice_index))
+
+
+def _slice_suffix(index: int | None) -> str:
+    return "" if index is None else f"-slice-{index:03d}"
+
+
+def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_slices: bool = False) -> list[Job]:
+    """Gives each image, or with `all_slices` each slice, a name: its path below the folder it was found in, without
+    suffix.
+
+    Where two would have the same name, or the results of another image have it already, the suffix and if need be a
+    hash of the image's path are added, so that nothing is overwritten.
+    """
+    taken: set[str] = set()
+    jobs = []
+    folders = [Path(os.path.abspath(root)) for root in roots if root.is_dir()]
+    for source in sources:
+        resolved = source.resolve()
+        place = Path(os.path.abspath(source))  # where a link lies, not where it leads
+        root = next((root for root in folders if root in place.parents), place.parent)
+        plain = printable(place.relative_to(root).with_name(plain_name(place)).as_posix())
+        digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]
+        candidates = (plain, f"{plain}-{source.suffix[1:].lower()}", f"{plain}-{digest}")
+        slices = _slices(source) if all_slices else [None]
+        for candidate in candidates:
+            # a volume's own name is that of the file which holds all of its slices
+            names = list(dict.fromkeys([candidate, *(f"{candidate}{_slice_suffix(index)}" for index in slices)]))
+            free = taken.isdisjoint(names) and all(_free(folder, name, resolved) for name in names)
+            if free or candidate == candidates[-1]:
+                break
+        taken.update(names)
+        jobs += [Job(source, f"{candidate}{_slice_suffix(index)}", index) for index in slices]
+    return jobs
+
+
+def _slices(source: Path) -> list[int | None]:
+    """The slices of a volume; a file with one, or that cannot be read, is taken as it is."""
+    try:
+        count = count_slices(source)
+    except (ValueError, OSError):
+        count = 1
+    return [None] if count == 1 else list(range(count))
+
+
+def _free(folder: Path, name: str, source: Path) -> bool:
+    if name == SUMMARY:
+        return False
+    path = folder / f"{name}.json"
+    record = read_record(path)
+    return not path.exists() if record is None else record.get("source") == printable(str(source))
+
+
+def fingerprint(source: Path) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the images of a run are read and segmented."""
+
+    fit: Record
+    """Keyword arguments of `segment`."""
+    reading: Reading
+    """Of a job without a slice of its own."""
+    mask: str | None = None
+    """The rule of `msformer.selection` by which a mask is written, or ``"auto"``: as `rule_for` says of each image."""
+
+    def suffixes(self, job: Job) -> list[str]:
+        """Of the files that an image gets, but for the record."""
+        kinds = ["labels"] if self.mask is None else ["labels", "mask"]
+        volumes = [f".{kind}.nii.gz" for kind in kinds] if is_medical(job.source) and job.slice_index is None else []
+        return [*(f".{kind}.png" for kind in kinds), ".overlay.png", *volumes]
+
+    def reading_of(self, job: Job) -> Reading:
+        """A file of one slice is read whatever slice is asked for of volumes."""
+        if job.slice_index is not None:
+            return replace(self.reading, slice_index=job.slice_index)
+        if self.reading.slice_index is not None and count_slices(job.source) == 1:
+            return replace(self.reading, slice_index=None)
+        return self.reading
+
+
+def settings_record(plan: Plan) -> Record:
+    """The settings as they go into records: plain JSON, and the version, since another may fit differently."""
+    weights: LossWeights = plan.fit["weights"]
+    return plan.fit | {
+        "weights": asdict(weights),
+        "window": None if plan.reading.window is None else list(plan.reading.window),
+        "slice": plan.reading.slice_index,
+        "mask": plan.mask,
+        "version": msformer.__version__,
+    }
