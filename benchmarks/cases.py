@@ -3,7 +3,7 @@ least; and the grids of these.
 
 Work is the flop of the folded form, and the bytes that must move, whoever does it: a form that does more, as the
 published one does, is not credited for it. Counted are the products; the backward recomputes what it needs. Bytes are
-inputs, outputs and weights, moved once (see docs/performance.md).
+inputs, outputs and weights, moved once (see docs/design.md).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def evaluate(cases: Sequence[Case], methods: Sequence[Method], rule: str, store:
     """All methods on all images; image by image, so that an interrupted run has whole images.
 
     Raises:
-        OutputError, BackendError: nothing can be written, or the backend cannot be had.
+        OutputError, BackendError: nothing can be written, or the backend is not available.
     """
     missing = sum(not store.has(method, case) for case in cases for method in methods)
     with RunProgress(len(cases) * len(methods), "label maps", to_make=missing) as progress:

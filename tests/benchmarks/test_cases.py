@@ -78,7 +78,7 @@ def test_combinations_that_do_not_exist_are_left_out() -> None:
 
 
 def test_work_is_that_of_the_folded_form() -> None:
-    """The table in docs/performance.md: 8, 22, 16 and 40 N C^2."""
+    """The table in docs/design.md: 8, 22, 16 and 40 N C^2."""
     shape = Shape(2, 5, 7, 12)
     unit = 70 * 12**2
 

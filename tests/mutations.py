@@ -1,0 +1,236 @@
+"""Do the accuracy tests notice a kernel that is wrong by little? Breaks the sources on purpose, one line at a time:
+
+    python -m tests.mutations [--out table.md]
+
+Needs `pip install -e ".[test,dev]"`. Each mutation is made in a copy of the sources, the extension is built there for
+the best variant of this machine, and the accuracy tests of the operator run on it. They must fail. Takes about 8
+minutes on two cores; not part of `pytest`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "kernels/msformer_kernels/ops"
+BUILD = """
+import sys, setuptools
+from pathlib import Path
+setuptools.setup = lambda **options: None
+sys.path.insert(0, "csrc")
+import variants
+variants.VARIANTS[:] = [v for v in variants.VARIANTS if v.name == sys.argv[1]]
+import setup, sysconfig
+suffix = sysconfig.get_config_var("EXT_SUFFIX")
+setup.compile_native(Path("kernels/msformer_kernels/_native" + suffix).resolve(), Path("build/mutant").resolve())
+"""
+TO_BFLOAT16 = (
+    "[](T x) { float f = static_cast<float>(x); std::uint32_t b; std::memcpy(&b, &f, 4);"
+    " b = (b + 0x8000u) & 0xffff0000u; std::memcpy(&f, &b, 4); return static_cast<T>(f); }"
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """The file of tests that must notice it."""
+    expression: str = "native and not f16"
+
+    @property
+    def is_native(self) -> bool:
+        return self.file.endswith((".cpp", ".h"))
+
+
+SELF, PLAIN, FFN = "efficient_self_attention", "efficient_attention", "mix_ffn"
+FOLDED = "csrc/cpu/self_attention/folded_backward.cpp"
+TRITON = "triton and f32"
+MUTATIONS = [
+    Mutation(
+        "nothing (the tests pass)", "csrc/cpu/base/sums.h", "Vector<T> sums[4] = {};", "Vector<T> sums[4] = {};", SELF
+    ),
+    Mutation(
+        "a term of dX dropped: S dA",
+        FOLDED,
+        "multiply_add<E>(tokens, keys, width, s.keys, key_width, m.grad_key_tokens_right + batch * rows_right_size,"
+        " s.grad_x,\n                    width);",
+        "",
+        SELF,
+    ),
+    Mutation(
+        "partial sums combined in bfloat16",
+        "csrc/cpu/base/sums.h",
+        "static_cast<T>(sums[i]);",
+        f"({TO_BFLOAT16})(static_cast<T>(sums[i]));",
+        SELF,
+    ),
+    Mutation(
+        "one token of 1201 left out of the gradients",
+        "csrc/cpu/self_attention/folded.h",
+        "last = min_of(a.tokens, first + split.size);",
+        "last = min_of(a.tokens, first + split.size) - (a.tokens > 1200 && a.grad_output.data && chunk == 0);",
+        SELF,
+    ),
+    Mutation(
+        "delta of the wrong head",
+        FOLDED,
+        "m.delta[batch * key_width + row + i] =",
+        "m.delta[batch * key_width + (row + i + head_keys) % keys] =",
+        SELF,
+    ),
+    Mutation(
+        "exp with one coefficient less",
+        "csrc/cpu/base/vectors.h",
+        "r * 1.9875691500e-4f + 1.3981999507e-3f",
+        "r * 0.0f + 1.3981999507e-3f",
+        PLAIN,
+    ),
+    Mutation(
+        "the gradient of the returned context not added",
+        "csrc/cpu/attention/attention.cpp",
+        "if (!a.grad_context) return;",
+        "return;",
+        PLAIN,
+    ),
+    Mutation(
+        "one row of the image left out of the bias and weight gradients",
+        "csrc/cpu/mix_ffn/strips_backward.cpp",
+        "row >= p.row_begin && row < p.row_end",
+        "row > p.row_begin && row < p.row_end",
+        FFN,
+    ),
+    Mutation(
+        "GELU by its tanh form",
+        "csrc/cpu/mix_ffn/mix_ffn.h",
+        "normal_distribution(x, cdf, pdf);",
+        "{ const Vector<T> e = vexp((x * (x * x * T(0.0356774081) + T(0.7978845608))) * T(-2)); cdf = one / (e + one);"
+        " Vector<T> unused; normal_distribution(x, unused, pdf); }",
+        FFN,
+    ),
+    Mutation(
+        "LayerNorm without eps",
+        "csrc/cpu/base/norm.h",
+        "horizontal_sum<T>(squares) / static_cast<T>(channels);",
+        "horizontal_sum<T>(squares) / static_cast<T>(channels) - eps;",
+        FFN,
+    ),
+    Mutation(
+        "one feature of 5003 left out of a linear layer",
+        "csrc/cpu/linear/linear.cpp",
+        "k * (range + 1) / k_ranges}",
+        "k * (range + 1) / k_ranges - (k > 5000 && range == 0)}",
+        "linear",
+    ),
+    Mutation(
+        "chunks of BatchNorm joined without their sizes",
+        "csrc/cpu/batch_norm/batch_norm.cpp",
+        "difference * other_count / total;",
+        "(count ? difference / 2 : difference);",
+        "batch_norm",
+    ),
+    Mutation(
+        "Triton: sums of the context in bfloat16",
+        f"{KERNELS}/{PLAIN}/triton_kernels.py",
+        "        context += dot(tl.trans(key), value, tl.float32, PRECISION)\n    row",
+        "        context += dot(tl.trans(key), value, tl.bfloat16, PRECISION)\n    row",
+        PLAIN,
+        TRITON,
+    ),
+    Mutation(
+        "Triton: the last token of a split left out of the softmax's sum",
+        f"{KERNELS}/{PLAIN}/triton_kernels.py",
+        "total = total * rescale + tl.sum(key, 0)",
+        "total = total * rescale + tl.sum(tl.where((rows < tokens - 1)[:, None], key, 0.0), 0)",
+        PLAIN,
+        TRITON,
+    ),
+    Mutation(
+        "Triton: delta of the wrong head",
+        f"{KERNELS}/{PLAIN}/triton_kernels.py",
+        "tl.load(delta_ptr + pair * key_channels + features,",
+        "tl.load(delta_ptr + pair // heads * heads * key_channels + features,",
+        PLAIN,
+        TRITON + " and tiles",
+    ),
+]
+
+
+def prepare(folder: Path) -> None:
+    for name in ("kernels", "csrc", "tests", "benchmarks", "msformer", "setup.py", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+
+
+def build(folder: Path, variant: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, variant], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"the mutant does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def verdict(folder: Path, mutation: Mutation) -> str:
+    """What the tests say: the first fault, or that they pass."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder / "kernels"), str(folder)]),
+        "MSFORMER_TEST_EFFORT": "0.25",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "accuracy"]
+    command += ["-k", mutation.expression, f"tests/kernels/ops/test_{mutation.tests}.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return "passes"
+    lines = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return next((line.removeprefix("AssertionError: ") for line in lines if line), f"exit status {done.returncode}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    options = parser.parse_args()
+    from msformer_kernels import _native
+
+    variant, rows, missed = _native.isa(), [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        build(folder, variant)
+        for mutation in MUTATIONS:
+            path = folder / mutation.file
+            original = path.read_text()
+            if original.count(mutation.old) != 1:
+                raise SystemExit(
+                    f"{mutation.what}: {mutation.file} holds the line {original.count(mutation.old)} times"
+                )
+            path.write_text(original.replace(mutation.old, mutation.new))
+            if mutation.is_native:
+                build(folder, variant)
+            found = verdict(folder, mutation)
+            path.write_text(original)
+            if mutation.is_native:
+                build(folder, variant)
+            missed += (found == "passes") != (mutation.old == mutation.new)
+            rows.append(f"| {mutation.what} | {mutation.file} | {found} |")
+            print(rows[-1], flush=True)
+    table = "\n".join(["| mutation | file | what the tests say |", "|---|---|---|", *rows]) + "\n"
+    if options.out:
+        options.out.write_text(table)
+    print(f"{missed} of {len(MUTATIONS)} not as they should be ({variant})")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
