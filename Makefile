@@ -1,7 +1,7 @@
 # Set-up and the two main jobs. Everything happens in a virtual environment in this folder, .venv.
 #
 #   make demo    segments images that the package makes itself; pictures and scores end up in demo/
-#   make test    the tests
+#   make test    the tests; those of accuracy in other environments, too (tests/kernels/test_environments.py)
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/

@@ -95,8 +95,8 @@ def fit_options(size: int | None) -> Callable[[Command], Command]:
 def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -> Plan:
     """Options of the command line -> what a run does, device and backend as they turn out.
 
-    A backend that is not available is thereby an error of its own, not one of every image, and a finished image counts as
-    done only for the backend and device that it was made with.
+    A backend that is not available is thereby an error of its own, not one of every image, and a finished image counts
+    as done only for the backend and device that it was made with.
     """
     from torch import float32
 

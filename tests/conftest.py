@@ -12,3 +12,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in which other environments the accuracy tests ran."""
+    rows = [
+        f"{outcome:<8}{report.nodeid.partition('[')[2].removesuffix(']')}"
+        for outcome in ("passed", "failed", "skipped")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "test_environments.py" in getattr(report, "nodeid", "") and "[" in report.nodeid
+    ]
+    if rows:
+        terminalreporter.section("accuracy tests in other environments")
+        terminalreporter.write_line("\n".join(rows))

@@ -208,8 +208,3 @@ class Operator(Generic[R]):
         function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
         function.explain = explain  # type: ignore[attr-defined]
         return cast(Callable[P, R], function)
-
-
-def empty_like_parameter(parameter: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the gradient of a parameter: zero-size in `dtype` for an absent one, as ops cannot return None."""
-    return like.new_empty(0, dtype=dtype) if parameter is None else parameter.new_empty(parameter.shape)
