@@ -136,7 +136,7 @@ class Operator(Generic[R]):
         if backend not in self.served_by:
             return f"it has no kernels for {self.name}"
         limit = self.limits.get(backend)
-        return limit(self.call_type(*call)) if limit is not None and call is not None else None
+        return None if limit is None or call is None else limit(self.call_type._make(call))
 
     def implementation(self, backend: str | None, call: Any) -> Any:
         """The module that serves a call now; without a backend the one that the machine decides on.
@@ -146,10 +146,11 @@ class Operator(Generic[R]):
         first = call[0]
         key = (backend, first.device.type, first.dtype)
         found = self._checked.get(key)  # type: ignore[arg-type]
-        if found is None:
+        limit = self.limits.get(backend) if backend is not None else None
+        if found is None or (limit is not None and limit(call) is not None):
             name = backends.when_run(self, backend, first.device.type, first.dtype, call)
             found = self._load(name)
-            if backend is not None and backend not in self.limits:
+            if backend is not None:
                 self._checked[key] = found  # type: ignore[index]
         return found
 

@@ -60,16 +60,17 @@ class EfficientAttention(nn.Module):
         """
         tokens = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
         norm_weight, norm_bias, norm_eps = norm_arguments(norm, tokens)
+        queries, keys, values, reprojection = self.queries, self.keys, self.values, self.reprojection
         output, context = efficient_self_attention(
             tokens,
-            self.queries.weight.flatten(1),
-            self.queries.bias,
-            self.keys.weight.flatten(1),
-            self.keys.bias,
-            self.values.weight.flatten(1),
-            self.values.bias,
-            self.reprojection.weight.flatten(1),
-            self.reprojection.bias,
+            queries.weight.flatten(1),
+            queries.bias,
+            keys.weight.flatten(1),
+            keys.bias,
+            values.weight.flatten(1),
+            values.bias,
+            reprojection.weight.flatten(1),
+            reprojection.bias,
             num_heads=self.num_heads,
             norm_weight=norm_weight,
             norm_bias=norm_bias,

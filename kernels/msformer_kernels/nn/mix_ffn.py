@@ -53,20 +53,22 @@ class MixFFN(nn.Module):
         """
         norm_weight, norm_bias, norm_eps = norm_arguments(norm, x)
         hidden_weight, hidden_bias = None, None
-        if self.norm1 is not None:
-            if norm is not None and norm.eps != self.norm1.eps:
-                raise ValueError(f"norm: has eps {norm.eps}, expected that of the hidden norm, {self.norm1.eps}")
-            hidden_weight, hidden_bias, norm_eps = self.norm1.weight, self.norm1.bias, self.norm1.eps
+        # each attribute of a module costs a look-up
+        fc1, convolution, fc2, hidden_norm = self.fc1, self.dwconv.dwconv, self.fc2, self.norm1
+        if hidden_norm is not None:
+            if norm is not None and norm.eps != hidden_norm.eps:
+                raise ValueError(f"norm: has eps {norm.eps}, expected that of the hidden norm, {hidden_norm.eps}")
+            hidden_weight, hidden_bias, norm_eps = hidden_norm.weight, hidden_norm.bias, hidden_norm.eps
         return mix_ffn(
             x,
             height,
             width,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.dwconv.dwconv.weight,
-            self.dwconv.dwconv.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            fc1.weight,
+            fc1.bias,
+            convolution.weight,
+            convolution.bias,
+            fc2.weight,
+            fc2.bias,
             skip=self.skip,
             hidden_norm_weight=hidden_weight,
             hidden_norm_bias=hidden_bias,

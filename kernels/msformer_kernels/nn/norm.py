@@ -12,5 +12,7 @@ def norm_arguments(norm: nn.LayerNorm | None, x: Tensor) -> tuple[Tensor | None,
         return None, None, 1e-5
     if tuple(norm.normalized_shape) != (x.shape[-1],):
         raise ValueError(f"norm: expected a LayerNorm over {x.shape[-1]} channels, got {tuple(norm.normalized_shape)}")
-    weight = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if norm.weight is None else norm.weight
+    weight = norm.weight
+    if weight is None:
+        weight = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     return weight, norm.bias, norm.eps

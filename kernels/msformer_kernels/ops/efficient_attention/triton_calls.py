@@ -6,11 +6,13 @@ Tensors may have any strides. The context and the statistics of the key softmax 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 from msformer_kernels.ops.efficient_attention.triton_kernels import (
     attention_combine_gradient_kernel,
     attention_combine_kernel,
@@ -98,10 +100,6 @@ class Rules:
     normalize_query: bool = True
     normalization: str = "softmax"
 
-    @classmethod
-    def of(cls, call: Any) -> Rules:
-        return cls(*(getattr(call, field.name) for field in fields(cls)))
-
     @property
     def softmax(self) -> bool:
         return self.normalization == "softmax"
@@ -113,6 +111,13 @@ class Rules:
     @property
     def query_by_length(self) -> bool:
         return self.normalize_query and not self.softmax
+
+
+_OPTIONS = itemgetter(*OPERATOR.positions([field.name for field in fields(Rules)]))
+
+
+def _rules(call: Any) -> Rules:
+    return Rules(*_OPTIONS(call))
 
 
 def make_context(
@@ -299,7 +304,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if min(shape) == 0:
         zeros = query.new_zeros(shape, dtype=torch.float32)
         return output.zero_(), zeros, zeros.new_zeros(shape[:3]), zeros.new_zeros(shape[:3])
-    rules, lengths = Rules.of(call), kept_tokens(mask, batch, tokens, query.device)
+    rules, lengths = _rules(call), kept_tokens(mask, batch, tokens, query.device)
     context, key_max, key_sum = make_context(key, value, mask, lengths, rules)
     write_output(query, context, lengths, output, rules)
     return output, context.view(shape), key_max.view(shape[:3]), key_sum.view(shape[:3])
@@ -311,7 +316,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     if saved.context.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    rules, lengths = Rules.of(call), kept_tokens(mask, batch, tokens, query.device)
+    rules, lengths = _rules(call), kept_tokens(mask, batch, tokens, query.device)
     context, key_max, key_sum = (x.contiguous() for x in saved)
     total, delta = query_gradients(grads.output, grads.context, query, context, lengths, grad_query, rules)
     key_gradients(total, delta, key, value, mask, key_max, key_sum, (grad_key, grad_value), rules)
