@@ -2,12 +2,18 @@
 threads sleep, as several processes may test at a time. Slow tests come last.
 """
 
+import getpass
 import os
+import tempfile
 
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Inductor's cache does not tell one ATEN_CPU_CAPABILITY from another: what it keeps for one does not compile for the next
+_CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+_CACHE = os.path.join(tempfile.gettempdir(), f"msformer-tests-{getpass.getuser()}", f"inductor-{_CAPABILITY}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _CACHE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
