@@ -10,7 +10,7 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Inductor's cache does not tell one ATEN_CPU_CAPABILITY from another: what it keeps for one does not compile for the next
+# Inductor's cache does not tell one ATEN_CPU_CAPABILITY from another: what it keeps for one does not compile for others
 _CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")
 _CACHE = os.path.join(tempfile.gettempdir(), f"msformer-tests-{getpass.getuser()}", f"inductor-{_CAPABILITY}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _CACHE)

@@ -38,6 +38,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def compile_anew() -> None:
+    """Tests compile the same functions, and only so many versions of one are kept."""
+    torch._dynamo.reset()
+
+
 def block_and_tokens(dim: int = 8) -> tuple[kernels.EfficientTransformerBlock, Tensor]:
     torch.manual_seed(0)
     return kernels.EfficientTransformerBlock(dim, num_heads=2), torch.randn(2, 12, dim, requires_grad=True)
