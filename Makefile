@@ -15,7 +15,7 @@ TORCH_CPU_VERSION := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.py")
 
 .PHONY: demo test bench lint build clean
 

@@ -25,17 +25,17 @@ class Reader {
   }
 
   void finish() const {
-    if (next_ != count_) fail("more");
+    if (next_ != count_) fail("no more");
   }
 
  private:
   PyObject* next() {
-    if (next_ == count_) fail("fewer");
+    if (next_ == count_) fail("more");
     return PyTuple_GET_ITEM(values_, next_++);
   }
   [[noreturn]] void fail(const char* how) const {
-    throw std::invalid_argument("_native: expected " + std::string(how) + " than " + std::to_string(next_) + " of " +
-                                std::to_string(count_) + " values");
+    throw std::invalid_argument("_native: got " + std::to_string(count_) + " values, expected " + how + " after " +
+                                std::to_string(next_));
   }
   long long integer() {
     const long long value = PyLong_AsLongLong(next());
@@ -45,14 +45,21 @@ class Reader {
 
   template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer> || std::is_enum_v<Integer>>>
   void read(Integer& field) {
-    field = static_cast<Integer>(integer());
+    const long long value = integer();
+    field = static_cast<Integer>(value);
+    if (static_cast<long long>(field) != value) fail("a smaller one");
   }
   void read(double& field) {
     field = PyFloat_AsDouble(next());
     if (field == -1 && PyErr_Occurred()) throw py::error_already_set();
   }
-  void read(void*& field) { field = PyLong_AsVoidPtr(next()); }
-  void read(const void*& field) { field = PyLong_AsVoidPtr(next()); }
+  void* address() {
+    void* value = PyLong_AsVoidPtr(next());
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  void read(void*& field) { field = address(); }
+  void read(const void*& field) { field = address(); }
   void read(Activation& a) { fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride); }
   void read(Mask& m) {
     const void* data;

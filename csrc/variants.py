@@ -65,6 +65,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 def write_variants_header(path: Path, variants: list[Variant]) -> None:
     """What csrc/dispatch.cpp includes; only written if it changes, so that nothing is compiled again for it."""
     rows = "".join(f" \\\n  X({variant.name}, {variant.condition()})" for variant in variants)
-    text = f"// Made by setup.py from its list of variants, best first.\n#define MSFORMER_FOR_EACH_VARIANT(X){rows}\n"
+    text = f"// Made from csrc/variants.py, best first.\n#define MSFORMER_FOR_EACH_VARIANT(X){rows}\n"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)

@@ -45,7 +45,7 @@ class Mutation:
     new: str
     tests: str
     """The file of tests that must notice it."""
-    expression: str = "native and not f16"
+    expression: str = "native and (bf16 or not f16)"
 
     @property
     def is_native(self) -> bool:

@@ -82,7 +82,7 @@ def test_native_kernels(name: str) -> None:
 
     if NATIVE[name]["MSFORMER_CPU_ISA"] not in _native.available_isas():
         pytest.skip("this machine does not have the variant")
-    run_accuracy_tests(NATIVE[name], "native and not f16", effort=0.25)
+    run_accuracy_tests(NATIVE[name], "native and (bf16 or not f16)", effort=0.25)
 
 
 @pytest.mark.slow

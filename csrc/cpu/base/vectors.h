@@ -11,7 +11,7 @@
 #include <cstring>
 #include <utility>
 
-// The build names the variant: MSFORMER_VARIANT is its namespace, MSFORMER_VECTOR_BYTES its width (setup.py).
+// The build names the variant: MSFORMER_VARIANT is its namespace, MSFORMER_VECTOR_BYTES its width (csrc/variants.py).
 namespace msformer::MSFORMER_VARIANT {
 
 template <class T>

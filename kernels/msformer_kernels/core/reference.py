@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.precision import arithmetic_dtype
+
 if TYPE_CHECKING:
     from msformer_kernels.core.operator import Operator
 
@@ -49,8 +51,10 @@ class Reference:
         for name in operator.skippable:
             if not getattr(grads, f"{name}_wanted"):
                 by_name.pop(name)
-        empty = call[0].new_empty(0)
-        return tuple(by_name.get(name, empty) for name in operator.differentiable)
+        unwanted, absent = call[0].new_empty(0), call[0].new_empty(0, dtype=arithmetic_dtype(call[0].dtype))
+        return tuple(
+            by_name.get(name, absent if getattr(call, name) is None else unwanted) for name in operator.differentiable
+        )
 
     def _present(self, call: Any) -> list[str]:
         return [name for name in self.operator.differentiable if getattr(call, name) is not None]

@@ -46,7 +46,11 @@ def test_the_build_has_the_variants_of_the_list() -> None:
 
 def test_a_call_with_too_few_or_too_many_values_is_refused() -> None:
     native = pytest.importorskip("msformer_kernels._native")
-    with pytest.raises(ValueError, match="expected fewer than 3 of 3 values"):
+    with pytest.raises(ValueError, match="got 3 values, expected more after 3"):
         native.linear_forward((1, 2, 3))
-    with pytest.raises(ValueError, match="expected more than"):
+    with pytest.raises(ValueError, match="got 50 values, expected no more after 19"):
         native.linear_forward((0,) * 50)
+    with pytest.raises(ValueError, match="expected a smaller one after 1"):
+        native.linear_forward((2**40, *(0,) * 18))
+    with pytest.raises(TypeError):
+        native.linear_forward((*(0,) * 5, "x", *(0,) * 13))

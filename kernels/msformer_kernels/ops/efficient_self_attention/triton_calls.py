@@ -60,7 +60,7 @@ class State(NamedTuple):
     key_max: Tensor
     key_sum: Tensor
     key_tokens: Tensor
-    """``[B, Dk, C]``, zeros in the unfolded form."""
+    """``[B, Dk, C]``; NaN in the unfolded form: a backward under another tf32 setting is then not wrong in silence."""
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
@@ -417,7 +417,7 @@ def _unfolded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
     if call.residual:
         output += x
     batch, keys = x.shape[0], call.query_weight.shape[0]
-    key_tokens = context.new_zeros(batch, keys, x.shape[2])
+    key_tokens = context.new_full((batch, keys, x.shape[2]), float("nan"))
     context = context.view(batch, heads, keys // heads, value.shape[3])
     return output, State(context, key_max.view(batch, keys), key_sum.view(batch, keys), key_tokens)
 
