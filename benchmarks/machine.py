@@ -132,7 +132,7 @@ def _multiply_adds(attempts: int, steps: int) -> tuple[float, str]:
         return max(attempt() for _ in range(attempts)), "float32 multiply-adds in registers"
     matrix = torch.ones(2048, 2048)
     seconds = min(_seconds(lambda: matrix @ matrix) for _ in range(attempts + 2))
-    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices, for want of a C++ compiler"
+    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices (no C++ compiler found)"
 
 
 @lru_cache(maxsize=1)

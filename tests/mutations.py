@@ -156,7 +156,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Triton: delta of the wrong head",
-        f"{KERNELS}/{PLAIN}/triton_kernels.py",
+        f"{KERNELS}/{PLAIN}/triton_backward.py",
         "tl.load(delta_ptr + pair * key_channels + features,",
         "tl.load(delta_ptr + pair // heads * heads * key_channels + features,",
         PLAIN,

@@ -1,4 +1,4 @@
-"""Finds launch options for the Triton kernels on the GPU at hand and writes them to a table:
+"""Finds launch options for the Triton kernels on this GPU and writes them to a table:
 
     python -m msformer_kernels.tune --out table.json [--kernel key_tokens ...] [--side 257]
     export MSFORMER_TRITON_TABLE=table.json

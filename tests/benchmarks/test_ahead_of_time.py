@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.host_time import measure_native
 from tests.kernels.cases import require
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +30,21 @@ def run_compiled(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_host_time_of_every_operator() -> None:
-    done = run_compiled("benchmarks.host_time")
+    done = run_compiled("benchmarks.host_time", "--backend", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
     times = {name: float(time) for name, time in re.findall(r"^(\w+) +(\d+) us a call$", done.stdout, re.MULTILINE)}
     assert times.keys() == {"efficient_attention", "efficient_self_attention", "mix_ffn", "batch_norm"}
     assert min(times.values()) > 0
+
+
+def test_host_time_of_native_calls_beside_eager() -> None:
+    require("native")
+    rows = measure_native(dim=8, repeats=2, rounds=1)
+    assert [name for name, _ in rows if "backward" not in name] == [
+        "linear", "efficient_self_attention", "mix_ffn", "efficient_attention", "batch_norm"
+    ]  # fmt: skip
+    assert len(rows) == 10
+    assert all(len(seconds) == 2 and min(seconds) > 0 for _, seconds in rows)
 
 
 @pytest.mark.slow

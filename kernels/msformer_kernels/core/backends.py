@@ -16,7 +16,8 @@ choice, the errors and `explain` all ask it. A call takes the first of:
 4. by default the fastest backend for the device that serves the call, else ``reference``.
 
 Under `torch.compile` and `torch.export` the first two are part of the graph, for the user chose them. Without them the
-graph names no backend, and 3 and 4 are decided whenever it runs, on the machine that it runs on.
+graph names no backend, and 3 and 4 are decided whenever it runs, on the machine that it runs on. An operator for which
+no backend has kernels on that device, as `linear` on a GPU, is plain PyTorch in the graph.
 """
 
 from __future__ import annotations
@@ -141,10 +142,16 @@ def resolve(
 
 
 def choose(operator: Served, argument: str | None, device_type: str, dtype: torch.dtype, call: Any) -> str | None:
-    """`resolve` for a call that is made now; None for one that is traced and has no choice of the user's in it."""
+    """`resolve` for a call that is made now; None for one that is traced and has no choice of the user's in it.
+
+    Where no machine has kernels for the operator on such a device, the traced call is the reference, for a compiler to
+    optimise, in place of an op that would run the reference as a whole.
+    """
     if argument is not None or getattr(_override, "name", None) is not None:
         return resolve(argument, device_type, dtype, operator, call)
-    return None if torch.compiler.is_compiling() else _by_machine(device_type, dtype, operator, call)
+    if not torch.compiler.is_compiling():
+        return _by_machine(device_type, dtype, operator, call)
+    return None if any(name in operator.served_by for name in _DEFAULT.get(device_type, ())) else "reference"
 
 
 def when_run(operator: Served, name: str | None, device_type: str, dtype: torch.dtype, call: Any) -> str:

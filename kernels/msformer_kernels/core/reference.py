@@ -33,8 +33,7 @@ class Reference:
     def forward(self, call: Any) -> Any:
         """What only the backward of another backend needs is NaN: no gradients are better than wrong ones."""
         with torch.no_grad():
-            found = self.operator.run_reference(self._in_one_dtype(call))
-        outputs = found if isinstance(found, tuple) else (found,)
+            outputs = self._run(call)
         state = self.operator.fake(call)[len(outputs) :]
         placed = [x.contiguous() for x in outputs] + [x.fill_(float("nan")) for x in state]
         return tuple(placed) if len(placed) > 1 else placed[0]
@@ -43,25 +42,37 @@ class Reference:
         operator = self.operator
         with _autograd(), torch.enable_grad():
             leaves = {n: getattr(call, n).detach().requires_grad_() for n in self._present(call)}
-            found = operator.run_reference(self._in_one_dtype(call._replace(**leaves)))
-            outputs = found if isinstance(found, tuple) else (found,)
+            outputs = self._run(call._replace(**leaves))
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
             gradients = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
         by_name = {name: g.contiguous() for name, g in zip(leaves, gradients, strict=True)}
         for name in operator.skippable:
             if not getattr(grads, f"{name}_wanted"):
                 by_name.pop(name)
-        unwanted, absent = call[0].new_empty(0), call[0].new_empty(0, dtype=arithmetic_dtype(call[0].dtype))
+        wide = arithmetic_dtype(call[0].dtype)
         return tuple(
-            by_name.get(name, absent if getattr(call, name) is None else unwanted) for name in operator.differentiable
+            by_name[name]
+            if name in by_name
+            else call[0].new_empty(0, dtype=wide if getattr(call, name) is None else None)
+            for name in operator.differentiable
         )
 
     def _present(self, call: Any) -> list[str]:
         return [name for name in self.operator.differentiable if getattr(call, name) is not None]
 
-    def _in_one_dtype(self, call: Any) -> Any:
-        """Under autocast a call may mix dtypes; that of the first tensor counts."""
+    def _run(self, call: Any) -> tuple[Tensor, ...]:
+        """The reference's outputs, the first in the dtype of the op.
+
+        A call mixes dtypes under autocast, or where the operator has wide parameters. If the activations are the
+        narrow ones, autocast to their dtype is what they come from, and it leaves wide what the eager reference does.
+        """
         dtype = call[0].dtype
-        mixed = {n: getattr(call, n) for n in self.operator.tensors}
-        changed = {n: t.to(dtype) for n, t in mixed.items() if t is not None and t.is_floating_point()}
-        return call._replace(**changed)
+        tensors = {n: getattr(call, n) for n in self.operator.tensors}
+        other = {n: t for n, t in tensors.items() if t is not None and t.is_floating_point() and t.dtype != dtype}
+        narrow = bool(other) and dtype in (torch.bfloat16, torch.float16)
+        if not narrow:
+            call = call._replace(**{n: t.to(dtype) for n, t in other.items()})
+        with torch.autocast(call[0].device.type, dtype, enabled=narrow, cache_enabled=False):
+            found = self.operator.run_reference(call)
+        first, *others = found if isinstance(found, tuple) else (found,)
+        return first.to(dtype), *others

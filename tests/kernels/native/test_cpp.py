@@ -36,12 +36,29 @@ def test_unit_tests(variant: Variant, tmp_path: Path) -> None:
     assert done.stdout == "0 failures\n"
 
 
-def test_the_build_has_the_variants_of_the_list() -> None:
-    """Best first, and the one that runs anywhere last."""
+def processor_features() -> set[str]:
+    """As `__builtin_cpu_supports` names them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("the features of the processor are read from /proc/cpuinfo")
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return {flag.replace("avx512_", "avx512") for flag in flags.split()}
+
+
+def compiles(variant: Variant, folder: Path) -> bool:
+    source = folder / f"{variant.name}.cpp"
+    source.write_text(f"#include <immintrin.h>\n{variant.probe}\n" if variant.probe else "")
+    arguments = [compiler(), *FLAGS, *variant.flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+    return subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+
+
+def test_the_build_has_the_variants_that_the_processor_has(tmp_path: Path) -> None:
+    """Every one that the compiler knows, best first, and the one that runs anywhere last."""
     native = pytest.importorskip("msformer_kernels._native")
-    names = [variant.name for variant in VARIANTS]
-    assert [name for name in names if name in native.available_isas()] == native.available_isas()
-    assert native.available_isas()[-1] == "plain"
+    features = processor_features()
+    usable = [v for v in VARIANTS if set(v.features) <= features and compiles(v, tmp_path)]
+    assert native.available_isas() == [variant.name for variant in usable]
+    assert usable[-1].name == "plain"
 
 
 def test_a_call_with_too_few_or_too_many_values_is_refused() -> None:

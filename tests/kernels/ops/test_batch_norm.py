@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import msformer_kernels as kernels
@@ -49,6 +50,32 @@ def test_a_large_mean_does_not_swallow_the_variance(backend: str) -> None:
     found = kernels.batch_norm(x, backend=backend)[0]
     exact = kernels.batch_norm(x.double(), backend="reference")[0]
     assert (found - exact).abs().max() < 2e-3, "rounding of the input's mean alone is 6e-4 of its deviation"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_float32_parameters_with_narrow_activations(dtype: torch.dtype, backend: str) -> None:
+    """As `torch.nn.BatchNorm2d`: they count with all their digits, and so do their gradients."""
+    torch.manual_seed(0)
+    layer = kernels.TokenBatchNorm(5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(5))
+        layer.bias.copy_(torch.randn(5))
+    x = torch.randn(2, 30, 5).to(dtype).requires_grad_()
+    exact = F.batch_norm(x.double().flatten(0, 1), None, None, layer.weight.double(), layer.bias.double(), True)
+    grad = torch.randn(60, 5, dtype=torch.float64).to(dtype)
+    inputs = (x, layer.weight, layer.bias)
+    expected = [exact, *torch.autograd.grad(exact, inputs, grad.double())]
+    with kernels.use_backend(backend):
+        output = layer(x)
+    found = [output.flatten(0, 1), *torch.autograd.grad(output, inputs, grad.view_as(output))]
+    assert [value.dtype for value in found] == [dtype, dtype, torch.float32, torch.float32]
+    for value, want in zip(found, expected, strict=True):
+        if value.dtype == dtype:  # rounded once, at the end
+            want, value = want.to(dtype).double(), value.double()
+            assert ((value - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-6).all()
+            assert (value != want).double().mean() < 0.02
+        else:
+            torch.testing.assert_close(value, want.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (0, 5, 3), (2, 0, 3)])

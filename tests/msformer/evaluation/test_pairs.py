@@ -15,7 +15,7 @@ from msformer.evaluation.pairs import read_mask, read_pair
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
 from tests.msformer.evaluation import data
-from tests.msformer.io.test_medical import save_dicom
+from tests.msformer.io.world import save_dicom
 
 
 def test_mismatched_sizes(tmp_path: Path) -> None:

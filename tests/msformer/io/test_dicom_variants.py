@@ -1,4 +1,4 @@
-"""What DICOM and NIfTI files from the field are like, beyond the well-formed ones of `test_medical`."""
+"""What DICOM and NIfTI files from the field are like, beyond the well-formed ones of `test_dicom` and `test_nifti`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msformer.io.base import ImageError, default_window
 from msformer.io.dicom import read_dicom
 from msformer.io.medical import read_slice
 from msformer.io.read import is_ct
-from tests.msformer.io.test_medical import GREY, save_dicom
+from tests.msformer.io.world import GREY, save_dicom
 
 UID = pydicom.uid
 

@@ -24,4 +24,5 @@ OPERATOR = Operator(
     statistics=("mean", "variance"),
     fake=_fake,
     served_by=("native", "triton"),
+    wide_parameters=True,  # as torch.nn.BatchNorm2d takes them
 )

@@ -1,4 +1,4 @@
-"""Efficient attention on query, key, value through the Triton kernels (triton_kernels.py).
+"""Efficient attention on query, key, value through the Triton kernels (triton_kernels.py, triton_backward.py).
 
 Tensors may have any strides. The context and the statistics of the key softmax are float32.
 """
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
-from msformer_kernels.ops.efficient_attention.triton_kernels import (
+from msformer_kernels.ops.efficient_attention.triton_backward import (
     attention_combine_gradient_kernel,
-    attention_combine_kernel,
     attention_context_gradient_kernel,
-    attention_context_kernel,
     attention_key_gradient_kernel,
-    attention_output_kernel,
     attention_query_gradient_kernel,
+)
+from msformer_kernels.ops.efficient_attention.triton_kernels import (
+    attention_combine_kernel,
+    attention_context_kernel,
+    attention_output_kernel,
 )
 from msformer_kernels.triton.launch import alignment, block_size, cdiv, dot_precision, mask_arguments, split_tokens
 from msformer_kernels.triton.table import COMPILED, launch_options

@@ -1,9 +1,9 @@
 """Efficient self-attention through Triton kernels: which form a shape gets, and its launches.
 
-Up to 128 channels and key features, in a dtype that tensor cores take, the folded form (triton_kernels.py). Wider,
-its tiles no longer fit the registers, nor do they in full float32, of which a product takes three terms (measured by
-`python -m benchmarks.ahead_of_time`); then queries, keys and values are made by the vendor's matrix products and go
-through the kernels of efficient_attention.
+Up to 128 channels and key features, in a dtype that tensor cores take, the folded form (triton_kernels.py,
+triton_backward.py). Wider, its tiles no longer fit the registers, nor do they in full float32, of which a product takes
+three terms (measured by `python -m benchmarks.ahead_of_time`); then queries, keys and values are made by the vendor's
+matrix products and go through the kernels of efficient_attention.
 
 The key bias is not needed: the softmax over tokens cancels it.
 """
@@ -26,14 +26,16 @@ from msformer_kernels.ops.efficient_attention.triton_calls import (
     write_output,
 )
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
-from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
+from msformer_kernels.ops.efficient_self_attention.triton_backward import (
     self_attention_fold_backward_kernel,
-    self_attention_fold_kernel,
-    self_attention_key_tokens_kernel,
-    self_attention_output_kernel,
     self_attention_query_backward_kernel,
     self_attention_token_backward_kernel,
     self_attention_weight_gradient_kernel,
+)
+from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
+    self_attention_fold_kernel,
+    self_attention_key_tokens_kernel,
+    self_attention_output_kernel,
 )
 from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.triton.launch import (
