@@ -4,6 +4,8 @@ A backend is one implementation of the operators:
 
 - ``reference``: plain PyTorch, any device and dtype, differentiable any number of times; the specification.
 - ``native``: compiled CPU kernels, float32, float64, bfloat16, float16.
+- ``cuda``: GPU kernels in CUDA C++, float32, bfloat16, float16. With ``MSFORMER_CUDA_EMULATE=1`` in the environment, when
+  they are built and when msformer_kernels is first imported, they run on CPU tensors through an emulation, for tests.
 - ``triton``: GPU kernels, float32, bfloat16, float16. With ``TRITON_INTERPRET=1`` in the environment when
   msformer_kernels is first imported, they run on CPU tensors through Triton's interpreter, for tests.
 
@@ -22,6 +24,7 @@ no backend has kernels on that device, as `linear` on a GPU, is plain PyTorch in
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -31,12 +34,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
@@ -52,15 +56,15 @@ class Served(Protocol):
     def why_not(self, backend: str, call: Any = None) -> str | None: ...
 
 
-def _import_native() -> tuple[bool, str]:
-    """Whether the compiled extension can be imported, and why not."""
+def _why_no_extension(name: str) -> str:
+    """Why a compiled extension cannot be imported; empty if it can."""
     try:
-        import_module("msformer_kernels._native")
+        import_module(f"msformer_kernels.{name}")
     except ImportError as error:
-        recorded = Path(__file__).parents[1] / "_native_error.txt"
+        recorded = Path(__file__).parents[1] / f"{name}_error.txt"
         reason = f"{recorded.read_text().splitlines()[0]} (all of it: {recorded})" if recorded.exists() else str(error)
-        return False, f"the compiled extension msformer_kernels._native is not available: {reason}"
-    return True, ""
+        return f"the compiled extension msformer_kernels.{name} is not available: {reason}"
+    return ""
 
 
 def _find_triton() -> str:
@@ -70,7 +74,10 @@ def _find_triton() -> str:
     return ""
 
 
-_native_imported, _native_reason = _import_native()
+_native_reason = _why_no_extension("_native")
+_emulated = os.environ.get("MSFORMER_CUDA_EMULATE") == "1"
+_CUDA_LIBRARIES = {"cuda": "_cuda", **({"cpu": "_cuda_emulated"} if _emulated else {})}
+_cuda_reasons = {device_type: _why_no_extension(name) for device_type, name in _CUDA_LIBRARIES.items()}
 _triton_reason = _find_triton()
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 # read by torch.compile as a guarded value, which a ContextVar cannot be
@@ -81,9 +88,38 @@ _warned = threading.Event()
 def _why_not_native(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, these are on {device_type}"
-    if not _native_imported:
+    if _native_reason:
         return _native_reason
     return None if dtype in _FLOATING else f"it has no kernels for {dtype}"
+
+
+def _why_not_cuda(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type not in _cuda_reasons:
+        here = f"these are on {device_type} (its emulation serves the CPU: MSFORMER_CUDA_EMULATE=1)"
+        return f"it serves GPU tensors, {here}"
+    if _cuda_reasons[device_type]:
+        return _cuda_reasons[device_type]
+    if device_type == "cuda" and (reason := _why_not_this_gpu()):
+        return reason
+    return None if dtype in _GPU_DTYPES else f"it has no kernels for {dtype}"
+
+
+@functools.cache
+def _why_not_this_gpu() -> str:
+    """Why the compiled kernels do not run with the driver or on the GPU that is here; empty if they do."""
+    if torch.version.hip:
+        return "it serves NVIDIA GPUs, this is PyTorch for AMD"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"it serves compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"
+    return import_module("msformer_kernels._cuda").why_not_this_driver()
+
+
+def cuda_library(device_type: str) -> ModuleType:
+    """The compiled CUDA kernels for tensors of this device; `why_not` has said that they are there."""
+    return import_module(f"msformer_kernels.{_CUDA_LIBRARIES[device_type]}")
 
 
 def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
@@ -92,18 +128,19 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
         return f"it serves GPU tensors, {here}"
     if _triton_reason:
         return _triton_reason
-    return None if dtype in _TRITON_DTYPES else f"it has no kernels for {dtype}"
+    return None if dtype in _GPU_DTYPES else f"it has no kernels for {dtype}"
 
 
 _WHY_NOT: dict[str, Callable[[str, torch.dtype], str | None]] = {
     "reference": lambda device_type, dtype: None,
     "native": _why_not_native,
+    "cuda": _why_not_cuda,
     "triton": _why_not_triton,
 }
 BACKENDS = tuple(_WHY_NOT)
-MODULES = {"native": "native", "triton": "triton_calls"}
+MODULES = {"native": "native", "cuda": "cuda_calls", "triton": "triton_calls"}
 """The module of each backend in the folder of an operator."""
-_DEFAULT = {"cpu": ("native",), "cuda": ("triton",)}
+_DEFAULT = {"cpu": ("native",), "cuda": ("cuda", "triton")}
 """By device the backends that a call gets unasked, fastest first."""
 
 
@@ -192,7 +229,7 @@ def _default(device_type: str, dtype: torch.dtype, operator: Served | None, call
     for name in _DEFAULT.get(device_type, ()):
         if why_not(name, device_type, dtype, operator, call) is None:
             return name
-    if device_type == "cpu" and not _native_imported and dtype in _FLOATING:
+    if device_type == "cpu" and _native_reason and dtype in _FLOATING:
         _warn_once()
     return "reference"
 

@@ -26,7 +26,7 @@ OPERATOR = Operator(
     mix_ffn,
     outputs=("output",),
     fake=_fake,
-    served_by=("native", "triton"),
+    served_by=("native", "cuda", "triton"),
     autocast=cast_output,
     limits={"triton": _too_wide},
 )

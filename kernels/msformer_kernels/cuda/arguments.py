@@ -1,0 +1,67 @@
+"""How tensors are handed to the CUDA kernels: addresses and strides (see csrc/cuda/api.h).
+
+Activations go as they are, with any strides. Parameters go contiguous, in the dtype of the activations or float32; their
+gradients are written in the dtype of the parameter. All of a call goes as one flat tuple of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msformer_kernels.core.backends import cuda_library
+
+BFLOAT16, FLOAT16, TF32, TF32X3 = range(4)
+"""Engines: the dtype of the activations and how their products are done."""
+
+
+def engine(dtype: torch.dtype) -> int:
+    """float32 goes through tf32 where PyTorch allows it for products of matrices, else through three products of parts
+    in tf32, which have the accuracy of float32."""
+    if dtype is torch.bfloat16:
+        return BFLOAT16
+    if dtype is torch.float16:
+        return FLOAT16
+    return TF32 if torch.backends.cuda.matmul.allow_tf32 else TF32X3
+
+
+def library(x: Tensor) -> ModuleType:
+    """The compiled kernels for tensors like x, of the GPU or emulated."""
+    return cuda_library(x.device.type)
+
+
+def stream(x: Tensor) -> int:
+    """The current stream of x's device; the emulation has none."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
+def tokens(x: Tensor) -> tuple[int, ...]:
+    """(address, batch stride, token stride, channel stride) of `[B, N, C]`."""
+    return (x.data_ptr(), *x.stride())
+
+
+def contiguous(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+    """Parameters as the kernels take them; the caller keeps the list alive while they are launched."""
+    return [
+        p
+        if p is None or (p.is_contiguous() and p.dtype in (x.dtype, torch.float32))
+        else p.to(p.dtype if p.dtype is x.dtype else torch.float32).contiguous()
+        for p in parameters
+    ]
+
+
+def empty_gradients(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
+    """Room for the gradients; zero-size and float32 for an absent parameter."""
+    return [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters]
+
+
+def with_width(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """(address, whether float32) of each, one after the other; 0 for none."""
+    flat: list[Any] = []
+    for t in tensors:
+        flat += (0, False) if t is None or t.numel() == 0 else (t.data_ptr(), t.dtype is torch.float32)
+    return flat

@@ -1,0 +1,67 @@
+"""MixFFN and MixFFN-skip through the CUDA kernels (csrc/cuda/mix_ffn_forward.cu, mix_ffn_backward.cu).
+
+The backward recomputes everything from the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msformer_kernels.cuda.arguments import (
+    contiguous,
+    empty_gradients,
+    engine,
+    library,
+    stream,
+    tokens,
+    with_width,
+)
+from msformer_kernels.ops.mix_ffn.spec import OPERATOR
+
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+
+
+def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
+    """Sizes, options and inputs, as every entry point takes them first."""
+    return (
+        call.x.shape[0],
+        call.height,
+        call.width,
+        call.x.shape[2],
+        call.fc1_weight.shape[0],
+        call.norm_eps,
+        call.skip,
+        call.residual,
+        _ACTIVATIONS[call.activation],
+        *tokens(call.x),
+        *with_width(parameters),
+    )
+
+
+def forward(call: Any) -> Tensor:
+    x = call.x
+    output = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return output
+    parameters = contiguous(OPERATOR.parameters_of(call), x)
+    library(x).mix_ffn_forward(engine(x.dtype), stream(x), (*_inputs(call, parameters), *tokens(output)))
+    return output
+
+
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    x, given = call.x, OPERATOR.parameters_of(call)
+    grad_x, gradients = x.new_empty(x.shape), empty_gradients(given, x)
+    if x.numel() == 0:
+        return grad_x, *(g.zero_() for g in gradients)
+    parameters, how, kernels = contiguous(given, x), engine(x.dtype), library(x)
+    inputs = _inputs(call, parameters)
+    scratch = x.new_empty(kernels.mix_ffn_backward_scratch(how, inputs), dtype=torch.uint8)
+    kernels.mix_ffn_backward(
+        how,
+        stream(x),
+        (*inputs, *tokens(grads.output), *tokens(grad_x), *with_width(gradients), scratch.data_ptr()),
+    )
+    return grad_x, *gradients
