@@ -48,6 +48,7 @@ struct Copy {
 struct Warp {
   alignas(16) std::uint32_t given[2][32][8];
   alignas(16) std::uint32_t made[2][32][4];
+  double sum[2][32][4];
   int arrived = 0;
   std::uint32_t mask = 0;
 };
@@ -414,6 +415,13 @@ inline float round_to_tf32(float x) {
   return (u & 0x7f800000u) == 0x7f800000u ? x : float_of((u + 0x1000u) & 0xffffe000u);
 }
 
+inline float cut_off(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(x)
+             ? std::nextafter(nearest, 0.0f)
+             : nearest;
+}
+
 // K values of a row of A; PACKED of them in a register.
 template <int K, int PACKED, class Value>
 void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Value value) {
@@ -422,7 +430,8 @@ void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, un
   auto* given = emulated::give(all, sizeof(all));
   emulated::Warp& w = *emulated::self().warp;
   emulated::meet(~0u, [&] {  // the last lane multiplies for the warp
-    float left[16][K], right[K][8], sum[16][8] = {};
+    float left[16][K], right[K][8];
+    double sum[16][8] = {};
     for (int l = 0; l < 32; l++)
       for (int e = 0; e < PACKED; e++) {
         const int k = l % 4 * PACKED + e;
@@ -431,13 +440,13 @@ void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, un
       }
     for (int i = 0; i < 16; i++)
       for (int k = 0; k < K; k++)
-        for (int j = 0; j < 8; j++) sum[i][j] += left[i][k] * right[k][j];
+        for (int j = 0; j < 8; j++) sum[i][j] += static_cast<double>(left[i][k]) * right[k][j];
     for (int l = 0; l < 32; l++)
-      for (int q = 0; q < 4; q++) std::memcpy(&w.made[side][l][q], &sum[l / 4 + q / 2 * 8][l % 4 * 2 + q % 2], 4);
+      for (int q = 0; q < 4; q++) w.sum[side][l][q] = sum[l / 4 + q / 2 * 8][l % 4 * 2 + q % 2];
   });
-  float made[4];
-  std::memcpy(made, w.made[side][emulated::self().lane], 16);
-  for (int q = 0; q < 4; q++) d[q] += made[q];
+  // products are exact, and so is their sum to many bits; it is cut off, not rounded, to a float (Fasi et al.,
+  // "Numerical behavior of NVIDIA tensor cores", 2021)
+  for (int q = 0; q < 4; q++) d[q] = cut_off(d[q] + w.sum[side][emulated::self().lane][q]);
 }
 inline void multiply_add(bf16, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   multiply_add_by_hand<16, 2>(

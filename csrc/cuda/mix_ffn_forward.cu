@@ -66,9 +66,9 @@ mix_ffn_forward_kernel(const MixFFN a) {
         commit();
       }
       if (pass == 0 || !norm || !a.keep) {
-        make_hidden<E, 1>(a, place, mean, rstd, tokens, fc1, hidden, first);
-        convolve<E, 0>(a, hidden, first,
-                       [&](int p, int c, float value) { z[p * m.z_stride + c] = from_float<T>(value); });
+        make_hidden<E, 1>(a, place, mean, rstd, tokens, tile_stride<T>(a.channel_chunk), fc1, hidden, first);
+        convolve<E, 0, false>(a, hidden, first,
+                              [&](int p, int c, float value) { z[p * m.z_stride + c] = from_float<T>(value); });
         __syncthreads();
       }
       if (pass == 0) {
@@ -80,13 +80,9 @@ mix_ffn_forward_kernel(const MixFFN a) {
         const int p = i / C::CHUNK, c = i % C::CHUNK;
         float value = 0;
         if (c < channels) {
-          value = to_float(z[p * m.z_stride + c]);
-          if (norm) {
-            const float scale = rsqrtf(z_squares[p] / static_cast<float>(a.arguments.hidden) + a.arguments.eps);
-            value = (value - z_mean[p]) * scale * element<T>(a.arguments.parameters.hidden_norm_weight, first + c);
-            if (a.arguments.parameters.hidden_norm_bias.data)
-              value += element<T>(a.arguments.parameters.hidden_norm_bias, first + c);
-          }
+          const float scale =
+              norm ? rsqrtf(z_squares[p] / static_cast<float>(a.arguments.hidden) + a.arguments.eps) : 1;
+          value = normalize_hidden<T>(a, to_float(z[p * m.z_stride + c]), z_mean[p], scale, first + c);
           value = activate(a.arguments.activation, value);
         }
         z[p * m.z_stride + c] = from_float<T>(value);
@@ -98,7 +94,7 @@ mix_ffn_forward_kernel(const MixFFN a) {
     }
 
   y.each([&](int p, int c, float sum) {
-    const std::int64_t token = place.template token<Region<E, 0>, 0>(a, p);
+    const std::int64_t token = place.template token<Region<E, 0>>(a, p);
     if (token < 0 || c >= outs) return;
     if (a.arguments.parameters.fc2_bias.data) sum += element<T>(a.arguments.parameters.fc2_bias, out + c);
     if (a.arguments.residual) sum += to_float(read(address<T>(a.arguments.x, place.image, token, out + c)));
@@ -109,7 +105,7 @@ mix_ffn_forward_kernel(const MixFFN a) {
 template <class E>
 int forward(const MixFFNArguments& arguments, void* stream) {
   using C = Config<E>;
-  MixFFN a{arguments, 0, arguments.parameters.hidden_norm_weight.data != nullptr};
+  MixFFN a{arguments, 0, arguments.parameters.hidden_norm_weight.data != nullptr, {}};
   auto bytes = [&](int chunk) {
     a.channel_chunk = chunk;
     return ForwardMemory<E>(a).all;

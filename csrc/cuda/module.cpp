@@ -78,4 +78,6 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   m.def("is_emulated", is_emulated);
   m.def("shared_memory", shared_memory);
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
+  define(m, "mix_ffn_backward", mix_ffn_backward, read_backward);
+  define_scratch(m, "mix_ffn_backward_scratch", mix_ffn_backward_scratch);
 }
