@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace msformer::gpu {
 
@@ -65,5 +67,10 @@ bool is_emulated();
 // Bytes that a block may have on the current device; 0 without one.
 int shared_memory();
 const char* error_text(int error);
+// Why the driver here does not run these kernels; empty if it does.
+std::string why_not_this_driver();
+// The compute capabilities that there is code for, times ten, ascending; for newer ones there is PTX of the first. None
+// for the emulation.
+std::vector<int> compiled_for();
 
 }  // namespace msformer::gpu

@@ -1,6 +1,7 @@
 // What the module asks about the device.
 #include "api.h"
 #include "block.h"
+#include "driver.h"
 
 namespace msformer::gpu {
 
@@ -21,5 +22,25 @@ const char* error_text(int error) {
 }
 
 int shared_memory() { return most_shared(); }
+
+std::string why_not_this_driver() {
+#ifdef MSFORMER_CUDA_EMULATE
+  return "";
+#else
+  int driver = 0;
+  const cudaError_t error = cudaDriverGetVersion(&driver);
+  return error ? cudaGetErrorString(error) : why_not_driver(CUDART_VERSION, driver);
+#endif
+}
+
+std::vector<int> compiled_for() {
+#ifdef MSFORMER_CUDA_EMULATE
+  return {};
+#else
+  std::vector<int> found{__CUDA_ARCH_LIST__};  // of nvcc, e.g. 800,900
+  for (int& architecture : found) architecture /= 10;
+  return found;
+#endif
+}
 
 }  // namespace msformer::gpu
