@@ -114,9 +114,11 @@ def test_a_wheel_without_compilers_says_what_it_lacks(tmp_path: Path) -> None:
     assert {path.name for path in package.glob("_*")} == {
         "__init__.py", "_cuda.pyi", "_cuda_error.txt", "_cuda_emulated_error.txt", "_native.pyi", "_native_error.txt"
     }  # fmt: skip
-    code = (
-        "import msformer_kernels as k; print(k.explain().reasons['native']); print(k.explain('cuda').reasons['cuda'])"
-    )
+    code = """
+from msformer_kernels import explain
+print(explain().reasons["native"])
+print(explain("cuda").reasons["cuda"])
+"""
     # without site: an editable install would find its own extensions
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "installed"), *sys.path])}
     shown = subprocess.run(
