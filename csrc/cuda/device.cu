@@ -17,6 +17,7 @@ bool is_emulated() {
 
 const char* error_text(int error) {
 #ifdef MSFORMER_CUDA_EMULATE
+  if (error == emulated::OUT_OF_MEMORY) return "out of memory";
   return error == emulated::INVALID_CONFIGURATION ? "invalid configuration of a launch" : "unknown error";
 #else
   return cudaGetErrorString(static_cast<cudaError_t>(error));
