@@ -209,6 +209,21 @@ read_before_write_kernel(const Small a) {
 }
 
 KERNEL(64, 1)
+late_copy_kernel(const Small a) {  // 1 where a copy is not there before it is waited for, and then is
+  DYNAMIC_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  shared[threadIdx.x] = 5;
+  copy<4>(shared + threadIdx.x, a.values + threadIdx.x);
+  const float copied = shared[threadIdx.x];
+  commit();
+  const float committed = shared[threadIdx.x];
+  wait<0>();
+  const float found = shared[threadIdx.x];
+  const bool late = copied != copied && committed != committed && found == to_float(read(a.values + threadIdx.x));
+  write(a.values + threadIdx.x, late ? 1.0f : 0.0f);
+}
+
+KERNEL(64, 1)
 beyond_shared_memory_kernel(const Small a) {
   DYNAMIC_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -240,6 +255,7 @@ const std::map<std::string, int (*)()> SMALL = {
     {"barrier_of_part_of_a_warp", small<barrier_of_part_of_a_warp_kernel>},
     {"misaligned_read", small<misaligned_read_kernel>},
     {"read_before_write", small<read_before_write_kernel>},
+    {"late_copy", small<late_copy_kernel>},
     {"beyond_shared_memory", small<beyond_shared_memory_kernel>},
     {"large_stack", small<large_stack_kernel>},
 };

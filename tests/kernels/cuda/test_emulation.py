@@ -117,6 +117,10 @@ def test_shared_memory_is_nan_before_it_is_written(program: Program) -> None:
         assert all(math.isnan(value) for value in values)
 
 
+def test_a_copy_is_not_there_before_it_is_waited_for(program: Program) -> None:
+    assert program("late_copy").stdout.split() == [b"1"] * 64
+
+
 def test_threads_that_have_ended_are_not_waited_for(program: Program) -> None:
     for order in ORDERS:
         assert program("early_end", order=order).stdout.split() == [b"1"] * 40 + [b"0"] * 24
