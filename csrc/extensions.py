@@ -111,17 +111,21 @@ def emulation_is_wanted() -> bool:
     return os.environ.get("MSFORMER_CUDA_EMULATE") == "1"
 
 
+def build_emulation(output: Path, folder: Path, *flags: str) -> None:
+    """The CUDA kernels for the CPU, with these flags in addition."""
+    compiler = find_compiler()
+    command = [*compiler, *EMULATION_FLAGS, *flags]
+    # -x: a plain compiler does not know .cu
+    objects = [Object(f"{path.stem}.o", path, [*command, "-x", "c++"]) for path in CUDA_KERNELS]
+    objects.append(Object("module.o", CUDA_MODULE, [*command, *python_includes()]))
+    run_ninja(output, folder, objects, [*compiler, *SHARED_LIBRARY, *flags])
+
+
 def build_cuda_emulated(output: Path, folder: Path) -> None:
-    """The CUDA kernels for the CPU."""
+    """The emulation, where it is wanted."""
     if not emulation_is_wanted():
         raise NotBuilt("it is for tests, and built where MSFORMER_CUDA_EMULATE=1 is in the environment of the install")
-    compiler = find_compiler()
-    objects = [
-        Object(f"{path.stem}.o", path, [*compiler, *EMULATION_FLAGS, "-x", "c++"])  # which does not know .cu
-        for path in CUDA_KERNELS
-    ]
-    objects.append(Object("module.o", CUDA_MODULE, [*compiler, *EMULATION_FLAGS, *python_includes()]))
-    run_ninja(output, folder, objects, [*compiler, *SHARED_LIBRARY])
+    build_emulation(output, folder)
 
 
 def is_set(name: str) -> bool:
