@@ -11,7 +11,7 @@ import torch
 from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import require
 
-COMPILED = ["native-many_tokens", "native-few_tokens", "triton-folded", "cuda"]
+COMPILED = ["native-many_tokens", "native-few_tokens", "cuda", "triton-folded"]
 WITH_FLOAT64 = [name for name in COMPILED if name.startswith("native")]
 
 
