@@ -15,7 +15,7 @@ TORCH_CPU_VERSION := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.py")
+SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h" -o -name "*.py")
 
 .PHONY: demo test bench lint build clean
 
@@ -31,14 +31,14 @@ bench: $(VENV)/installed-bench
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
 	MYPYPATH=kernels $(BIN)/mypy -p msformer_kernels -p msformer -p benchmarks -p studies
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_native*
+	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_*.so kernels/msformer_kernels/_*_error.txt
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ endif
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(PIP) install --editable .
 	touch $@
+
+# with the emulation of the CUDA kernels, for tests; an install without it takes it away
+$(VENV)/installed-bench $(VENV)/installed-test $(VENV)/installed-dev: export MSFORMER_CUDA_EMULATE = 1
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(PIP) install --editable ".[bench]"

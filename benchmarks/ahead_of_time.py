@@ -122,24 +122,27 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
         architecture.cache_clear()
 
 
-def launch_everything(dim: int, dtype: torch.dtype, attention_only: bool) -> None:
-    """Calls every operator, or self-attention only, forward and backward, with the triton backend."""
+def launch_everything(
+    dim: int, dtype: torch.dtype, attention_only: bool = False, backend: str = "triton", side: int = 16
+) -> None:
+    """Calls every operator, or self-attention only, forward and backward, on side x side tokens."""
     import msformer_kernels as kernels
     from msformer_kernels.core import backends
 
     heads = {32: 1, 64: 2, 100: 1, 160: 5, 256: 8}.get(dim, 1)
     block = kernels.EfficientTransformerBlock(dim, num_heads=heads).to(dtype)
     mix_ffn = kernels.MixFFN(dim, 4 * dim).to(dtype)
-    x = torch.randn(1, 256, dim, dtype=dtype, requires_grad=True)
-    mask = torch.ones(1, 256, dtype=torch.bool)
-    q = torch.randn(1, heads, 256, dim // heads, dtype=dtype, requires_grad=True)
-    with mock.patch.object(backends, "_interpreted", True), kernels.use_backend("triton"):
+    tokens = side * side
+    x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    q = torch.randn(1, heads, tokens, dim // heads, dtype=dtype, requires_grad=True)
+    with mock.patch.object(backends, "_interpreted", True), kernels.use_backend(backend):
         if attention_only:
             sum(y.sum() for y in block.attn(x, norm=block.norm1, residual=True)).backward()
             return
-        output, context = block(x, 16, 16)
+        output, context = block(x, side, side)
         (output.sum() + context.sum()).backward()
-        mix_ffn(x, 16, 16).sum().backward()
+        mix_ffn(x, side, side).sum().backward()
         kernels.efficient_attention(q, q, q)[0].sum().backward()
         kernels.batch_norm(x)[0].sum().backward()
         if dim == WITH_MASK:

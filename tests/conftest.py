@@ -1,5 +1,5 @@
-"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter, and OpenMP's waiting
-threads sleep, as several processes may test at a time. Slow tests come last.
+"""Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter, CUDA kernels in their
+emulation, and OpenMP's waiting threads sleep, as several processes may test at a time. Slow tests come last.
 """
 
 import getpass
@@ -9,6 +9,7 @@ import tempfile
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["MSFORMER_CUDA_EMULATE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Inductor's cache does not tell one ATEN_CPU_CAPABILITY from another: what it keeps for one does not compile for others
 _CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")

@@ -7,6 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
 
 namespace msformer::gpu {
 
@@ -65,5 +68,13 @@ bool is_emulated();
 // Bytes that a block may have on the current device; 0 without one.
 int shared_memory();
 const char* error_text(int error);
+// The emulation alone: from now on launches are only recorded, or no longer. Returns the kernel, threads and bytes of
+// shared memory of those that were.
+std::vector<std::tuple<std::string, int, int>> record_launches(bool on);
+// Why the driver here does not run these kernels; empty if it does.
+std::string why_not_this_driver();
+// The compute capabilities that there is code for, times ten, ascending; for newer ones there is PTX of the first. None
+// for the emulation.
+std::vector<int> compiled_for();
 
 }  // namespace msformer::gpu

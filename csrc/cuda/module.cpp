@@ -3,6 +3,7 @@
 //
 // A call hands over engine, stream and one flat tuple of numbers, the fields of the operator's arguments in order.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -77,6 +78,9 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   m.doc() = "CUDA kernels of msformer_kernels";
   m.def("is_emulated", is_emulated);
   m.def("shared_memory", shared_memory);
+  m.def("record_launches", record_launches);
+  m.def("why_not_this_driver", why_not_this_driver);
+  m.def("compiled_for", compiled_for);
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
   define(m, "mix_ffn_backward", mix_ffn_backward, read_backward);
   define_scratch(m, "mix_ffn_backward_scratch", mix_ffn_backward_scratch);

@@ -4,8 +4,9 @@ A backend is one implementation of the operators:
 
 - ``reference``: plain PyTorch, any device and dtype, differentiable any number of times; the specification.
 - ``native``: compiled CPU kernels, float32, float64, bfloat16, float16.
-- ``cuda``: GPU kernels in CUDA C++, float32, bfloat16, float16. With ``MSFORMER_CUDA_EMULATE=1`` in the environment, when
-  they are built and when msformer_kernels is first imported, they run on CPU tensors through an emulation, for tests.
+- ``cuda``: GPU kernels in CUDA C++, float32, bfloat16, float16. With ``MSFORMER_CUDA_EMULATE=1`` in the environment,
+  when they are built and when msformer_kernels is first imported, they run on CPU tensors through an emulation, for
+  tests.
 - ``triton``: GPU kernels, float32, bfloat16, float16. With ``TRITON_INTERPRET=1`` in the environment when
   msformer_kernels is first imported, they run on CPU tensors through Triton's interpreter, for tests.
 
@@ -109,12 +110,17 @@ def _why_not_this_gpu() -> str:
     """Why the compiled kernels do not run with the driver or on the GPU that is here; empty if they do."""
     if torch.version.hip:
         return "it serves NVIDIA GPUs, this is PyTorch for AMD"
+    library = cuda_library("cuda")
+    if reason := library.why_not_this_driver():
+        return reason
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"it serves compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"
-    return import_module("msformer_kernels._cuda").why_not_this_driver()
+    major, minor = torch.cuda.get_device_capability()
+    oldest = min(library.compiled_for())
+    if 10 * major + minor < oldest:
+        served = f"{oldest // 10}.{oldest % 10} and newer"
+        return f"it is compiled for compute capability {served}, this GPU has {major}.{minor}"
+    return ""
 
 
 def cuda_library(device_type: str) -> ModuleType:

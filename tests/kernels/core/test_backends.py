@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import msformer_kernels as kernels
 from msformer_kernels.core import backends
-from msformer_kernels.core.backends import resolve
+from msformer_kernels.core.backends import cuda_library, resolve
 from msformer_kernels.core.operator import OPERATORS
 from msformer_kernels.core.reference import Reference
 from tests.kernels.cases import (
@@ -90,8 +93,9 @@ def test_native_serves_the_cpu_only() -> None:
     assert "native" not in kernels.available_backends(torch.device("cuda", 0))
 
 
-def test_triton_serves_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_serves_the_gpu_where_the_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    monkeypatch.setitem(backends._cuda_reasons, "cuda", "no nvcc")
     require("triton")
     assert kernels.explain(device="cuda:0", dtype=torch.bfloat16).chosen == "triton"
     assert resolve(None, "cuda", torch.float64) == "reference", "there are no kernels for it"
@@ -106,6 +110,78 @@ def test_triton_serves_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(None, "cuda", torch.float32) == "reference"
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A GPU that is not there, which the CUDA kernels serve until a test takes something away from it."""
+    found = SimpleNamespace(driver="", compiled=[80, 90], capability=(8, 6), seen=True)
+    library = SimpleNamespace(why_not_this_driver=lambda: found.driver, compiled_for=lambda: found.compiled)
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+    monkeypatch.setitem(backends._cuda_reasons, "cuda", "")
+    monkeypatch.setattr(backends, "cuda_library", lambda device_type: library)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found.seen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found.capability)
+    backends._why_not_this_gpu.cache_clear()
+    yield found
+    backends._why_not_this_gpu.cache_clear()
+
+
+def test_cuda_serves_the_gpu(gpu: SimpleNamespace) -> None:
+    explanation = kernels.explain("cuda:0", torch.bfloat16, "mix_ffn")
+    assert explanation.chosen == "cuda"
+    assert explanation.reasons["cuda"] == "usable"
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ({"driver": "CUDA 13.5 needs driver 580 or newer"}, "CUDA 13.5 needs driver 580 or newer"),
+        ({"seen": False}, "PyTorch sees no GPU"),
+        ({"capability": (7, 5)}, "it is compiled for compute capability 8.0 and newer, this GPU has 7.5"),
+        ({"compiled": [90, 120]}, "it is compiled for compute capability 9.0 and newer, this GPU has 8.6"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_explain_says_what_the_cuda_kernels_lack(missing: dict[str, object], reason: str, gpu: SimpleNamespace) -> None:
+    vars(gpu).update(missing)
+    explanation = kernels.explain("cuda", torch.float16, "mix_ffn")
+    assert explanation.chosen != "cuda"
+    assert explanation.reasons["cuda"] == f"not usable: {reason}"
+
+
+def test_explain_names_the_dtype_that_the_cuda_kernels_lack(gpu: SimpleNamespace) -> None:
+    assert kernels.explain("cuda", torch.float64).reasons["cuda"] == "not usable: it has no kernels for torch.float64"
+
+
+def test_explain_says_that_pytorch_is_for_amd(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    reason = kernels.explain("cuda", torch.float16).reasons["cuda"]
+    assert reason == "not usable: it serves NVIDIA GPUs, this is PyTorch for AMD"
+
+
+def test_explain_says_why_the_cuda_kernels_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first line of what the build left behind; the rest is in the file."""
+    package = tmp_path / "msformer_kernels"
+    (package / "core").mkdir(parents=True)
+    (package / "_missing_error.txt").write_text("no nvcc, which compiles the CUDA kernels\nmore\n")
+    monkeypatch.setattr(backends, "__file__", str(package / "core" / "backends.py"))
+    monkeypatch.setitem(backends._cuda_reasons, "cuda", backends._why_no_extension("_missing"))
+    reason = kernels.explain("cuda").reasons["cuda"]
+    assert "msformer_kernels._missing is not available: no nvcc, which compiles the CUDA kernels (all of it: " in reason
+    assert "more" not in reason
+
+
+def test_cuda_serves_the_cpu_in_its_emulation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("cuda")
+    assert resolve("cuda", "cpu", torch.float32) == "cuda"
+    assert cuda_library("cpu").is_emulated()
+    assert cuda_library("cpu").compiled_for() == []
+    assert cuda_library("cpu").why_not_this_driver() == ""
+    monkeypatch.delitem(backends._cuda_reasons, "cpu")
+    with pytest.raises(kernels.BackendError, match=r"these are on cpu \(its emulation serves the CPU: MSFORMER_CUDA"):
+        resolve("cuda", "cpu", torch.float32)
+
+
 def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
     assert resolve(None, "cpu", torch.float8_e4m3fn) == "reference"
@@ -115,8 +191,8 @@ def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_op_names_the_backends_that_it_has() -> None:
     q = torch.randn(1, 1, 3, 2)
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; expected one of reference, native, triton"):
-        torch.ops.msformer.efficient_attention(q, q, q, None, 1.0, 1.0, 1.0, True, "softmax", "cuda")
+    with pytest.raises(ValueError, match=r"unknown backend 'tpu'; expected one of reference, native, cuda, triton"):
+        torch.ops.msformer.efficient_attention(q, q, q, None, 1.0, 1.0, 1.0, True, "softmax", "tpu")
     with pytest.raises(kernels.BackendError, match=r"'triton' .*it has no kernels for linear"):
         torch.ops.msformer.linear(q[0], torch.randn(3, 2), None, "triton")
 
@@ -171,6 +247,7 @@ def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatc
     text = str(explanation)
     assert "* native" in text
     assert "instruction set" in text
+    monkeypatch.setitem(backends._cuda_reasons, "cuda", "no nvcc")
     assert kernels.explain("cuda").exceptions["linear"] == "reference (triton: it has no kernels for linear)"
     with pytest.raises(ValueError, match=r"operator: expected one of .*, got 'softmax'"):
         kernels.explain(operator="softmax")
@@ -186,7 +263,6 @@ def test_explain_tells_the_choice_and_the_reasons(monkeypatch: pytest.MonkeyPatc
 
 def test_without_the_extension_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "_native_imported", False)
     monkeypatch.setattr(backends, "_native_reason", "no C++ compiler")
     monkeypatch.setattr(backends, "_warned", threading.Event())
     q = torch.randn(1, 1, 3, 2)

@@ -26,17 +26,20 @@ from tests.kernels.cases import (
     self_attention_case,
 )
 
-CASES = [
-    attention_case("attention", batch=2, heads=2, mask="random"),
-    self_attention_case("self_attention", heads=2, key_channels=4, value_channels=10),
-    self_attention_case("self_attention_bare", norm=False, biases=False, mask="random"),
-    mix_ffn_case("mix_ffn"),
-    mix_ffn_case("mix_ffn_bare", norm=False, hidden_norm=False, biases=False),
-    linear_case("linear"),
-    linear_case("linear_bare", bias=False),
-    batch_norm_case("batch_norm"),
-    batch_norm_case("batch_norm_plain", affine=False),
-]
+CASES = {
+    "efficient_attention": [attention_case("attention", batch=2, heads=2, mask="random")],
+    "efficient_self_attention": [
+        self_attention_case("self_attention", heads=2, key_channels=4, value_channels=10),
+        self_attention_case("self_attention_bare", norm=False, biases=False, mask="random"),
+    ],
+    "mix_ffn": [
+        mix_ffn_case("mix_ffn"),
+        mix_ffn_case("mix_ffn_bare", norm=False, hidden_norm=False, biases=False),
+    ],
+    "linear": [linear_case("linear"), linear_case("linear_bare", bias=False)],
+    "batch_norm": [batch_norm_case("batch_norm"), batch_norm_case("batch_norm_plain", affine=False)],
+}
+WITH_OPERATOR = [pytest.param(name, case, id=case.name) for name, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -94,14 +97,13 @@ def check_ops(forward: Op, backward: Op, tests: tuple[str, ...] = (*REGISTRATION
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
-    if "linear" in case.name and backend == "triton":
-        pytest.skip("Triton has no kernels for linear")
+@pytest.mark.parametrize(("operator", "case"), WITH_OPERATOR)
+def test_opcheck(operator: str, case: Case, dtype: torch.dtype, backend: str) -> None:
+    require(backend, operator)
     check_ops(*ops_of(case, dtype, backend))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
 def test_opcheck_of_ops_that_run_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a graph that names no backend, on a machine that has none. What only another backend's backward reads is
     NaN, which the test of AOT dispatch takes for a difference."""
@@ -140,6 +142,7 @@ def test_compile_with_inductor() -> None:
 
 def test_compiled_code_follows_the_backend(backend: str) -> None:
     """A change of backend recompiles: the op appears in the graph or does not."""
+    require(backend, "efficient_attention")
     graphs: list[str] = []
 
     def record(module: torch.fx.GraphModule, inputs: object) -> object:
@@ -156,6 +159,7 @@ def test_compiled_code_follows_the_backend(backend: str) -> None:
 
 def test_a_graph_names_no_backend_unless_the_user_chose_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the environment says, and what the machine has, is asked whenever the graph runs."""
+    require(backend, "efficient_attention")
     recorded: list[torch.fx.GraphModule] = []
 
     def record(module: torch.fx.GraphModule, inputs: object) -> object:
@@ -244,7 +248,7 @@ def test_a_graph_on_the_reference_keeps_wide_what_eager_does(
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["native", "triton", "reference"])
+@pytest.mark.parametrize("name", ["native", "cuda", "triton", "reference"])
 def test_autocast(name: str) -> None:
     require(name)
     block, x = block_and_tokens(16)
@@ -326,7 +330,7 @@ def _train_one_step(rank: int, world_size: int, backend: str, store: str, result
     os._exit(0)  # gloo's threads now and then abort the process while the interpreter shuts down
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("name", ["native", "cuda", "triton"])
 def test_ddp_averages_the_gradients_of_two_processes(name: str, tmp_path: Path) -> None:
     require(name)
     torch.multiprocessing.spawn(_train_one_step, (2, name, str(tmp_path / "store"), str(tmp_path)), nprocs=2)

@@ -1,0 +1,260 @@
+"""Compiles every CUDA kernel for GPUs that need not be there, and checks what came out.
+
+    python -m benchmarks.cuda_ahead_of_time [--target sm_90 ...] [--dim 100 ...] [--out FILE]
+
+nvcc (csrc/toolchain.py says where it is looked for) compiles each source of csrc/cuda for each target, and ptxas tells
+registers and spills. What a launch wants of shared memory depends on sizes: the operators are called with CPU tensors
+of `SIDE` x `SIDE` tokens through the emulation, which records launches without running them, as if it had the shared
+memory and the multiprocessors of the target; without the emulation (MSFORMER_CUDA_EMULATE=1) that table is missing. A
+kernel fails if it does not compile, spills, or wants more registers or shared memory than a block can have. The tables
+have registers, spills, shared memory, and how many blocks a multiprocessor holds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import click
+import torch
+
+from benchmarks.ahead_of_time import DIMS, launch_everything
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
+from extensions import CUDA_FLAGS, CUDA_KERNELS, host_compiler_of_nvcc
+from toolchain import NotBuilt, find_compiler, find_nvcc
+
+SIDE = 64
+"""Tokens of an image across and down; tiles do not depend on their number."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a multiprocessor has, from the tables of the CUDA programming guide, and how many of them there are."""
+
+    processors: int
+    warps: int
+    blocks: int
+    shared: int
+    block_shared: int
+    """What one block may have."""
+    registers: int = 65536
+
+
+GPUS = {
+    "sm_80": Gpu(processors=108, warps=64, blocks=32, shared=167936, block_shared=166912),  # A100
+    "sm_89": Gpu(processors=128, warps=48, blocks=24, shared=102400, block_shared=101376),  # RTX 4090
+    "sm_90": Gpu(processors=132, warps=64, blocks=32, shared=233472, block_shared=232448),  # H100
+    "sm_100": Gpu(processors=148, warps=64, blocks=32, shared=233472, block_shared=232448),  # B200
+    "sm_120": Gpu(processors=170, warps=48, blocks=24, shared=102400, block_shared=101376),  # RTX 5090
+}
+RESERVED_SHARED = 1024
+"""Bytes of shared memory that CUDA takes for each block."""
+
+
+def resident_blocks(gpu: Gpu, threads: int, registers: int, shared: int = 0) -> int:
+    """Blocks that a multiprocessor holds at a time. Registers go to warps in units of 256, in four equal parts."""
+    warps, a_warp = -(-threads // 32), -(-32 * registers // 256) * 256
+    by_registers = gpu.registers // 4 // a_warp * 4 // warps
+    by_shared = gpu.shared // (-(-shared // 128) * 128 + RESERVED_SHARED)
+    return min(by_registers, by_shared, gpu.warps // warps, gpu.blocks)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, compiled for one target."""
+
+    target: str
+    name: str
+    engine: str
+    """Its template arguments: how products are done, and the form."""
+    threads: int
+    registers: int
+    spills: int
+    """Bytes a thread, written and read."""
+    stack: int
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} bytes of spills, {self.stack} of stack, none allowed")
+        if not resident_blocks(GPUS[self.target], self.threads, self.registers):
+            found.append(f"{self.registers} registers for each of {self.threads} threads")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.engine}> for {self.target}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a call of an operator launches, for one target."""
+
+    target: str
+    dtype: str
+    dim: int
+    name: str
+    engine: str
+    threads: int
+    shared: int
+
+    def faults(self) -> list[str]:
+        most = GPUS[self.target].block_shared
+        return [f"{self.shared} bytes of shared memory, a block may have {most}"] if self.shared > most else []
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.engine}> ({self.dtype}, C = {self.dim}) for {self.target}"
+
+
+def name_and_engine(function: str) -> tuple[str, str]:
+    """("k", "F16, 64") of the C++ name `void space::k<space::F16, 64>(...)`."""
+    plain = re.sub(r"\(anonymous namespace\)|\{anonymous\}|<unnamed>", "", function)
+    plain = re.sub(r"\b\w*::|::|\((int|bool)\)", "", plain)
+    found = re.search(r"(\w+_kernel)(?:<(.*?)>)?(?=\(|$)", plain)
+    if not found:
+        raise ValueError(f"no kernel: {function}")
+    return found[1], found[2] or ""
+
+
+def demangled(names: list[str]) -> list[str]:
+    """The names in C++; as they are without a program that knows."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if not tool or not names:
+        return names
+    return subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def compiled(source: Path, target: str) -> list[Kernel]:
+    """The kernels of a source for a target. Raises CalledProcessError if it does not compile."""
+    nvcc, number = find_nvcc(), target.removeprefix("sm_")
+    code = f"-gencode=arch=compute_{number},code=sm_{number}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *host_compiler_of_nvcc(find_compiler()), *CUDA_FLAGS, code, "-Xptxas=-v", "--keep"]
+        command += [f"--keep-dir={folder}", "-c", str(source), "-o", f"{folder}/out.o"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        (ptx,) = Path(folder).glob(f"*{source.stem}*.ptx")
+        threads = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx.read_text()))
+    numbers = re.findall(
+        r"entry function '([^']+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        told,
+        re.DOTALL,
+    )
+    return [
+        Kernel(
+            target,
+            *name_and_engine(demangled([name])[0]),
+            threads=int(threads[name]),
+            registers=int(registers),
+            spills=int(stores) + int(loads),
+            stack=int(stack),
+        )
+        for name, stack, stores, loads, registers in numbers
+    ]
+
+
+def launches(target: str, dtype: str, dim: int) -> list[Launch]:
+    """What calls of every operator launch, each once; needs the emulation."""
+    from msformer_kernels.core.backends import cuda_library
+
+    gpu, library, allow_tf32 = GPUS[target], cuda_library("cpu"), torch.backends.cuda.matmul.allow_tf32
+    environment = {
+        "MSFORMER_EMULATE_SHARED_KB": str(gpu.block_shared // 1024),
+        "MSFORMER_EMULATE_PROCESSORS": str(gpu.processors),
+    }
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    library.record_launches(True)
+    try:
+        with mock.patch.dict(os.environ, environment):
+            launch_everything(dim, DTYPES[dtype], backend="cuda", side=SIDE)
+    finally:
+        recorded = library.record_launches(False)
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    found: dict[Launch, None] = {}
+    for function, threads, shared in recorded:
+        kernel = re.search(r"\bkernel = &?(.*?)[;,] Arguments = ", function)
+        assert kernel, function
+        found[Launch(target, dtype, dim, *name_and_engine(kernel[1]), threads, shared)] = None
+    return list(found)
+
+
+def table(header: str, rows: list[tuple[object, ...]]) -> str:
+    """Markdown."""
+    titles = header.split()
+    lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in sorted(rows, key=str))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def report(kernels: list[Kernel], launched: list[Launch]) -> str:
+    """Both tables."""
+    registers = {(k.target, k.name, k.engine): k.registers for k in kernels}
+    by_registers = table(
+        "target kernel engine threads registers spills stack blocks",
+        [
+            (k.target, k.name, k.engine, k.threads, k.registers, k.spills, k.stack,
+             resident_blocks(GPUS[k.target], k.threads, k.registers))
+            for k in kernels
+        ],
+    )  # fmt: skip
+    by_shared = table(
+        "target dtype C kernel engine threads shared blocks",
+        [
+            (x.target, x.dtype, x.dim, x.name, x.engine, x.threads, x.shared,
+             resident_blocks(GPUS[x.target], x.threads, registers[x.target, x.name, x.engine], x.shared))
+            for x in launched
+        ],
+    )  # fmt: skip
+    return f"{by_registers}\n{by_shared}" if launched else by_registers
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--target", "targets", type=click.Choice(tuple(GPUS)), multiple=True, default=tuple(GPUS))
+@click.option("--dim", "dims", type=click.IntRange(1), multiple=True, default=DIMS, show_default=True, help="Channels.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark-results/cuda-ahead-of-time.md"
+)
+def main(targets: tuple[str, ...], dims: tuple[int, ...], out: Path) -> None:
+    """Compiles every CUDA kernel without a GPU; writes tables of registers, spills and shared memory."""
+    from msformer_kernels.core.backends import explain
+
+    try:
+        version = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    except NotBuilt as error:
+        raise click.ClickException(str(error)) from error
+    jobs = [(source, target) for target in targets for source in CUDA_KERNELS]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = [kernel for found in pool.map(lambda job: compiled(*job), jobs) for kernel in found]
+    except subprocess.CalledProcessError as error:
+        raise click.ClickException(f"{' '.join(error.cmd)}: {error.stderr}") from error
+    launched: list[Launch] = []
+    faults: list[str] = []
+    if explain().reasons["cuda"].startswith("usable"):
+        for sizes in product(targets, DTYPES, dims):
+            try:
+                launched += launches(*sizes)
+            except RuntimeError as error:
+                faults.append(f"{sizes[0]}, {sizes[1]}, C = {sizes[2]}: {error}")
+    else:
+        click.echo(f"no launches: {explain().reasons['cuda']}")
+    checked: list[Kernel | Launch] = [*kernels, *launched]
+    faults += [f"{each}: {fault}" for each in checked for fault in each.faults()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"nvcc {version.splitlines()[-2]}\n\n{report(kernels, launched)}")
+    click.echo("\n".join([*faults, f"{len(kernels)} kernels, {len(launched)} launches; wrote {out}"]))
+    if faults:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

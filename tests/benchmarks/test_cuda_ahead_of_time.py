@@ -1,0 +1,94 @@
+"""Every CUDA kernel compiles for GPUs that need not be there, within their registers and shared memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import cuda_ahead_of_time
+from benchmarks.cuda_ahead_of_time import GPUS, Kernel, Launch, main, name_and_engine, resident_blocks
+from tests.kernels.cases import require
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("void msformer::gpu::(anonymous namespace)::a_kernel<msformer::gpu::F16, 64>(msformer::gpu::A)", "F16, 64"),
+        ("{anonymous}::a_kernel<msformer::gpu::Tf32x3, true>", "Tf32x3, true"),
+        ("void msformer::gpu::a_kernel<msformer::gpu::Bf16, (bool)1>(msformer::gpu::A)", "Bf16, 1"),
+        ("msformer::gpu::a_kernel", ""),
+    ],
+)
+def test_names_of_kernels(function: str, expected: str) -> None:
+    assert name_and_engine(function) == ("a_kernel", expected)
+
+
+def test_resident_blocks() -> None:
+    """As NVIDIA's occupancy calculator has it."""
+    h100, ada = GPUS["sm_90"], GPUS["sm_89"]
+    assert resident_blocks(h100, 256, 32) == 8
+    assert resident_blocks(ada, 256, 32) == 6
+    assert resident_blocks(h100, 512, 128) == 1
+    assert resident_blocks(h100, 512, 129) == 0
+    assert resident_blocks(h100, 256, 72) == 3, "warps go to four equal parts"
+    assert resident_blocks(h100, 32, 16) == 32
+    assert resident_blocks(h100, 256, 32, shared=100_000) == 2
+    assert resident_blocks(h100, 256, 32, shared=h100.block_shared) == 1
+    assert resident_blocks(ada, 256, 32, shared=ada.block_shared + 1) == 0
+
+
+def test_faults() -> None:
+    good = Kernel("sm_90", "a_kernel", "Bf16", threads=512, registers=128, spills=0, stack=0)
+    assert good.faults() == []
+    assert Kernel("sm_90", "a_kernel", "Bf16", 512, 128, spills=4, stack=8).faults()
+    assert Kernel("sm_90", "a_kernel", "Bf16", 512, 129, spills=0, stack=0).faults()
+    most = GPUS["sm_89"].block_shared
+    assert Launch("sm_89", "float32", 64, "a_kernel", "Tf32", 256, most).faults() == []
+    assert Launch("sm_89", "float32", 64, "a_kernel", "Tf32", 256, most + 1).faults()
+
+
+def test_spills_are_found(tmp_path: Path) -> None:
+    """Of a kernel that keeps more than its registers hold."""
+    nvcc_or_skip()
+    source = tmp_path / "spilling.cu"
+    source.write_text("""
+template <class E> __global__ void __launch_bounds__(1024, 2) some_kernel(float* p) {
+  float x[96];
+#pragma unroll
+  for (int i = 0; i < 96; i++) x[i] = p[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 96; i++) p[i * 1024 + threadIdx.x] = x[i] * x[95 - i] + x[(i * 7) % 96];
+}
+struct Wide {};
+template __global__ void some_kernel<Wide>(float*);
+""")
+    (kernel,) = cuda_ahead_of_time.compiled(source, "sm_90")
+    assert (kernel.name, kernel.engine, kernel.threads) == ("some_kernel", "Wide", 1024)
+    assert kernel.registers == 32
+    assert kernel.spills > 0
+    assert any("spills" in fault for fault in kernel.faults())
+
+
+def nvcc_or_skip() -> None:
+    try:
+        cuda_ahead_of_time.find_nvcc()
+    except cuda_ahead_of_time.NotBuilt as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_kernel_compiles_without_spills(target: str, tmp_path: Path) -> None:
+    nvcc_or_skip()
+    require("cuda")
+    table = tmp_path / "table.md"
+    arguments = ["--target", target, "--dim", "32", "--dim", "100", "--dim", "256", "--out", str(table)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, f"{done.output}{done.exception}"
+    kernels, launches = (set(re.findall(r"(\w+_kernel)", part)) for part in table.read_text().split("| target | dtype"))
+    assert {"mix_ffn_forward_kernel", "sum_partials_kernel"} <= launches <= kernels
