@@ -16,7 +16,6 @@ from benchmarks.machine import Ceilings, Machine
 from benchmarks.report import (
     Results,
     against_tokens,
-    duration,
     markdown,
     print_group,
     read_results,
