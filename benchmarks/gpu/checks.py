@@ -84,18 +84,18 @@ def compare(case: dict[str, Any], backend: str, device: str, draws: int = DRAWS)
     return row | {"ok": not faults, "ratio": ratio, "worst": worst, "faults": faults, "errors": errors}
 
 
-def repeat(case: dict[str, Any], backend: str, device: str, again: int = REPEATS) -> dict[str, Any]:
+def repeat(case: dict[str, Any], backend: str, device: str, more: int = REPEATS) -> dict[str, Any]:
     """Whether every run gives the same bits, other work in between."""
     what, row = begin(case, backend)
     x = random_tokens(what, 0, device)
     first = outputs_and_gradients(what, what.storage, x, backend, 0)
     differ = set()
-    for number in range(again):
+    for number in range(more):
         kept = torch.randn(1 << (10 + 2 * number), device=device).square()  # other addresses, another load
         again = outputs_and_gradients(what, what.storage, x, backend, 0)
         differ |= {name for name, value in first.items() if not torch.equal(value, again[name])}
         del kept
-    return row | {"ok": not differ, "runs": 1 + again, "differ": sorted(differ)}
+    return row | {"ok": not differ, "runs": 1 + more, "differ": sorted(differ)}
 
 
 def captured(run: Callable[[], Any], warm_up: int = 3) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,9 +14,8 @@ from benchmarks.gpu.preflight import Finding
 from benchmarks.gpu.processes import Outcome
 
 VERSION = 2
-NOT_BEGUN, NOT_CHOSEN, RUNNING, OK, FAILED, SKIPPED = (
-    "not begun", "not chosen", "running", "ok", "FAILED", "skipped"
-)  # fmt: skip
+NOT_BEGUN, NOT_CHOSEN, NEEDS_GPU = "not begun", "not chosen", "needs a GPU"
+RUNNING, OK, FAILED, SKIPPED = "running", "ok", "FAILED", "skipped"
 
 
 @dataclass
@@ -111,7 +110,7 @@ class Results:
         return self.out.with_suffix(".log")
 
 
-def new_results(out: Path, names: Sequence[str], chosen: Sequence[str], device: str, minutes: float) -> Results:
-    """Empty, the stages that were not chosen marked."""
-    stages = {name: StageResult(name, NOT_BEGUN if name in chosen else NOT_CHOSEN) for name in names}
+def new_results(out: Path, names: Sequence[str], not_run: Mapping[str, str], device: str, minutes: float) -> Results:
+    """Empty; `not_run` says why some of the stages are not run."""
+    stages = {name: StageResult(name, not_run.get(name, NOT_BEGUN)) for name in names}
     return Results(out, stages, minutes, device)
