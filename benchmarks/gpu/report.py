@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu.preflight import OK as FINE
-from benchmarks.gpu.results import FAILED, NOT_BEGUN, NOT_CHOSEN, Results, StageResult
+from benchmarks.gpu.results import FAILED, NEEDS_GPU, NOT_BEGUN, NOT_CHOSEN, Results, StageResult
 from benchmarks.tables import markdown_row
 from msformer.output import complete_file, write_json
 
@@ -266,7 +266,11 @@ def _same_maps(row: Row) -> str:
 
 def _left_out(results: Results) -> list[str]:
     rows = [(s.name, skip["what"], skip["why"]) for s in results.stages.values() for skip in s.skipped]
-    rows += [(s.name, "all of it", s.status) for s in results.stages.values() if s.status in (NOT_BEGUN, NOT_CHOSEN)]
+    rows += [
+        (s.name, "all of it", s.status)
+        for s in results.stages.values()
+        if s.status in (NOT_BEGUN, NOT_CHOSEN, NEEDS_GPU)
+    ]
     return ["## What was skipped, and why", "", *table(("stage", "what", "why"), rows)] if rows else []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.cases import gpu_backends
 from benchmarks.gpu.preflight import FATAL, PROBLEM, Finding
 from benchmarks.gpu.report import save, verdict
-from benchmarks.gpu.results import RUNNING, Results, new_results
+from benchmarks.gpu.results import NEEDS_GPU, NOT_CHOSEN, RUNNING, Results, new_results
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.signals import Interrupted
 from benchmarks.gpu.stages import NAMES, PREFLIGHT, STAGES, Stage
@@ -31,8 +31,10 @@ def run(
 ) -> int:
     """Runs the chosen stages, all by default; the exit code."""
     kind = device.partition(":")[0]
-    stages = [stage for stage in STAGES if stage.name in (only or NAMES) and (kind != "cpu" or stage.on_cpu)]
-    results = new_results(out, NAMES, [PREFLIGHT, *(stage.name for stage in stages)], device, minutes)
+    not_run = {stage.name: NOT_CHOSEN for stage in STAGES if only and stage.name not in only}
+    not_run |= {stage.name: NEEDS_GPU for stage in STAGES if kind == "cpu" and not stage.on_cpu}
+    stages = [stage for stage in STAGES if stage.name not in not_run]
+    results = new_results(out, NAMES, not_run, device, minutes)
     results.findings, results.tools, results.environment = list(findings), tool_versions(), relevant()
     _finish_preflight(results)
     if any(finding.level == FATAL for finding in findings):
