@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -67,17 +67,26 @@ def begin(content: dict[str, Any], backend: str) -> tuple[GpuCase, dict[str, Any
     return case, row | ({"on another backend": missing} if missing else {})
 
 
+@lru_cache(maxsize=DRAWS)
+def _references(case: GpuCase, seed: int, device: str) -> tuple[Results, Results, Results]:
+    """Eager's results, those in float64, and their uncertainty; kept for the next backend."""
+    eps = TF32_EPS if case.dtype == "tf32" else torch.finfo(case.storage).eps
+    x = random_tokens(case, seed, device)
+    eager = outputs_and_gradients(case, case.storage, x, "reference", seed)
+    exact = outputs_and_gradients(case, torch.float64, x, "reference", seed)
+    perturbed = partial(outputs_and_gradients, case, torch.float64, x, "reference", seed)
+    return eager, exact, uncertainty(perturbed, exact, eps)
+
+
 def compare(case: dict[str, Any], backend: str, device: str, draws: int = DRAWS) -> dict[str, Any]:
     """The error rule of the tests: the error beside that of eager PyTorch in the same dtype, against float64."""
     what, row = begin(case, backend)
-    rule, eps = Rule(), TF32_EPS if what.dtype == "tf32" else torch.finfo(what.storage).eps
+    rule = Rule()
     for seed in range(draws):
         x = random_tokens(what, seed, device)
+        eager, exact, spread = _references(what, seed, device)
         ours = outputs_and_gradients(what, what.storage, x, backend, seed)
-        eager = outputs_and_gradients(what, what.storage, x, "reference", seed)
-        exact = outputs_and_gradients(what, torch.float64, x, "reference", seed)
-        perturbed = partial(outputs_and_gradients, what, torch.float64, x, "reference", seed)
-        rule.add({n: ours[n] for n in exact}, eager, exact, uncertainty(perturbed, exact, eps))
+        rule.add({n: ours[n] for n in exact}, eager, exact, spread)
     ratio, worst = rule.worst
     errors = {name: c.ratio for name, c in rule.comparisons.items()}
     faults = rule.faults()

@@ -265,12 +265,9 @@ def _same_maps(row: Row) -> str:
 
 
 def _left_out(results: Results) -> list[str]:
-    rows = [(s.name, skip["what"], skip["why"]) for s in results.stages.values() for skip in s.skipped]
-    rows += [
-        (s.name, "all of it", s.status)
-        for s in results.stages.values()
-        if s.status in (NOT_BEGUN, NOT_CHOSEN, NEEDS_GPU)
-    ]
+    stages, not_run = results.stages.values(), (NOT_BEGUN, NOT_CHOSEN, NEEDS_GPU)
+    rows = [(s.name, skip["what"], skip["why"]) for s in stages for skip in s.skipped]
+    rows += [(s.name, "all of it", s.status) for s in stages if s.status in not_run]
     return ["## What was skipped, and why", "", *table(("stage", "what", "why"), rows)] if rows else []
 
 

@@ -17,6 +17,8 @@ from benchmarks.gpu.results import Results, StageResult
 NO_TIME = "no time left"
 LEAST_LIMIT = 5.0
 MOST_PARTS = 16
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For work that has none for more: Triton's interpreter, compilation in many processes."""
 
 
 class Session:
@@ -92,7 +94,7 @@ class Session:
         if self._shared is None or not self._shared.is_running:
             if self._shared is not None:
                 self._ended(self._shared)
-            self._shared = self._started(lambda: Worker(self.results.log))
+            self._shared = self._started(lambda: Worker(self.results.log, ONE_THREAD if self.device == "cpu" else {}))
         return self._shared.run(item, self._limit(item))
 
     def _run_fresh(self, item: Item) -> Outcome:

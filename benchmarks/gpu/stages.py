@@ -11,7 +11,7 @@ from benchmarks.gpu import tools
 from benchmarks.gpu.cases import GpuCase
 from benchmarks.gpu.items import Item
 from benchmarks.gpu.results import StageResult
-from benchmarks.gpu.session import Session, cores
+from benchmarks.gpu.session import ONE_THREAD, Session, cores
 from benchmarks.gpu.toolchain import gpu_state, other_ptxas
 from benchmarks.gpu.verdicts import AS_IT_IS, judge_variants
 
@@ -54,6 +54,8 @@ def precompile(session: Session, stage: StageResult) -> None:
                 "benchmarks.gpu.precompile:compile_part",
                 common | {"part": part},
                 limit=150,
+                fresh=True,
+                environment=ONE_THREAD,
             )
             for part in range(parts)
         ]

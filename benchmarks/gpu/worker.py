@@ -25,6 +25,7 @@ from benchmarks.gpu.items import Skip
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The reply to a request."""
     try:
+        _choose_device(request["arguments"].get("device", ""))
         module, _, function = request["call"].partition(":")
         found = getattr(import_module(module), function)(**request["arguments"])
         return {"rows": found if isinstance(found, list) else [found]}
@@ -33,6 +34,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # compilers and drivers raise whatever they like
         text = f"{type(error).__name__}: {error}".strip()
         return {"error": text[:2000], "traceback": traceback.format_exc()[-8000:], "broken": _device_is_broken()}
+
+
+def _choose_device(device: str) -> None:
+    """Makes ``cuda:1`` and the like the current device."""
+    if device.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(device)
 
 
 def _device_is_broken() -> bool:
