@@ -37,10 +37,10 @@ def _fitted(state: dict[str, Tensor], image: Tensor) -> tuple[float, int, bytes]
 
 
 def _weights_and_image(count: int, device: str) -> tuple[list[dict[str, Tensor]], Tensor]:
-    from msformer.model import MSFormer
-
     if find_spec("numpy") is None:
         raise Skip("numpy is not installed, which fitting needs: pip install numpy")
+    from msformer.model import MSFormer
+
     torch.manual_seed(0)
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     return [MSFormer().state_dict() for _ in range(count)], image.to(device)

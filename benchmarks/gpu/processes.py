@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.gpu.items import Item
 
 ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT = 240.0
+START_LIMIT = 120.0
 """Seconds for importing torch, which takes a minute from a slow disk."""
 
 

@@ -36,7 +36,7 @@ def line(stage: str, row: Row) -> str:
     if "ms" in row:
         return f"{row['case']}, {row['contender']}: {row['ms']:.3f} ms ({row['low']:.3f} to {row['high']:.3f})"
     if "ratio" in row:
-        faults = "; ".join(row["faults"])
+        faults = "; ".join(row.get("faults", []))
         return f"{verdict:<7}{subject}: {row['ratio']:.2f} x eager's error ({row['worst']}) {faults}".rstrip()
     if "ceiling" in row:
         return f"{row['ceiling']}: {row['value']:.0f} {row['unit']}"
@@ -63,20 +63,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    parts = [
-        ["# GPU check", "", verdict(results), ""],
-        _stages(results),
-        _machine(results),
-        _accuracy(results),
-        _times(results),
-        _kernels(results),
-        _bits(results),
-        _compilation(results),
-        _fit(results),
-        _left_out(results),
-        _failures(results),
-    ]
-    return "\n".join(text for part in parts for text in part).rstrip() + "\n"
+    parts = (_stages, _machine, _accuracy, _times, _kernels, _bits, _compilation, _fit, _left_out, _failures)
+    lines = ["# GPU check", "", verdict(results), ""]
+    for part in parts:
+        try:
+            lines += part(results)
+        except Exception as error:  # rows of an unexpected form must not cost the rest of the report
+            lines += [f"({part.__name__.strip('_')}: could not be shown: {error!r}; see {results.out.name})", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def verdict(results: Results) -> str:

@@ -37,8 +37,8 @@ def run(
     results = new_results(out, NAMES, not_run, device, minutes)
     results.findings, results.tools, results.environment = list(findings), tool_versions(), relevant()
     _finish_preflight(results)
+    save(results)
     if any(finding.level == FATAL for finding in findings):
-        save(results)
         print(f"{verdict(results)} Wrote {results.report}")
         return NOTHING_TO_RUN
     results.backends = gpu_backends(kind)

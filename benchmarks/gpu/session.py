@@ -30,7 +30,7 @@ class Session:
         """Seconds that are kept for later stages."""
         self._shared: Worker | None = None
         self._running: set[Worker | Tool] = set()
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         results.log.unlink(missing_ok=True)
 
     @property
@@ -76,7 +76,7 @@ class Session:
     def close(self) -> None:
         """Ends every process."""
         with self._lock:
-            running, self._running, self._shared = self._running, set(), None
+            running, self._running, self._shared, self._closed = self._running, set(), None, True
         for process in running:
             process.close()
 
@@ -106,6 +106,8 @@ class Session:
 
     def _started(self, start: Callable[[], Any]) -> Any:
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the run is being ended")
             process = start()
             self._running.add(process)
         return process
@@ -118,13 +120,20 @@ class Session:
     def record(self, stage: StageResult, name: str, found: Outcome) -> None:
         stage.add(name, found)
         for row in found.rows:
-            if text := line(stage.name, row):
-                print(text, flush=True)
+            self._print(stage, row)
         if found.skipped:
             print(f"skipped {name}: {found.skipped}", flush=True)
         if found.error:
             print(f"FAILED {name}: {found.error}", flush=True)
         save(self.results)
+
+    def _print(self, stage: StageResult, row: dict[str, Any]) -> None:
+        try:
+            text = line(stage.name, row)
+        except Exception as error:  # a row of an unexpected form must not cost the next items
+            text = f"{row} ({error!r})"
+        if text:
+            print(text, flush=True)
 
 
 def cores() -> int:

@@ -20,9 +20,10 @@ from benchmarks.rivals import STORAGE, plain_attention, plain_block, plain_mix_f
 FLUSHED = 512 * 2**20
 """Bytes that are written before each run, more than any second-level cache holds."""
 LEAST_RUNS, MOST_RUNS = 20, 1000
+HOST_CALLS = 200
 
 
-def sample_ms(run: Callable[[], Any], seconds: float = 0.3) -> list[float]:
+def sample_ms(run: Callable[[], Any], device: str, seconds: float = 0.3) -> list[float]:
     """Times of many runs by events of the device, the second-level cache flushed before each."""
     for _ in range(3):
         run()
@@ -33,7 +34,7 @@ def sample_ms(run: Callable[[], Any], seconds: float = 0.3) -> list[float]:
     torch.cuda.synchronize()
     one = (time.perf_counter() - started) / 5
     runs = max(LEAST_RUNS, min(MOST_RUNS, round(seconds / max(one, 1e-6))))
-    flush = torch.empty(FLUSHED // 4, dtype=torch.int32, device="cuda")
+    flush = torch.empty(FLUSHED // 4, dtype=torch.int32, device=device)
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(runs)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
         flush.zero_()
@@ -55,7 +56,7 @@ def copy_ceiling(device: str) -> dict[str, Any]:
     """Reads and writes of a copy of 1 GiB."""
     source = torch.randn(1 << 28, device=device)
     target = torch.empty_like(source)
-    ms = statistics.median(sample_ms(lambda: target.copy_(source)))
+    ms = statistics.median(sample_ms(lambda: target.copy_(source), device))
     return {"ceiling": "copy", "value": 2 * source.nbytes / ms / 1e6, "unit": "GB/s"}
 
 
@@ -63,7 +64,7 @@ def product_ceiling(dtype: str, device: str) -> dict[str, Any]:
     """A product of 8192 x 8192 matrices."""
     set_tf32(dtype)
     a, b = (torch.randn(8192, 8192, device=device).to(STORAGE[dtype]) for _ in range(2))
-    ms = statistics.median(sample_ms(partial(torch.matmul, a, b)))
+    ms = statistics.median(sample_ms(partial(torch.matmul, a, b), device))
     return {"ceiling": dtype, "value": 2 * 8192**3 / ms / 1e9, "unit": "TFLOP/s"}
 
 
@@ -116,9 +117,9 @@ def measure(
         raise Skip(str(reason)) from reason
     torch.cuda.synchronize()
     first = time.perf_counter() - started
-    samples = sorted(sample_ms(captured(run)[0].replay if graphed else run))
+    samples = sorted(sample_ms(captured(run)[0].replay if graphed else run, device))
     work = what.work()
-    low, median, high = statistics.quantiles(samples, n=4)
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     row: dict[str, Any] = {"case": str(what), "contender": contender, "backend": backend or "", "dtype": what.dtype}
     row |= {"ms": median, "low": low, "high": high, "runs": len(samples), "first call s": round(first, 1)}
     return row | {"flop": work.flop, "bytes": work.bytes, "on another backend": missing}
@@ -133,13 +134,13 @@ def host_time(operation: str, backend: str, device: str) -> dict[str, Any]:
     layer = case.layer().to(device, case.storage)
     x = random_tokens(case, 0, device)
     with torch.no_grad(), kernels.use_backend(backend):
-        for _ in range(20):
+        for _ in range(HOST_CALLS // 10):
             case.run(layer, x)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        for _ in range(200):
+        for _ in range(HOST_CALLS):
             case.run(layer, x)
-        seconds = (time.perf_counter() - started) / 200
+        seconds = (time.perf_counter() - started) / HOST_CALLS
     torch.cuda.synchronize()
     return {"operation": operation, "backend": backend, "us": seconds * 1e6}
 

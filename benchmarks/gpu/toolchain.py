@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+TOOLKIT, NSIGHT_COMPUTE = Path("/usr/local/cuda"), Path("/opt/nvidia/nsight-compute")
 _PREFIXES = ("TRITON_", "DISABLE_MMA", "PTXAS_", "TORCH", "PYTORCH_", "CUDA", "NVIDIA_", "MSFORMER_", "CUBLAS", "OMP_")
 _NAMES = ("CC", "CXX", "CUDACXX", "LD_LIBRARY_PATH", "DISABLE_PTXAS_OPT")
 
@@ -87,19 +88,25 @@ def _as_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def _own_ptxas() -> Path | None:
+def own_ptxas() -> Path | None:
+    """That of Triton's package."""
     spec = find_spec("triton")
     return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas" if spec and spec.origin else None
 
 
+def wheel_folders() -> list[Path]:
+    """Of the packages that bring parts of the CUDA toolkit, such as nvidia-cuda-nvcc."""
+    spec = find_spec("nvidia")
+    roots = spec.submodule_search_locations or [] if spec else []
+    return [folder for root in roots for folder in Path(root).glob("*")]
+
+
 def find_ptxas(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Every ptxas that is there, with its version; that of Triton, which is the default, first."""
-    own = _own_ptxas()
-    roots = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    spec = find_spec("nvidia")
-    wheels = [str(p) for root in (spec.submodule_search_locations or [] if spec else []) for p in Path(root).glob("*")]
+    own = own_ptxas()
+    roots = [environment.get("CUDA_HOME"), environment.get("CUDA_PATH"), TOOLKIT, *wheel_folders()]
     paths = [str(own) if own else None, environment.get("TRITON_PTXAS_PATH"), which("ptxas", environment)]
-    paths += [f"{root}/bin/ptxas" for root in (*roots, *wheels) if root]
+    paths += [f"{root}/bin/ptxas" for root in roots if root]
     found = {}
     for path in paths:
         if path and path not in found and (number := cuda_version(path)):
@@ -109,7 +116,7 @@ def find_ptxas(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def ptxas_in_use(environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
     """Path and version of the ptxas that Triton takes: TRITON_PTXAS_PATH, or its own where that does not run."""
-    for path in (environment.get("TRITON_PTXAS_PATH"), _own_ptxas()):
+    for path in (environment.get("TRITON_PTXAS_PATH"), own_ptxas()):
         if path and (number := cuda_version(str(path))):
             return str(path), number
     return None
@@ -125,13 +132,13 @@ def other_ptxas(environment: Mapping[str, str] = os.environ) -> tuple[str, str] 
 def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
     home = environment.get("CUDA_HOME")
     places = [environment.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, which("nvcc", environment)]
-    return next((p for p in [*places, "/usr/local/cuda/bin/nvcc"] if p and cuda_version(p)), None)
+    return next((p for p in [*places, f"{TOOLKIT}/bin/nvcc"] if p and cuda_version(p)), None)
 
 
 def find_cuda_tool(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """A tool of the CUDA toolkit, in PATH or where the toolkit puts it."""
-    folders = [f"{environment.get('CUDA_HOME', '/usr/local/cuda')}/bin", "/usr/local/cuda/bin"]
-    folders += [str(p) for p in sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
+    folders = [f"{environment.get('CUDA_HOME', TOOLKIT)}/bin", f"{TOOLKIT}/bin"]
+    folders += [str(p) for p in sorted(NSIGHT_COMPUTE.glob("*"), reverse=True)]
     return which(name, environment) or shutil.which(name, path=os.pathsep.join(folders))
 
 
