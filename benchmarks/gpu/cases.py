@@ -114,7 +114,7 @@ def gpu_backends(device: str) -> list[str]:
 def uses_triton(backend: str) -> bool:
     from msformer_kernels.core.backends import MODULES
 
-    return MODULES[backend].startswith("triton")
+    return MODULES.get(backend, "").startswith("triton")
 
 
 def _case(operation: str, text: str, masked: bool = False) -> GpuCase:

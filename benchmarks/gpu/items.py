@@ -26,3 +26,5 @@ class Item:
     """Whether it gets a process of its own."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of that process, besides those of this one."""
+    required: bool = True
+    """Whether its error is one of the check; that of a rival is not."""

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.items import Item
 from benchmarks.gpu.preflight import Finding
 from benchmarks.gpu.processes import Outcome
 
@@ -32,12 +33,14 @@ class StageResult:
     """``what``, ``error`` and ``traceback``"""
     notes: list[str] = field(default_factory=list)
 
-    def add(self, what: str, found: Outcome) -> None:
+    def add(self, item: Item, found: Outcome) -> None:
         self.rows += found.rows
         if found.skipped:
-            self.skip(what, found.skipped)
-        if found.error:
-            self.fail(what, found.error, found.traceback)
+            self.skip(item.name, found.skipped)
+        if found.error and item.required:
+            self.fail(item.name, found.error, found.traceback)
+        elif found.error:
+            self.skip(item.name, found.error)
 
     def skip(self, what: str, why: str) -> None:
         self.skipped.append({"what": what, "why": why})

@@ -46,7 +46,7 @@ class Session:
         for item in items:
             if self._may_begin(stage, item):
                 found = self._run_fresh(item) if item.fresh else self._run_shared(item)
-                self.record(stage, item.name, found)
+                self.record(stage, item, found)
 
     def run_together(self, stage: StageResult, items: Sequence[Item]) -> None:
         """All at the same time, each in a process of its own."""
@@ -57,7 +57,7 @@ class Session:
         try:
             futures = {pool.submit(self._run_fresh, item): item for item in chosen}
             for future in as_completed(futures):
-                self.record(stage, futures[future].name, future.result())
+                self.record(stage, futures[future], future.result())
         finally:
             if any(not future.done() for future in futures):
                 self.close()  # so that the threads come to an end
@@ -117,14 +117,14 @@ class Session:
         with self._lock:
             self._running.discard(process)
 
-    def record(self, stage: StageResult, name: str, found: Outcome) -> None:
-        stage.add(name, found)
+    def record(self, stage: StageResult, item: Item, found: Outcome) -> None:
+        stage.add(item, found)
         for row in found.rows:
             self._print(stage, row)
         if found.skipped:
-            print(f"skipped {name}: {found.skipped}", flush=True)
+            print(f"skipped {item.name}: {found.skipped}", flush=True)
         if found.error:
-            print(f"FAILED {name}: {found.error}", flush=True)
+            print(f"{'FAILED' if item.required else 'skipped'} {item.name}: {found.error}", flush=True)
         save(self.results)
 
     def _print(self, stage: StageResult, row: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from benchmarks.gpu import tools
 from benchmarks.gpu.cases import GpuCase
 from benchmarks.gpu.items import Item
 from benchmarks.gpu.results import StageResult
-from benchmarks.gpu.session import ONE_THREAD, Session, cores
+from benchmarks.gpu.session import NO_TIME, ONE_THREAD, Session, cores
 from benchmarks.gpu.toolchain import gpu_state, other_ptxas
 from benchmarks.gpu.verdicts import AS_IT_IS, judge_variants
 
@@ -56,6 +56,7 @@ def precompile(session: Session, stage: StageResult) -> None:
                 limit=150,
                 fresh=True,
                 environment=ONE_THREAD,
+                required=False,  # what is not compiled in time is compiled when it is needed
             )
             for part in range(parts)
         ]
@@ -152,9 +153,15 @@ class Contender:
     def item(self, case: GpuCase, device: str) -> Item:
         arguments: dict[str, Any] = {"case": case.to_json(), "contender": self.name, "backend": self.backend}
         arguments |= {"compile_mode": self.compile_mode, "graphed": self.graphed, "device": device}
-        fresh = self.compile_mode is not None
-        call = "benchmarks.gpu.times:measure"
-        return Item(f"time of {case}, {self.name}", call, arguments, self.seconds, self.limit, fresh)
+        return Item(
+            f"time of {case}, {self.name}",
+            "benchmarks.gpu.times:measure",
+            arguments,
+            self.seconds,
+            self.limit,
+            fresh=self.compile_mode is not None,
+            required=self.backend is not None,
+        )
 
 
 COMPILE = Contender("compile", compile_mode="default", seconds=25, limit=90)
@@ -168,10 +175,11 @@ def contenders(backends: Sequence[str]) -> list[Contender]:
 
 
 def _not_yet(session: Session, items: Iterable[Item]) -> list[Item]:
-    """Those that no stage has measured or seen fail."""
+    """Those that no stage has measured or tried."""
     stages = [session.results.stages[name] for name in TIME_STAGES if name in session.results.stages]
     done = {f"time of {row['case']}, {row['contender']}" for stage in stages for row in stage.rows}
     done |= {failure["what"] for stage in stages for failure in stage.failures}
+    done |= {skip["what"] for stage in stages for skip in stage.skipped if skip["why"] != NO_TIME}
     return [item for item in items if item.name not in done]
 
 

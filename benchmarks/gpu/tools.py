@@ -56,7 +56,7 @@ def _run(session: Session, stage: StageResult, prefix: list[str], item: Item, ba
         return judge_memcheck(backend, code, text, found)
 
     outcome = session.run_under(prefix, item, judge)
-    session.record(stage, item.name, outcome)
+    session.record(stage, item, outcome)
 
 
 def judge_memcheck(backend: str, code: int | None, text: str, found: Outcome) -> Outcome:
@@ -103,7 +103,7 @@ def profile(session: Session, stage: StageResult) -> None:
             outcome = session.run_under([*prefix, "--metrics", ",".join(metrics)], item, judge_profile)
             if "Failed to find metric" not in outcome.error:
                 break
-        session.record(stage, item.name, outcome)
+        session.record(stage, item, outcome)
 
 
 def judge_profile(code: int | None, text: str, found: Outcome) -> Outcome:
@@ -112,12 +112,14 @@ def judge_profile(code: int | None, text: str, found: Outcome) -> Outcome:
         return Outcome(skipped=f"not finished within {found.seconds:.0f} s")
     if "ERR_NVGPUCTRPERM" in text:
         return Outcome(skipped=f"not permitted to profile; {NCU_PERMISSION}")
+    kernels = parse_profile(text)
+    errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+    if errors and not kernels:
+        return Outcome(error=" ".join(errors)[:500], seconds=found.seconds)
     if found.skipped or found.error:
         return found
-    kernels = parse_profile(text)
     if not kernels:
-        lines = [line for line in text.splitlines() if line.startswith("==ERROR==")] or text.splitlines()[-3:]
-        return Outcome(error=f"no kernel was profiled: {' '.join(lines)[:500]}", seconds=found.seconds)
+        return Outcome(error=f"no kernel was profiled: {' '.join(text.split())[-300:]}", seconds=found.seconds)
     head = found.rows[0]
     rows = [{"case": head["case"], "backend": head["backend"], **kernel} for kernel in kernels]
     moved = sum(kernel["MB"] or 0.0 for kernel in kernels)

@@ -107,5 +107,5 @@ def test_the_cpu_needs_no_gpu_tools() -> None:
 
 
 def test_variables_that_matter_are_recorded() -> None:
-    given = {"DISABLE_MMA_V3": "1", "TRITON_PTXAS_PATH": "p", "CC": "gcc", "HOME": "/root", "API_TOKEN": "secret"}
+    given = {"DISABLE_MMA_V3": "1", "TRITON_PTXAS_PATH": "p", "CC": "gcc", "HOME": "/root", "NVIDIA_API_KEY": "secret"}
     assert toolchain.relevant(given) == {"CC": "gcc", "DISABLE_MMA_V3": "1", "TRITON_PTXAS_PATH": "p"}

@@ -100,3 +100,11 @@ def test_results_of_a_stage_that_only_skipped(tmp_path: Path) -> None:
     stage.finish(0)
     assert stage.status == "skipped"
     assert not results.failed
+
+
+def test_what_becomes_of_a_rival_is_not_a_failure_of_the_check(session: Session) -> None:
+    stage = session.results.stages["times"]
+    session.run(stage, [Item("rival", f"{HERE}:wrong", {}, required=False), item("echo", kept=1)])
+    stage.finish(1)
+    assert stage.skipped == [{"what": "rival", "why": "ValueError: of no use"}]
+    assert stage.status == "ok"

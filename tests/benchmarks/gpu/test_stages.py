@@ -64,13 +64,15 @@ def test_rivals_that_compile_have_a_process_and_a_limit_of_their_own() -> None:
     assert items["compile"].fresh
     assert items["max-autotune"].limit <= 120
     assert not items["triton"].fresh
+    assert [name for name, item in items.items() if item.required] == ["triton", "triton, graph"]
 
 
 def test_later_times_are_those_that_are_missing(recorded: RecordingSession) -> None:
     case = C.BLOCK_ROWS[0]
     done, failed = recorded.results.stages["block-times"], recorded.results.stages["times"]
     done.rows.append({"case": str(case), "contender": "triton"})
-    failed.fail(f"time of {case}, compile", "not finished within 90 s")
+    failed.skip(f"time of {case}, compile", "not finished within 90 s")
+    failed.skip(f"time of {case}, max-autotune", "no time left")
     stages.times(recorded, recorded.results.stages["late-times"])
     names = {item.name for item in recorded.items}
     assert not names & {f"time of {case}, triton", f"time of {case}, compile"}

@@ -123,6 +123,8 @@ def test_profiles_that_are_none(code: int | None, text: str, skipped: str, error
     assert skipped in found.skipped
     assert error in found.error
     assert not found.rows
+    if text.startswith("==ERROR=="):
+        assert judge_profile(code, text, Outcome(error="did not come to an end")) == found, "the tool says more"
 
 
 def test_another_metric_is_tried_where_the_first_is_unknown(
