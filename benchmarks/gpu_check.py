@@ -11,6 +11,8 @@ first: preflight, machine, precompile, accuracy-bf16, block-times, accuracy, mis
 host-time, times, memcheck, ncu, fit, late-times. With TRITON_INTERPRET=1 and --device cpu only the checks run, in
 Triton's interpreter.
 
+A rival that does not compile or takes too long is skipped, not a failure.
+
 Exit code: 0, or 1 if something failed, 2 if nothing can be run here, 128 + its number after a signal.
 """
 

@@ -158,8 +158,8 @@ def _times(results: Results) -> list[str]:
         "",
         "Forward + backward, median of many runs by events of the GPU, the second-level cache flushed before each. "
         "Next to ours the times of the rivals divided by ours: above 1, ours is faster. As a graph: captured in a CUDA "
-        "graph, which takes the host out; max-autotune does so itself, and is compared with that. Roofline share: the least time that flop and bytes allow at the ceilings "
-        "above, over the better of our two times.",
+        "graph, which takes the host out; max-autotune does so itself, and is compared with that. Roofline share: the "
+        "least time that flop and bytes allow at the ceilings above, over the better of our two times.",
         "",
     ]
     head = ("case", "backend", "ms", "as a graph, ms", *(f"{name} / ours" for name in RIVALS), "roofline share")

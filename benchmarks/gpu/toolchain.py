@@ -15,15 +15,7 @@ from pathlib import Path
 
 TOOLKIT, NSIGHT_COMPUTE = Path("/usr/local/cuda"), Path("/opt/nvidia/nsight-compute")
 _PREFIXES = ("TRITON_", "DISABLE_MMA", "PTXAS_", "TORCH", "PYTORCH_", "CUDA", "MSFORMER_", "CUBLAS", "OMP_")
-_NAMES = (
-    "CC",
-    "CXX",
-    "CUDACXX",
-    "LD_LIBRARY_PATH",
-    "DISABLE_PTXAS_OPT",
-    "NVIDIA_TF32_OVERRIDE",
-    "NVIDIA_VISIBLE_DEVICES",
-)
+_NAMES = ("CC", "CXX", "CUDACXX", "LD_LIBRARY_PATH", "DISABLE_PTXAS_OPT", "NVIDIA_TF32_OVERRIDE")
 
 
 def relevant(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
