@@ -49,7 +49,7 @@ template <class E>
 struct Config {
   static constexpr bool NARROW = sizeof(typename E::Store) == 2;
   static constexpr int HEIGHT = 8, WIDTH = NARROW ? 16 : 8, PIXELS = HEIGHT * WIDTH;
-  static constexpr int CHUNK = NARROW ? 64 : 32, WARPS = NARROW ? 16 : 8, THREADS = 32 * WARPS;
+  static constexpr int CHUNK = NARROW ? 64 : 32, WARPS = 8, THREADS = 32 * WARPS;
   static constexpr int OUT = 128;  // output channels of a block
   static constexpr int STRIDE = round_up(CHUNK, 16) + 16 / static_cast<int>(sizeof(typename E::Store));
 };

@@ -163,18 +163,18 @@ struct Product {
       if constexpr (E::PARTS == 0) {
         add_plainly<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>(sum[u], left, left_stride, right, right_stride, inner, row,
                                                        column);
-        continue;
-      }
-      for (int k = 0; k < inner; k += E::INNER) {
-        Fragment<E> a;
-        load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
+      } else {
+        for (int k = 0; k < inner; k += E::INNER) {
+          Fragment<E> a;
+          load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
 #pragma unroll
-        for (int j = 0; j < NJ; j += 2) {
-          if (column + 8 * j >= columns) break;
-          Fragment<E> b;
-          load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
-          multiply_add(sum[u][j], a, b, 0);
-          multiply_add(sum[u][j + 1], a, b, 1);
+          for (int j = 0; j < NJ; j += 2) {
+            if (column + 8 * j >= columns) break;
+            Fragment<E> b;
+            load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
+            multiply_add(sum[u][j], a, b, 0);
+            multiply_add(sum[u][j + 1], a, b, 1);
+          }
         }
       }
     }
@@ -184,7 +184,9 @@ struct Product {
   DEV static void add_plainly(float (&sums)[NJ][4], const Store* left, int left_stride, const Store* right,
                               int right_stride, int inner, int row, int column) {
     const int lane = threadIdx.x % 32;
+#pragma unroll
     for (int j = 0; j < NJ; j++)
+#pragma unroll
       for (int q = 0; q < 4; q++) {
         const int r = row + lane / 4 + q / 2 * 8, c = column + 8 * j + lane % 4 * 2 + q % 2;
         float total = sums[j][q];

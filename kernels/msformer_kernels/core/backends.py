@@ -41,6 +41,7 @@ from typing import Any, Protocol
 import torch
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CUDA_SHARED_MEMORY = 160 << 10
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,6 +121,9 @@ def _why_not_this_gpu() -> str:
     if 10 * major + minor < oldest:
         served = f"{oldest // 10}.{oldest % 10} and newer"
         return f"it is compiled for compute capability {served}, this GPU has {major}.{minor}"
+    if 0 < (found := library.shared_memory()) < _CUDA_SHARED_MEMORY:
+        needed = _CUDA_SHARED_MEMORY >> 10
+        return f"its blocks need {needed} KiB of shared memory (A100, H100, B200), this GPU has {found >> 10}"
     return ""
 
 
@@ -347,6 +351,8 @@ def _rule(argument: str | None, chosen: str) -> str:
 
 
 def _details(name: str) -> str:
+    if name == "cuda":
+        return ", not measured on a GPU yet"
     if name != "native":
         return ""
     from msformer_kernels import _native

@@ -1,7 +1,7 @@
 """How tensors are handed to the CUDA kernels: addresses and strides (see csrc/cuda/api.h).
 
-Activations go as they are, with any strides. Parameters go contiguous, in the dtype of the activations or float32; their
-gradients are written in the dtype of the parameter. All of a call goes as one flat tuple of numbers.
+Activations go as they are, with any strides. Parameters go contiguous, in the dtype of the activations or float32;
+their gradients are written in the dtype of the parameter. All of a call goes as one flat tuple of numbers.
 """
 
 from __future__ import annotations

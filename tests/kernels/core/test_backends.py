@@ -114,7 +114,9 @@ def test_triton_serves_the_gpu_where_the_cuda_kernels_are_missing(monkeypatch: p
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A GPU that is not there, which the CUDA kernels serve until a test takes something away from it."""
     found = SimpleNamespace(driver="", compiled=[80, 90], capability=(8, 6), seen=True)
-    library = SimpleNamespace(why_not_this_driver=lambda: found.driver, compiled_for=lambda: found.compiled)
+    library = SimpleNamespace(
+        why_not_this_driver=lambda: found.driver, compiled_for=lambda: found.compiled, shared_memory=lambda: 227 << 10
+    )
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
     monkeypatch.setitem(backends._cuda_reasons, "cuda", "")
     monkeypatch.setattr(backends, "cuda_library", lambda device_type: library)
