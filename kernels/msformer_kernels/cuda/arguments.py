@@ -23,8 +23,8 @@ _SHORT = 32
 def engine(dtype: torch.dtype, *lengths: int) -> int:
     """float32 goes through tf32 where PyTorch allows it for products of matrices, else through parts in tf32.
 
-    Three products of parts lose one or two of the 24 bits of a float32, which is less than a long sum loses by rounding.
-    Where one of the `lengths`, over which products sum, is short, they go without tensor cores.
+    Three products of parts lose one or two of the 24 bits of a float32, less than a long sum loses by rounding. Where
+    one of the `lengths`, over which products sum, is short, they go without tensor cores.
     """
     if dtype is torch.bfloat16:
         return BFLOAT16

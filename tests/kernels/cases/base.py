@@ -55,8 +55,8 @@ class Cases:
 
 
 def require(backend: str, operator: str | None = None) -> None:
-    """Skips the test where a backend was not built; fails it where it must be there (MSFORMER_REQUIRE_NATIVE=1). Skips it
-    where the backend does not have the operator."""
+    """Skips the test where a backend was not built, or does not have the operator; fails it where it must be there
+    (MSFORMER_REQUIRE_NATIVE=1)."""
     if operator and backend not in OPERATORS[operator].served_by:
         pytest.skip(f"{backend} has no kernels for {operator}")
     if backend in kernels.available_backends():

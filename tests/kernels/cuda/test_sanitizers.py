@@ -32,7 +32,7 @@ def runtime(compiler: list[str], library: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
     for package in ("pybind11", "ninja"):
         pytest.importorskip(package)
     try:
@@ -52,7 +52,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], "subp
     return run
 
 
-def test_operators(sanitized: Callable[[str], "subprocess.CompletedProcess[str]"]) -> None:
+def test_operators(sanitized: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
     done = sanitized("operators")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     lines = done.stdout.splitlines()
@@ -62,7 +62,7 @@ def test_operators(sanitized: Callable[[str], "subprocess.CompletedProcess[str]"
             assert sum(line.startswith(f"{name} ") and dtype in line for line in lines) > 5
 
 
-def test_a_read_beyond_a_tensor_is_found(sanitized: Callable[[str], "subprocess.CompletedProcess[str]"]) -> None:
+def test_a_read_beyond_a_tensor_is_found(sanitized: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
     done = sanitized("beyond")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
