@@ -4,85 +4,36 @@
 // A call hands over one flat tuple of numbers, the fields of the operator's argument struct (abi.h) in order.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
 #include "dispatch.h"
+#include "reader.h"
 
 namespace py = pybind11;
 
 namespace msformer {
-namespace {
 
-class Reader {
- public:
-  explicit Reader(const py::tuple& values) : values_(values.ptr()), count_(PyTuple_GET_SIZE(values.ptr())) {}
+void read_fields(Reader& r, Activation& a) {
+  r.fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride);
+}
 
-  template <class... Fields>
-  void fill(Fields&... fields) {
-    (read(fields), ...);
-  }
+void read_fields(Reader& r, Mask& m) { r.fill(m.data, m.batch_stride, m.token_stride); }
 
-  void finish() const {
-    if (next_ != count_) fail("no more");
-  }
+template <class P>
+void read_fields(Reader& r, AffineParameters<P>& p) {
+  r.fill(p.weight, p.bias);
+}
 
- private:
-  PyObject* next() {
-    if (next_ == count_) fail("more");
-    return PyTuple_GET_ITEM(values_, next_++);
-  }
-  [[noreturn]] void fail(const char* how) const {
-    throw std::invalid_argument("_native: got " + std::to_string(count_) + " values, expected " + how + " after " +
-                                std::to_string(next_));
-  }
-  long long integer() {
-    const long long value = PyLong_AsLongLong(next());
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-
-  template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer> || std::is_enum_v<Integer>>>
-  void read(Integer& field) {
-    const long long value = integer();
-    field = static_cast<Integer>(value);
-    if (static_cast<long long>(field) != value) fail("a smaller one");
-  }
-  void read(double& field) {
-    field = PyFloat_AsDouble(next());
-    if (field == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  void* address() {
-    void* value = PyLong_AsVoidPtr(next());
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  void read(void*& field) { field = address(); }
-  void read(const void*& field) { field = address(); }
-  void read(Activation& a) { fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride); }
-  void read(Mask& m) {
-    const void* data;
-    fill(data, m.batch_stride, m.token_stride);
-    m.data = static_cast<const unsigned char*>(data);
-  }
-  template <class P>
-  void read(AffineParameters<P>& p) {
-    fill(p.weight, p.bias);
-  }
-  template <class P>
-  void read(SelfAttentionParameters<P>& p) {
-    fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
+template <class P>
+void read_fields(Reader& r, SelfAttentionParameters<P>& p) {
+  r.fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
          p.norm);
-  }
-  template <class P>
-  void read(MixFFNParameters<P>& p) {
-    fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
-  }
+}
 
-  PyObject* values_;
-  Py_ssize_t count_, next_ = 0;
-};
+template <class P>
+void read_fields(Reader& r, MixFFNParameters<P>& p) {
+  r.fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
+}
+
+namespace {
 
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
   r.fill(a.num_threads, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels, a.query_scale,
@@ -132,7 +83,7 @@ template <class Arguments>
 void define(py::module_& m, const char* name, void (*kernel)(const Arguments&), bool backward) {
   m.def(name, [kernel, backward](const py::tuple& values) {
     Arguments arguments{};
-    Reader reader(values);
+    Reader reader(values, "_native");
     read_arguments(reader, arguments, backward);
     reader.finish();
     py::gil_scoped_release release;

@@ -128,8 +128,8 @@ DEV void multiply_add(float (&sum)[4], const Fragment<E>& left, const Fragment<E
 #pragma unroll
       for (int part = 0; part <= order; part++)
         multiply_add(Store{}, small, left.r[part], right.r[order - part][b], right.r[order - part][b + 1]);
-    // infinity times the zero rest of the other operand is no part of the product
-    for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] == small[q] ? small[q] : 0.0f);
+    // infinity times the rest of the other operand, zero or of either sign, is no part of the product
+    for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] - small[q] == 0 ? small[q] : 0.0f);
   }
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
+from msformer_kernels.core.operator import OPERATORS
 
 Tensors = dict[str, Tensor | None]
 BASE_SEED = 1000 * int(os.environ.get("MSFORMER_TEST_SEED", "0"))
@@ -53,8 +54,11 @@ class Cases:
         return self._by_name[name]
 
 
-def require(backend: str) -> None:
-    """Skips the test where a backend was not built; fails it where it must be there (MSFORMER_REQUIRE_NATIVE=1)."""
+def require(backend: str, operator: str | None = None) -> None:
+    """Skips the test where a backend was not built, or does not have the operator; fails it where it must be there
+    (MSFORMER_REQUIRE_NATIVE=1)."""
+    if operator and backend not in OPERATORS[operator].served_by:
+        pytest.skip(f"{backend} has no kernels for {operator}")
     if backend in kernels.available_backends():
         return
     reason = f"backend {backend} is not available: {kernels.explain().reasons[backend]}"

@@ -26,17 +26,20 @@ from tests.kernels.cases import (
     self_attention_case,
 )
 
-CASES = [
-    attention_case("attention", batch=2, heads=2, mask="random"),
-    self_attention_case("self_attention", heads=2, key_channels=4, value_channels=10),
-    self_attention_case("self_attention_bare", norm=False, biases=False, mask="random"),
-    mix_ffn_case("mix_ffn"),
-    mix_ffn_case("mix_ffn_bare", norm=False, hidden_norm=False, biases=False),
-    linear_case("linear"),
-    linear_case("linear_bare", bias=False),
-    batch_norm_case("batch_norm"),
-    batch_norm_case("batch_norm_plain", affine=False),
-]
+CASES = {
+    "efficient_attention": [attention_case("attention", batch=2, heads=2, mask="random")],
+    "efficient_self_attention": [
+        self_attention_case("self_attention", heads=2, key_channels=4, value_channels=10),
+        self_attention_case("self_attention_bare", norm=False, biases=False, mask="random"),
+    ],
+    "mix_ffn": [
+        mix_ffn_case("mix_ffn"),
+        mix_ffn_case("mix_ffn_bare", norm=False, hidden_norm=False, biases=False),
+    ],
+    "linear": [linear_case("linear"), linear_case("linear_bare", bias=False)],
+    "batch_norm": [batch_norm_case("batch_norm"), batch_norm_case("batch_norm_plain", affine=False)],
+}
+WITH_OPERATOR = [pytest.param(name, case, id=case.name) for name, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(autouse=True)
@@ -94,14 +97,13 @@ def check_ops(forward: Op, backward: Op, tests: tuple[str, ...] = (*REGISTRATION
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, dtype: torch.dtype, backend: str) -> None:
-    if "linear" in case.name and backend == "triton":
-        pytest.skip("Triton has no kernels for linear")
+@pytest.mark.parametrize(("operator", "case"), WITH_OPERATOR)
+def test_opcheck(operator: str, case: Case, dtype: torch.dtype, backend: str) -> None:
+    require(backend, operator)
     check_ops(*ops_of(case, dtype, backend))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
 def test_opcheck_of_ops_that_run_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a graph that names no backend, on a machine that has none. What only another backend's backward reads is
     NaN, which the test of AOT dispatch takes for a difference."""
