@@ -83,7 +83,9 @@ def measure_native(dim: int = 32, repeats: int = 300, rounds: int = 9) -> list[t
     return rows
 
 
-def measure_triton(target: str = "sm_90", dim: int = 32, repeats: int = 300) -> list[tuple[str, float]]:
+def measure_triton(
+    target: str = "sm_90", dim: int = 32, repeats: int = 300, rounds: int = 9
+) -> list[tuple[str, float]]:
     """(operator, seconds with the Triton kernels)"""
     from msformer_kernels.core import backends
 
@@ -94,7 +96,7 @@ def measure_triton(target: str = "sm_90", dim: int = 32, repeats: int = 300) -> 
         stack.enter_context(torch.no_grad())
         for name, call in calls(dim, torch.bfloat16).items():
             if name != "linear":  # Triton has no kernels for it
-                rows.append((name, compare(call, ["triton"], repeats, rounds=1)[0]))
+                rows.append((name, compare(call, ["triton"], repeats, rounds)[0]))
     return rows
 
 

@@ -17,22 +17,6 @@ void read_fields(Reader& r, Activation& a) {
 
 void read_fields(Reader& r, Mask& m) { r.fill(m.data, m.batch_stride, m.token_stride); }
 
-template <class P>
-void read_fields(Reader& r, AffineParameters<P>& p) {
-  r.fill(p.weight, p.bias);
-}
-
-template <class P>
-void read_fields(Reader& r, SelfAttentionParameters<P>& p) {
-  r.fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
-         p.norm);
-}
-
-template <class P>
-void read_fields(Reader& r, MixFFNParameters<P>& p) {
-  r.fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
-}
-
 namespace {
 
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {

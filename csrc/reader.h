@@ -7,6 +7,8 @@
 #include <string>
 #include <type_traits>
 
+#include "abi.h"
+
 namespace msformer {
 
 // Reads the fields of a struct one after the other. A struct within it needs a function `read_fields(Reader&, Struct&)`
@@ -69,5 +71,22 @@ class Reader {
   Py_ssize_t count_, next_ = 0;
   const char* module_;
 };
+
+// The parameters of the operators, in the order of their declaration in Python.
+template <class P>
+void read_fields(Reader& r, AffineParameters<P>& p) {
+  r.fill(p.weight, p.bias);
+}
+
+template <class P>
+void read_fields(Reader& r, SelfAttentionParameters<P>& p) {
+  r.fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
+         p.norm);
+}
+
+template <class P>
+void read_fields(Reader& r, MixFFNParameters<P>& p) {
+  r.fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm, p.norm);
+}
 
 }  // namespace msformer

@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../abi.h"
+
 namespace msformer::gpu {
 
 constexpr int OUT_OF_SHARED_MEMORY = -1;
@@ -33,14 +35,6 @@ struct ParameterGradient {
 struct Tokens {
   void* data;
   std::int64_t batch_stride, token_stride, channel_stride;
-};
-
-enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
-
-template <class P>
-struct MixFFNParameters {  // dw_weight [hidden, 3, 3]; weights as in torch.nn.Linear: [out, in]
-  P fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias, hidden_norm_weight, hidden_norm_bias, norm_weight,
-      norm_bias;
 };
 
 // x [B, height * width, C]

@@ -95,7 +95,7 @@ template <class E, int HALO>
 DEV void input_statistics(const MixFFN& a, const Place& place, float* mean, float* rstd) {
   using R = Region<E, HALO>;
   using T = typename E::Store;
-  if (!a.arguments.parameters.norm_weight.data) {
+  if (!a.arguments.parameters.norm.weight.data) {
     for (int r = threadIdx.x; r < R::ROWS; r += Config<E>::THREADS) {
       mean[r] = 0;
       rstd[r] = 1;
@@ -133,7 +133,7 @@ template <class E, int HALO, class RowOf>
 DEV void load_tokens(const MixFFN& a, const Place& place, const float* mean, const float* rstd, RowOf row_of,
                      typename E::Store* tile, int stride, int first, int columns) {
   using T = typename E::Store;
-  const Parameter &weight = a.arguments.parameters.norm_weight, &bias = a.arguments.parameters.norm_bias;
+  const Parameter &weight = a.arguments.parameters.norm.weight, &bias = a.arguments.parameters.norm.bias;
   load_region<E, HALO>(a, place, a.arguments.x, tile, stride, first, columns, [&](float x, int r, int c) {
     if (!weight.data) return x;
     x = (x - mean[row_of(r)]) * rstd[row_of(r)] * element<T>(weight, c);
@@ -212,9 +212,9 @@ DEV void convolve(const MixFFN& a, const typename E::Store* tile, int first, Out
 template <class T>
 DEV float normalize_hidden(const MixFFN& a, float z, float mean, float rstd, int channel) {
   const auto& w = a.arguments.parameters;
-  if (!w.hidden_norm_weight.data) return z;
-  z = (z - mean) * rstd * element<T>(w.hidden_norm_weight, channel);
-  return w.hidden_norm_bias.data ? z + element<T>(w.hidden_norm_bias, channel) : z;
+  if (!w.hidden_norm.weight.data) return z;
+  z = (z - mean) * rstd * element<T>(w.hidden_norm.weight, channel);
+  return w.hidden_norm.bias.data ? z + element<T>(w.hidden_norm.bias, channel) : z;
 }
 
 // Joins the mean and squared deviations of a chunk of `columns` values of each row to those of the `before` ones

@@ -148,7 +148,7 @@ mix_ffn_second_backward_kernel(const MixFFN a) {
     *gradient = tile(m.gradient), *weights = tile(m.weights);
   const MixFFNArguments& g = a.arguments;
   const auto& w = g.parameters;
-  const bool norm = w.hidden_norm_weight.data != nullptr;
+  const bool norm = w.hidden_norm.weight.data != nullptr;
 
   const int first = blockIdx.x * C::CHUNK, channels = min(C::CHUNK, g.hidden - first);
   const int out = blockIdx.z * C::OUT, outs = min(C::OUT, g.channels - out);
@@ -214,7 +214,7 @@ mix_ffn_second_backward_kernel(const MixFFN a) {
           const T rounded = gradient[p * C::STRIDE + c];
           write(static_cast<T*>(a.scratch.grad_normalized) + (before + token) * g.hidden + first + c, rounded);
           if (!norm) continue;
-          const float grad = to_float(rounded) * element<T>(w.hidden_norm_weight, first + c);
+          const float grad = to_float(rounded) * element<T>(w.hidden_norm.weight, first + c);
           sum += grad;
           product += grad * (to_float(z[p * C::STRIDE + c]) - z_mean[p]) * z_rstd[p];
         }
@@ -336,7 +336,7 @@ mix_ffn_first_backward_kernel(const MixFFN a) {
       return to_float(read(static_cast<const T*>(a.scratch.grad_normalized) + (before + token) * g.hidden + first + c));
     };
     if constexpr (NORM) {
-      const float scale = channel < channels ? element<T>(w.hidden_norm_weight, first + channel) : 0.0f;
+      const float scale = channel < channels ? element<T>(w.hidden_norm.weight, first + channel) : 0.0f;
       convolve<E, 1, false>(a, hidden, first, [&](int p, int c, float x) {
         const std::int64_t token = place.template token<Ring>(a, p);
         float sum = 0;
@@ -440,7 +440,7 @@ mix_ffn_token_backward_kernel(const MixFFN a) {
   ExactSum* sums = reinterpret_cast<ExactSum*>(memory + m.sums);
   const MixFFNArguments& g = a.arguments;
   const auto& w = g.parameters;
-  const bool norm = w.norm_weight.data != nullptr;
+  const bool norm = w.norm.weight.data != nullptr;
   const std::int64_t tokens = static_cast<std::int64_t>(g.height) * g.width, all = g.batch * tokens;
   for (int i = threadIdx.x; i < 3 * g.channels; i += TOKEN_THREADS) sums[i] = ExactSum{};
 
@@ -497,7 +497,7 @@ mix_ffn_token_backward_kernel(const MixFFN a) {
       float sum = 0, product = 0;
       if (norm) {
         for (int c = lane; c < g.channels; c += 32) {
-          const float grad = gradient[r * m.stride + c] * element<T>(w.norm_weight, c);
+          const float grad = gradient[r * m.stride + c] * element<T>(w.norm.weight, c);
           sum += grad;
           product += grad * (x_at(r, c) - mean[r]) * rstd[r];
         }
@@ -508,7 +508,7 @@ mix_ffn_token_backward_kernel(const MixFFN a) {
         float grad = gradient[r * m.stride + c];
         if (norm) {
           const float normalized = (x_at(r, c) - mean[r]) * rstd[r];
-          grad = rstd[r] * (grad * element<T>(w.norm_weight, c) - sum - normalized * product);
+          grad = rstd[r] * (grad * element<T>(w.norm.weight, c) - sum - normalized * product);
         }
         if (g.residual) grad += grad_output_at(r, c);
         write(address<T>(g.grad_x, (start + r) / tokens, (start + r) % tokens, c), from_float<T>(grad));
@@ -529,7 +529,7 @@ std::int64_t place_scratch(MixFFN& a, void* start) {
   const MixFFNArguments& g = a.arguments;
   const std::int64_t tokens = g.batch * g.height * g.width, matrix = static_cast<std::int64_t>(g.channels) * g.hidden;
   const int chunks = ceil_div(g.hidden, C::CHUNK), blocks = chunks * ceil_div(g.channels, C::OUT);
-  const bool norm = g.parameters.hidden_norm_weight.data != nullptr;
+  const bool norm = g.parameters.hidden_norm.weight.data != nullptr;
   MixFFNScratch& s = a.scratch;
   s.splits = static_cast<int>(min(count_tiles<C>(a), static_cast<std::int64_t>(ceil_div(2 * processors(), blocks))));
   s.token_splits = static_cast<int>(min(ceil_div(tokens, std::int64_t{64}), std::int64_t{2} * processors()));
@@ -596,11 +596,11 @@ int sum_all(const MixFFN& a, void* stream) {
   add(first + 9ll * g.hidden, s.splits, s.first_size, g.hidden, g.gradients.dw_bias);
   add(first + 10ll * g.hidden, s.splits, s.first_size, g.hidden, g.gradients.fc1_bias);
   add(s.second_partials, s.splits, s.second_size, matrix, g.gradients.fc2_weight);
-  add(second, s.splits, s.second_size, g.hidden, g.gradients.hidden_norm_weight);
-  add(second + g.hidden, s.splits, s.second_size, g.hidden, g.gradients.hidden_norm_bias);
+  add(second, s.splits, s.second_size, g.hidden, g.gradients.hidden_norm.weight);
+  add(second + g.hidden, s.splits, s.second_size, g.hidden, g.gradients.hidden_norm.bias);
   add(s.token_partials, s.token_splits, s.token_size, g.channels, g.gradients.fc2_bias);
-  add(s.token_partials + g.channels, s.token_splits, s.token_size, g.channels, g.gradients.norm_weight);
-  add(s.token_partials + 2 * g.channels, s.token_splits, s.token_size, g.channels, g.gradients.norm_bias);
+  add(s.token_partials + g.channels, s.token_splits, s.token_size, g.channels, g.gradients.norm.weight);
+  add(s.token_partials + 2 * g.channels, s.token_splits, s.token_size, g.channels, g.gradients.norm.bias);
   return sum_partials<typename E::Store>(sums, stream);
 }
 
@@ -609,7 +609,7 @@ int backward(const MixFFNArguments& arguments, void* stream) {
   using C = Config<E>;
   MixFFN a{arguments, 0, false, {}};
   place_scratch<E>(a, arguments.scratch);
-  const bool norm = arguments.parameters.hidden_norm_weight.data != nullptr;
+  const bool norm = arguments.parameters.hidden_norm.weight.data != nullptr;
   const dim3 grid(ceil_div(arguments.hidden, C::CHUNK), a.scratch.splits, ceil_div(arguments.channels, C::OUT));
   if (norm) {
     const int shared = largest_chunk<E, StatisticsMemory<E>>(a);

@@ -46,7 +46,7 @@ mix_ffn_forward_kernel(const MixFFN a) {
 
   const Place place = Place::of<C>(a, blockIdx.x);
   const int out = blockIdx.y * C::OUT, outs = min(C::OUT, a.arguments.channels - out);
-  const bool norm = a.arguments.parameters.hidden_norm_weight.data != nullptr;
+  const bool norm = a.arguments.parameters.hidden_norm.weight.data != nullptr;
   input_statistics<E, 1>(a, place, mean, rstd);
   __syncthreads();
   if (a.channel_chunk >= a.arguments.channels)
@@ -105,7 +105,7 @@ mix_ffn_forward_kernel(const MixFFN a) {
 template <class E>
 int forward(const MixFFNArguments& arguments, void* stream) {
   using C = Config<E>;
-  MixFFN a{arguments, 0, arguments.parameters.hidden_norm_weight.data != nullptr, {}};
+  MixFFN a{arguments, 0, arguments.parameters.hidden_norm.weight.data != nullptr, {}};
   auto bytes = [&](int chunk) {
     a.channel_chunk = chunk;
     return ForwardMemory<E>(a).all;

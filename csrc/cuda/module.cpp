@@ -17,12 +17,6 @@ void read_fields(Reader& r, Parameter& p) { r.fill(p.data, p.wide); }
 void read_fields(Reader& r, ParameterGradient& p) { r.fill(p.data, p.wide); }
 void read_fields(Reader& r, Tokens& x) { r.fill(x.data, x.batch_stride, x.token_stride, x.channel_stride); }
 
-template <class P>
-void read_fields(Reader& r, MixFFNParameters<P>& p) {
-  r.fill(p.fc1_weight, p.fc1_bias, p.dw_weight, p.dw_bias, p.fc2_weight, p.fc2_bias, p.hidden_norm_weight,
-         p.hidden_norm_bias, p.norm_weight, p.norm_bias);
-}
-
 namespace {
 
 void read_inputs(Reader& r, MixFFNArguments& a) {

@@ -62,7 +62,7 @@ class Operator(Generic[R]):
         activations: the tensors that the layer works on; the other differentiable ones are its `parameters`.
         without_gradient: tensors that are not differentiated.
         zero_gradient: tensors whose gradient is exactly zero; no backend computes it.
-        wide_parameters: whether its parameters may be float32 whatever the dtype of the activations.
+        wide_parameters: whether its parameters may be float32 beside narrower activations.
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
         limits: by backend, a function of a call that returns why the backend cannot serve it, or None.
@@ -105,7 +105,7 @@ class Operator(Generic[R]):
         self.call_type: Any = namedtuple(f"{self.name}_call", self.names)  # type: ignore[misc]
         self._positions = {name: i for i, name in enumerate(self.names)}
         floating = [n for n in self.tensors if n in self.differentiable or n in zero_gradient]
-        wide = [torch.float32 if wide_parameters and n in self.parameters else None for n in floating]
+        wide = [wide_parameters and n in self.parameters for n in floating]
         self._floating = tuple(zip(floating, self.positions(floating), wide, strict=True))
         self._parameter_positions = self.positions(self.parameters)
         self._defaults = tuple(p.default for p in signature.parameters.values())

@@ -69,10 +69,10 @@ class Reference:
         dtype = call[0].dtype
         tensors = {n: getattr(call, n) for n in self.operator.tensors}
         other = {n: t for n, t in tensors.items() if t is not None and t.is_floating_point() and t.dtype != dtype}
-        narrow = bool(other) and dtype in (torch.bfloat16, torch.float16)
-        if not narrow:
-            call = call._replace(**{n: t.to(dtype) for n, t in other.items()})
-        with torch.autocast(call[0].device.type, dtype, enabled=narrow, cache_enabled=False):
-            found = self.operator.run_reference(call)
+        if other and dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(call[0].device.type, dtype, cache_enabled=False):
+                found = self.operator.run_reference(call)
+        else:
+            found = self.operator.run_reference(call._replace(**{n: t.to(dtype) for n, t in other.items()}))
         first, *others = found if isinstance(found, tuple) else (found,)
         return first.to(dtype), *others

@@ -22,20 +22,22 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], layout
         raise ValueError(f"{name}: expected {layout} = {shape}, got {tuple(tensor.shape)}")
 
 
-def check_same_kind(tensors: Sequence[tuple[str, int, torch.dtype | None]], call: Sequence[Any]) -> None:
-    """Of the tensors (name, position in the call, dtype that it may have besides) the first is floating point, and the
-    others have its device and, outside autocast, its dtype; None passes."""
+def check_same_kind(tensors: Sequence[tuple[str, int, bool]], call: Sequence[Any]) -> None:
+    """Of the tensors (name, position in the call, whether it may be float32 beside a narrower first) the first is
+    floating point, and the others have its device and, outside autocast, its dtype; None passes."""
     first = call[0]
     dtype, device = first.dtype, first.device
     if not dtype.is_floating_point:
         raise TypeError(f"{tensors[0][0]}: expected a floating-point tensor, got {dtype}")
-    for name, position, allowed in tensors[1:]:
+    for name, position, wide in tensors[1:]:
         other = call[position]
         if other is None:
             continue
         if other.device != device:
             raise ValueError(f"{name}: is on {other.device}, but {tensors[0][0]} is on {device}")
-        if other.dtype not in (dtype, allowed) and not (other.is_floating_point() and autocast_enabled(device.type)):
+        if other.dtype == dtype or (wide and other.dtype is torch.float32 and dtype.itemsize < 4):
+            continue
+        if not (other.is_floating_point() and autocast_enabled(device.type)):
             raise TypeError(f"{name}: has dtype {other.dtype}, but {tensors[0][0]} has {dtype}")
 
 

@@ -78,6 +78,21 @@ def test_float32_parameters_with_narrow_activations(dtype: torch.dtype, backend:
             torch.testing.assert_close(value, want.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_parameters"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float64),
+    ],
+    ids=str,
+)
+def test_other_mixtures_are_refused(dtype: torch.dtype, of_parameters: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"weight: has dtype {of_parameters}, but x has {dtype}"):
+        kernels.batch_norm(torch.randn(1, 4, 3, dtype=dtype), torch.randn(3, dtype=of_parameters))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 3), (0, 5, 3), (2, 0, 3)])
 def test_too_few_tokens(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="x: expected at least 2 tokens in all"):

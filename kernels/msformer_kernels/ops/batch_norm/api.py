@@ -21,7 +21,7 @@ def batch_norm(
 
     Args:
         x: tokens ``[B, N, C]``, floating point, any strides, at least two in all.
-        weight, bias: ``[C]`` or None, in x's dtype or float32.
+        weight, bias: ``[C]`` or None, in x's dtype; beside bfloat16 and float16 also in float32.
         eps: added to the variance.
         backend: see `msformer_kernels.use_backend`.
 
