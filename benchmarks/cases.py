@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from benchmarks.rivals import DTYPES, PLAIN
+from benchmarks.rivals import DTYPES, PLAIN, STORAGE
 from msformer.model import MINIMUM_SIZE
 
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:h(\d+))?(?:m(\d+))?")
@@ -198,7 +198,7 @@ class Case:
 
     def work(self) -> Work:
         """The least that the case takes; values of 4 or 2 bytes, by its type."""
-        item = DTYPES[self.dtype].itemsize
+        item = STORAGE[self.dtype].itemsize
         if self.operation == "attention":
             return attention_work(self.shape, self.training, item)
         if self.operation == "block":

@@ -50,14 +50,13 @@ class Machine:
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """The GPU and what drives it; needs torch and Triton alone."""
-    import triton
-
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    """The GPU and what drives it; needs torch alone."""
+    machine: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {"gpu": properties.name, "memory GiB": properties.total_memory >> 30}
-        machine |= {"processors": properties.multi_processor_count, "cuda": torch.version.cuda or torch.version.hip}
+        machine |= {"capability": f"{properties.major}.{properties.minor}"}
+        machine |= {"processors": properties.multi_processor_count}
     return machine
 
 

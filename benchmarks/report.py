@@ -20,16 +20,8 @@ from benchmarks.cases import LAYERS, MODELS
 from benchmarks.machine import Ceilings, Machine
 from benchmarks.rivals import PLAIN
 from benchmarks.rows import MEASURED, Row, gain, groups
+from benchmarks.tables import duration, markdown_row
 from msformer.output import complete_file, write_json
-
-
-def duration(seconds: float) -> str:
-    """Three digits, with a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            value = seconds * factor
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
-    raise AssertionError
 
 
 def size(count: float) -> str:
@@ -324,16 +316,12 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     rivals = columns_of(results.rows)
     for group in groups(results.rows):
         header = columns(rivals)
-        lines += [f"## {title(group[0])}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
-        lines += [_markdown_row(cells(row, group, rivals)) for row in group]
+        lines += [f"## {title(group[0])}", "", markdown_row(header), markdown_row(["---"] * len(header))]
+        lines += [markdown_row(cells(row, group, rivals)) for row in group]
         found = problems(group)
         lines += ["", *(f"- {problem}" for problem in found), *([""] if found else [])]
     lines += [f"![{Path(name).stem}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def make_console() -> Console:

@@ -26,6 +26,8 @@ PLAIN = ("published", "eager", "compile")
 EXACT = "exact"
 """Not a rival: the clean form in float64, which the results of all are compared with; or "native exact", and so on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORAGE = DTYPES | {"float16": torch.float16, "tf32": torch.float32}
+"""By the name of a dtype, what values are stored in; the last two are measured on a GPU."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -16,7 +16,6 @@ from benchmarks.machine import Ceilings, Machine
 from benchmarks.report import (
     Results,
     against_tokens,
-    duration,
     markdown,
     print_group,
     read_results,
@@ -25,6 +24,7 @@ from benchmarks.report import (
     write_results,
 )
 from benchmarks.rows import MEASURED, WRONG, Row, new_row
+from benchmarks.tables import duration
 
 MACHINE = Machine("cpu", 2, 2**30, "os", "3", "2", "0", 2, "plain", ("reference",), "today")
 BLOCK = Case("block", Shape(1, 9, 7, 8), "float32", "training")
