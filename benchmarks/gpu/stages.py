@@ -97,8 +97,8 @@ def accuracy(session: Session, stage: StageResult) -> None:
 def miscompilation(session: Session, stage: StageResult) -> None:
     """The folded attention as it is, without Hopper's matrix instructions, and with another ptxas.
 
-    Triton 3.4 to 3.7.0 miscompiles products of a transposed accumulator on Hopper, which these kernels have, and so
-    does ptxas before 13.1.
+    With some releases of Triton and ptxas, products of these instructions with operands in registers are reported to go
+    wrong (flash-linear-attention#640, triton#11781); the folded kernels have such products.
     """
     capability = session.results.machine.get("capability", "9.0")
     if capability != "9.0":
