@@ -60,6 +60,46 @@ int mix_ffn_backward(Engine engine, const MixFFNArguments& arguments, void* stre
 // Bytes; of the arguments only sizes and parameters count. OUT_OF_SHARED_MEMORY where the backward cannot run.
 std::int64_t mix_ffn_backward_scratch(Engine engine, const MixFFNArguments& arguments);
 
+// A boolean [B, N], true where a token is kept; no data: all are.
+struct TokenMask {
+  const void* data;
+  std::int64_t batch_stride, token_stride;
+};
+
+template <class P>
+struct SelfAttentionParameters {  // weights as in torch.nn.Linear; the key bias has no effect
+  P query_weight, query_bias, key_weight, value_weight, value_bias, output_weight, output_bias, norm_weight, norm_bias;
+};
+
+// Contiguous float32, written by the forward: [B, heads, keys / heads, values / heads], [B, keys] twice, and [B, keys,
+// C].
+struct SelfAttentionState {
+  float *context, *key_max, *key_sum, *key_tokens;
+};
+
+// x [B, tokens, C]; channels, key and value features (of all heads) up to 128, batch and channels at least 1.
+struct SelfAttentionArguments {
+  std::int64_t batch, tokens;
+  int channels, keys, values, heads;
+  float eps;
+  bool residual;
+  Tokens x;
+  TokenMask mask;
+  SelfAttentionParameters<Parameter> parameters;
+  SelfAttentionState state;
+  Tokens output;              // forward
+  Tokens grad_output;         // backward, from here on
+  const float* grad_context;  // as the context; none: zeros
+  Tokens grad_x;
+  SelfAttentionParameters<ParameterGradient> gradients;
+  void* scratch;  // both
+};
+
+int self_attention_forward(Engine engine, const SelfAttentionArguments& arguments, void* stream);
+std::int64_t self_attention_forward_scratch(Engine engine, const SelfAttentionArguments& arguments);
+int self_attention_backward(Engine engine, const SelfAttentionArguments& arguments, void* stream);
+std::int64_t self_attention_backward_scratch(Engine engine, const SelfAttentionArguments& arguments);
+
 // Whether this is the emulation on the CPU.
 bool is_emulated();
 // Bytes that a block may have on the current device; 0 without one.

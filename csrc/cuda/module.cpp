@@ -22,6 +22,15 @@ void read_fields(Reader& r, MixFFNParameters<P>& p) {
          p.hidden_norm_bias, p.norm_weight, p.norm_bias);
 }
 
+void read_fields(Reader& r, TokenMask& mask) { r.fill(mask.data, mask.batch_stride, mask.token_stride); }
+void read_fields(Reader& r, SelfAttentionState& s) { r.fill(s.context, s.key_max, s.key_sum, s.key_tokens); }
+
+template <class P>
+void read_fields(Reader& r, SelfAttentionParameters<P>& p) {
+  r.fill(p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias, p.output_weight, p.output_bias,
+         p.norm_weight, p.norm_bias);
+}
+
 namespace {
 
 void read_inputs(Reader& r, MixFFNArguments& a) {
@@ -29,6 +38,14 @@ void read_inputs(Reader& r, MixFFNArguments& a) {
 }
 void read_forward(Reader& r, MixFFNArguments& a) { r.fill(a.output); }
 void read_backward(Reader& r, MixFFNArguments& a) { r.fill(a.grad_output, a.grad_x, a.gradients, a.scratch); }
+
+void read_inputs(Reader& r, SelfAttentionArguments& a) {
+  r.fill(a.batch, a.tokens, a.channels, a.keys, a.values, a.heads, a.eps, a.residual, a.x, a.mask, a.parameters);
+}
+void read_forward(Reader& r, SelfAttentionArguments& a) { r.fill(a.state, a.output, a.scratch); }
+void read_backward(Reader& r, SelfAttentionArguments& a) {
+  r.fill(a.state, a.grad_output, a.grad_context, a.grad_x, a.gradients, a.scratch);
+}
 
 void check(int error) {
   if (error == OUT_OF_SHARED_MEMORY) throw std::runtime_error("the kernels need more shared memory than the GPU has");
@@ -49,7 +66,7 @@ void define(pybind11::module_& m, const char* name, int (*run)(Engine, const Arg
   });
 }
 
-// Bytes of scratch memory that a backward needs; takes the inputs alone.
+// Bytes of scratch memory that a call needs; takes the inputs alone.
 template <class Arguments>
 void define_scratch(pybind11::module_& m, const char* name, std::int64_t (*bytes)(Engine, const Arguments&)) {
   m.def(name, [=](int engine, const pybind11::tuple& values) {
@@ -78,4 +95,6 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   m.def("is_emulated", is_emulated);
   m.def("shared_memory", shared_memory);
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
+  define(m, "self_attention_forward", self_attention_forward, read_forward);
+  define_scratch(m, "self_attention_forward_scratch", self_attention_forward_scratch);
 }

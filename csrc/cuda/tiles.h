@@ -71,8 +71,9 @@ struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 colu
 };
 
 // The left operand's rows from `row` and inner values from `inner`; stored [row][inner], or [inner][row] if TRANSPOSED.
-template <class E, bool TRANSPOSED>
-DEV void load_left(Fragment<E>& f, const typename E::Store* tile, int stride, int row, int inner) {
+// Engines of float32 take tiles of any type.
+template <class E, bool TRANSPOSED, class Tile>
+DEV void load_left(Fragment<E>& f, const Tile* tile, int stride, int row, int inner) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(typename E::Store) == 2) {
     if constexpr (TRANSPOSED)
@@ -82,15 +83,15 @@ DEV void load_left(Fragment<E>& f, const typename E::Store* tile, int stride, in
   } else {
     for (int q = 0; q < 4; q++) {
       const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 + q / 2 * 4;
-      f.split(q, TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]);
+      f.split(q, to_float(TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]));
     }
   }
 }
 
 // The right operand's 16 columns from `column`; stored [inner][column], or [column][inner] if TRANSPOSED, as weights
-// are.
-template <class E, bool TRANSPOSED>
-DEV void load_right(Fragment<E>& f, const typename E::Store* tile, int stride, int inner, int column) {
+// are. IN_PAIRS: with the inner values in the order of `left_of_sums`.
+template <class E, bool TRANSPOSED, bool IN_PAIRS = false, class Tile>
+DEV void load_right(Fragment<E>& f, const Tile* tile, int stride, int inner, int column) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(typename E::Store) == 2) {
     if constexpr (TRANSPOSED)
@@ -99,8 +100,9 @@ DEV void load_right(Fragment<E>& f, const typename E::Store* tile, int stride, i
       load_matrices<true>(f.r[0], tile + (inner + lane % 16) * stride + column + lane / 16 * 8);
   } else {
     for (int q = 0; q < 4; q++) {
-      const int j = column + lane / 4 + q / 2 * 8, k = inner + lane % 4 + q % 2 * 4;
-      f.split(q, TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]);
+      const int j = column + lane / 4 + q / 2 * 8;
+      const int k = inner + (IN_PAIRS ? lane % 4 * 2 + q % 2 : lane % 4 + q % 2 * 4);
+      f.split(q, to_float(TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]));
     }
   }
 }
