@@ -97,4 +97,6 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
   define(m, "self_attention_forward", self_attention_forward, read_forward);
   define_scratch(m, "self_attention_forward_scratch", self_attention_forward_scratch);
+  define(m, "self_attention_backward", self_attention_backward, read_backward);
+  define_scratch(m, "self_attention_backward_scratch", self_attention_backward_scratch);
 }
