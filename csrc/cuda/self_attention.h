@@ -110,6 +110,15 @@ DEV void stage_vector(float* to, const Parameter& vector, int count, int wide) {
   for (int i = threadIdx.x; i < wide; i += blockDim.x) to[i] = i < count && vector.data ? element<T>(vector, i) : 0.0f;
 }
 
+// Sums that each warp has in its row of 128 -> the sums of the block, written.
+DEV void write_warp_sums(float* to, const float* sums, int count) {
+  for (int c = threadIdx.x; c < count; c += THREADS) {
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += sums[w * MOST_CHANNELS + c];
+    write(to + c, sum);
+  }
+}
+
 // Rows of a matrix [rows, channels] in shared memory, all of them at once or, where they do not fit, some at a time.
 // All threads of the block take part.
 template <class T>

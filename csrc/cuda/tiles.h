@@ -36,9 +36,13 @@ struct Tf32 {  // operands rounded to the nearest tf32
   using Store = float;
   static constexpr int INNER = 8, PARTS = 1;
 };
-struct Tf32x3 {  // operands in two tf32 parts, three products: float32 accuracy
+struct Tf32x3 {  // operands in two tf32 parts, three products: of the 24 bits of a float32 one or two are lost
   using Store = float;
   static constexpr int INNER = 8, PARTS = 2;
+};
+struct Fp32 {  // without tensor cores, for sums so short that they round less than the above loses
+  using Store = float;
+  static constexpr int INNER = 16, PARTS = 0;
 };
 
 // f(engine) for the type of an engine.
@@ -51,21 +55,24 @@ auto with_engine(Engine engine, F f) {
       return f(F16{});
     case Engine::tf32:
       return f(Tf32{});
-    default:
+    case Engine::tf32x3:
       return f(Tf32x3{});
+    default:
+      return f(Fp32{});
   }
 }
 
 template <class E>
 struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 columns: [column / 8 * 2 + inner / half]
-  unsigned r[E::PARTS][4];
+  unsigned r[E::PARTS > 0 ? E::PARTS : 1][4];
 
   DEV void split(int q, float x) {
-    const float high = round_to_tf32(x);
-    r[0][q] = bits_of(high);
-    if constexpr (E::PARTS == 2) {
-      const float rest = x - high;  // NaN where x is infinite
-      r[1][q] = bits_of(rest == rest ? round_to_tf32(rest) : 0.0f);
+#pragma unroll
+    for (int part = 0; part < E::PARTS; part++) {
+      const float upper = round_to_tf32(x);
+      r[part][q] = bits_of(upper);
+      x -= upper;
+      if (x != x) x = 0;  // it was not finite, and has no rest
     }
   }
 };
@@ -89,7 +96,7 @@ DEV void load_left(Fragment<E>& f, const Tile* tile, int stride, int row, int in
 }
 
 // The right operand's 16 columns from `column`; stored [inner][column], or [column][inner] if TRANSPOSED, as weights
-// are. IN_PAIRS: with the inner values in the order of `left_of_sums`.
+// are. IN_PAIRS: with the inner values in the order of `WarpProduct::as_left` (warp_product.h).
 template <class E, bool TRANSPOSED, bool IN_PAIRS = false, class Tile>
 DEV void load_right(Fragment<E>& f, const Tile* tile, int stride, int inner, int column) {
   const int lane = threadIdx.x % 32;
@@ -111,14 +118,21 @@ template <class E>
 DEV void multiply_add(float (&sum)[4], const Fragment<E>& left, const Fragment<E>& right, int half) {
   using Store = typename E::Store;
   const int b = half * 2;
-  if constexpr (E::PARTS == 2) {
-    float small[4] = {};
-    multiply_add(Store{}, small, left.r[1], right.r[0][b], right.r[0][b + 1]);
-    multiply_add(Store{}, small, left.r[0], right.r[1][b], right.r[1][b + 1]);
+  if constexpr (E::PARTS == 1) {
+    multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
+  } else {
+    // tensor cores cut sums off: what is to have the accuracy of float32 is added up outside of them (Ootomo, Yokota,
+    // "Recovering single precision accuracy from Tensor Cores", 2022)
+    float product[4] = {}, small[4] = {};
+    multiply_add(Store{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
+#pragma unroll
+    for (int order = E::PARTS - 1; order > 0; order--)
+#pragma unroll
+      for (int part = 0; part <= order; part++)
+        multiply_add(Store{}, small, left.r[part], right.r[order - part][b], right.r[order - part][b + 1]);
     // infinity times the zero rest of the other operand is no part of the product
-    for (int q = 0; q < 4; q++) sum[q] += small[q] == small[q] ? small[q] : 0.0f;
+    for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] == small[q] ? small[q] : 0.0f);
   }
-  multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
 }
 
 // Sums of a product of ROWS x COLUMNS, spread over the warps of a block in units of 16 x 8 NJ. NJ is even.
@@ -148,6 +162,11 @@ struct Product {
     for (int u = 0; u < UNITS; u++) {
       const int unit = warp + u * WARPS, row = unit % ROW_UNITS * 16, column = unit / ROW_UNITS * (8 * NJ);
       if (unit >= ALL || row >= rows || column >= columns) continue;
+      if constexpr (E::PARTS == 0) {
+        add_plainly<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>(sum[u], left, left_stride, right, right_stride, inner, row,
+                                                       column);
+        continue;
+      }
       for (int k = 0; k < inner; k += E::INNER) {
         Fragment<E> a;
         load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
@@ -161,6 +180,21 @@ struct Product {
         }
       }
     }
+  }
+
+  template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
+  DEV static void add_plainly(float (&sums)[NJ][4], const Store* left, int left_stride, const Store* right,
+                              int right_stride, int inner, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    for (int j = 0; j < NJ; j++)
+      for (int q = 0; q < 4; q++) {
+        const int r = row + lane / 4 + q / 2 * 8, c = column + 8 * j + lane % 4 * 2 + q % 2;
+        float total = sums[j][q];
+        for (int k = 0; k < inner; k++)
+          total = fmaf(LEFT_TRANSPOSED ? left[k * left_stride + r] : left[r * left_stride + k],
+                       RIGHT_TRANSPOSED ? right[c * right_stride + k] : right[k * right_stride + c], total);
+        sums[j][q] = total;
+      }
   }
 
   // f(row, column, sum) for every sum of this thread.
@@ -177,6 +211,18 @@ struct Product {
         for (int q = 0; q < 4; q++) f(row + lane / 4 + q / 2 * 8, column + 8 * j + lane % 4 * 2 + q % 2, sum[u][j][q]);
     }
   }
+};
+
+// A sum that carries the error of each addition on (Neumaier, 1974).
+struct ExactSum {
+  float total = 0, lost = 0;
+
+  DEV void add(float x) {
+    const float next = total + x;
+    lost += (total < 0 ? -total : total) >= (x < 0 ? -x : x) ? (total - next) + x : (x - next) + total;
+    total = next;
+  }
+  DEV float value() const { return lost == lost ? total + lost : total; }  // infinite sums have no error
 };
 
 DEV float warp_sum(float x) {
@@ -287,19 +333,15 @@ struct Sums {
   int count;
 };
 
-// blockIdx.y: which tensor. In fixed order, with the error of each addition carried on (Neumaier).
+// blockIdx.y: which tensor. In fixed order.
 template <class T>
 KERNEL(256, 1)
 sum_partials_kernel(const Sums sums) {
   const Sum& s = sums.sum[blockIdx.y];
   for (std::int64_t i = blockIdx.x * 256ll + threadIdx.x; i < s.count; i += 256ll * gridDim.x) {
-    float total = 0, lost = 0;
-    for (std::int64_t k = 0; k < s.splits; k++) {
-      const float x = read(s.partials + k * s.stride + i), next = total + x;
-      lost += (total < 0 ? -total : total) >= (x < 0 ? -x : x) ? (total - next) + x : (x - next) + total;
-      total = next;
-    }
-    const float value = lost == lost ? total + lost : total;
+    ExactSum sum;
+    for (std::int64_t k = 0; k < s.splits; k++) sum.add(read(s.partials + k * s.stride + i));
+    const float value = sum.value();
     if (s.wide)
       write(static_cast<float*>(s.to) + i, value);
     else

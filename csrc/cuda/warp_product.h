@@ -56,6 +56,17 @@ struct WarpProduct {
   template <class E, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, class Left, class Right>
   DEV void add(const Left* left, int left_stride, int row, const Right* right, int right_stride, int column, int inner,
                int from, int to) {
+    if constexpr (E::PARTS == 0) {
+      each(from, to, [&](int j, int q, float& sum) {
+        const int r = row + WarpProduct::row(q), c = column + WarpProduct::column(j, q);
+        float total = 0;
+        for (int k = 0; k < inner; k++)
+          total = fmaf(to_float(LEFT_TRANSPOSED ? left[k * left_stride + r] : left[r * left_stride + k]),
+                       to_float(RIGHT_TRANSPOSED ? right[c * right_stride + k] : right[k * right_stride + c]), total);
+        sum += total;
+      });
+      return;
+    }
     for (int k = 0; k < inner; k += E::INNER) {
       Fragment<E> a;
       load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
@@ -75,6 +86,7 @@ struct WarpProduct {
   // right tile begin with `first`.
   template <class E, int K, class Right>
   DEV void add_product(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last, int to) {
+    if constexpr (E::PARTS == 0) return add_product_plainly(left, right, right_stride, first, last, to);
 #pragma unroll
     for (int k = 0; k < 8 * K; k += E::INNER) {
       if (k < first || k >= last) continue;
@@ -115,11 +127,63 @@ struct WarpProduct {
   }
 
  private:
+  template <int K, class Right>
+  DEV void add_product_plainly(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last,
+                               int to) {
+    const int quad = threadIdx.x % 32 / 4 * 4;
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+      if (8 * i < first || 8 * i >= last) continue;
+      float value[2][8];  // columns 8i and on of this lane's rows
+#pragma unroll
+      for (int k = 0; k < 8; k++)
+        for (int h = 0; h < 2; h++) value[h][k] = __shfl_sync(ALL_LANES, left.sum[i][2 * h + k % 2], quad + k / 2);
+      const Right* rows = right + (8 * i - first) * right_stride;
+#pragma unroll
+      for (int j = 0; j < NJ; j++) {
+        if (8 * j >= to) break;
+        float total[4] = {};
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+          for (int q = 0; q < 4; q++)
+            total[q] = fmaf(value[q / 2][k], to_float(rows[k * right_stride + column(j, q)]), total[q]);
+        for (int q = 0; q < 4; q++) sum[j][q] += total[q];
+      }
+    }
+  }
+
   template <class E>
   DEV static unsigned packed(float low, float high) {
     using T = typename E::Store;
     return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
   }
 };
+
+// Two products with the same right operand, the left ones transposed, [inner][row]: columns [0, to) from `column` of
+// the right tile on.
+template <class E, int NJ, class Left, class Right>
+DEV void add_both(WarpProduct<NJ>& first, WarpProduct<NJ>& second, const Left* first_left, const Left* second_left,
+                  int left_stride, int row, const Right* right, int right_stride, int column, int inner, int to) {
+  if constexpr (E::PARTS == 0) {
+    first.template add<E, true, false>(first_left, left_stride, row, right, right_stride, column, inner, 0, to);
+    second.template add<E, true, false>(second_left, left_stride, row, right, right_stride, column, inner, 0, to);
+    return;
+  }
+  for (int k = 0; k < inner; k += E::INNER) {
+    Fragment<E> one, other;
+    load_left<E, true>(one, first_left, left_stride, row, k);
+    load_left<E, true>(other, second_left, left_stride, row, k);
+#pragma unroll
+    for (int j = 0; j < NJ; j += 2) {
+      if (8 * j >= to) break;
+      Fragment<E> b;
+      load_right<E, false>(b, right, right_stride, k, column + 8 * j);
+      for (int half = 0; half < 2; half++) {
+        multiply_add(first.sum[j + half], one, b, half);
+        multiply_add(second.sum[j + half], other, b, half);
+      }
+    }
+  }
+}
 
 }  // namespace msformer::gpu

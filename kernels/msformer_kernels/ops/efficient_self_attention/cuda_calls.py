@@ -21,6 +21,10 @@ from msformer_kernels.cuda.arguments import (
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
 
 
+def _engine(call: Any) -> int:
+    return engine(call.x.dtype, call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0])
+
+
 def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
     """Sizes, options and inputs, as every entry point takes them first."""
     return (
@@ -45,7 +49,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     output, *state = OPERATOR.fake(call)
     if x.numel() == 0:
         return output, *(s.zero_() for s in state)
-    parameters, how, kernels = contiguous(OPERATOR.parameters_of(call), x), engine(x.dtype), library(x)
+    parameters, how, kernels = contiguous(OPERATOR.parameters_of(call), x), _engine(call), library(x)
     inputs = _inputs(call, parameters)
     scratch = x.new_empty(kernels.self_attention_forward_scratch(how, inputs), dtype=torch.uint8)
     kernels.self_attention_forward(
@@ -59,7 +63,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     grad_x, gradients = x.new_empty(x.shape), empty_gradients(given, x)
     if x.numel() == 0:
         return grad_x, *(g.zero_() for g in gradients)
-    parameters, how, kernels = contiguous(given, x), engine(x.dtype), library(x)
+    parameters, how, kernels = contiguous(given, x), _engine(call), library(x)
     inputs = _inputs(call, parameters)
     state = [s.contiguous() for s in saved]
     grad_context = grads.context
