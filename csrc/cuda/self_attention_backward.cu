@@ -125,7 +125,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
       p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
       softmax_heads(p, a.heads, a.keys / a.heads);
       __syncwarp();
-      p.put(tokens, m.wide_stride, row, keys);
+      p.put(tokens, m.wide_stride, row, 0, keys);
     }
     folded.each([&](int first, int last) {
       if (works)

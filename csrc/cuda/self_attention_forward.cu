@@ -20,6 +20,8 @@ struct ContextMemory {
   using T = typename E::Store;
   static constexpr int TOKENS = sizeof(T) == 2 ? 64 : 32;
   int stride, weights, tokens, tile, kept, all;  // two tiles of tokens, `tile` bytes apart, and whether they are kept
+  int own;                                       // 16 rows of TOKENS for each warp, where an engine needs them
+  static constexpr int OWN_STRIDE = TOKENS + 16 / static_cast<int>(sizeof(T));
 
   BOTH ContextMemory(int channels, int features) {
     Carver m;
@@ -29,6 +31,7 @@ struct ContextMemory {
     for (int i = 0; i < 2; i++) m.take(TOKENS * stride * static_cast<int>(sizeof(T)));
     tile = (m.used - tokens) / 2;
     kept = m.take(2 * TOKENS * 4);
+    own = m.take(E::PARTS ? 0 : WARPS * 16 * OWN_STRIDE * static_cast<int>(sizeof(T)));
     all = m.used;
   }
 };
@@ -74,6 +77,7 @@ self_attention_context_kernel(const ContextPass pass) {
   wait<0>();
   __syncthreads();
 
+  T* own = reinterpret_cast<T*>(memory + m.own) + warp * 16 * m.OWN_STRIDE;
   const bool works = 16 * warp < features;
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
   WarpProduct<MOST_CHANNELS / 8> key_tokens;
@@ -107,7 +111,8 @@ self_attention_context_kernel(const ContextPass pass) {
       key_tokens.each(0, channels, [&](int, int q, float& sum) { sum *= rescale[q / 2]; });
     }
     if (more) put(token + TOKENS, buffer ^ 1);
-    if (works) key_tokens.template add_product<E>(p, tokens_of(buffer), m.stride, 0, TOKENS, channels);
+    if (works)
+      key_tokens.template add_product<E>(p, tokens_of(buffer), m.stride, 0, TOKENS, channels, own, m.OWN_STRIDE);
     __syncthreads();
   }
 
@@ -148,17 +153,18 @@ struct OutputPass {
 template <class E>
 struct OutputMemory {
   using T = typename E::Store;
-  int stride, query_weight, folded, query_bias, output_bias, tokens, all;
+  int stride, wide_stride, query_weight, folded, query_bias, output_bias, tokens, all;
 
   BOTH explicit OutputMemory(const OutputPass& p) {
     const SelfAttentionArguments& a = p.arguments;
     Carver m;
     stride = tile_stride<T>(a.channels);
+    wide_stride = tile_stride<T>(E::PARTS ? a.channels : max(a.channels, a.keys));
     query_bias = m.take(MOST_FEATURES * 4);
     output_bias = m.take(MOST_CHANNELS * 4);
     query_weight = folded = m.take(p.at_once * stride * static_cast<int>(sizeof(T)));
     if (p.at_once >= a.keys) folded = m.take(p.at_once * stride * static_cast<int>(sizeof(T)));
-    tokens = m.take(16 * p.warps * stride * static_cast<int>(sizeof(T)));
+    tokens = m.take(16 * p.warps * wide_stride * static_cast<int>(sizeof(T)));
     all = m.used;
   }
 };
@@ -173,7 +179,7 @@ self_attention_output_kernel(const OutputPass pass) {
   const int warp = threadIdx.x / 32, channels = round_up(a.channels, 16), keys = round_up(a.keys, 16);
   float* query_bias = reinterpret_cast<float*>(memory + m.query_bias);
   float* output_bias = reinterpret_cast<float*>(memory + m.output_bias);
-  T* tokens = reinterpret_cast<T*>(memory + m.tokens) + 16 * warp * m.stride;
+  T* tokens = reinterpret_cast<T*>(memory + m.tokens) + 16 * warp * m.wide_stride;
   const std::int64_t image = blockIdx.x / pass.blocks, block = blockIdx.x % pass.blocks;
   const ImageTokens<T> x(a.x, image, a.channels), output(a.output, image, a.channels);
   const LaneNorm<T> norm(a.parameters.norm_weight, a.parameters.norm_bias, a.channels, a.eps);
@@ -204,7 +210,7 @@ self_attention_output_kernel(const OutputPass pass) {
     for (int half = 0; half < 16; half += 8) {
       rows.fetch(x, token + half, 1, a.tokens);
       rows.put(
-          norm, tokens + half * m.stride, m.stride, 1, [&](int i) { return token + half + i < a.tokens; },
+          norm, tokens + half * m.wide_stride, m.wide_stride, 1, [&](int i) { return token + half + i < a.tokens; },
           [](int, const float (&)[4]) {});
     }
     __syncwarp();
@@ -212,18 +218,20 @@ self_attention_output_kernel(const OutputPass pass) {
     WideProduct p;  // logits, then weights
     p.clear();
     query_weight.each([&](int first, int last) {
-      p.template add<E, false, true>(tokens, m.stride, 0, query_weight.tile, m.stride, -first, channels, first, last);
+      p.template add<E, false, true>(tokens, m.wide_stride, 0, query_weight.tile, m.stride, -first, channels, first,
+                                     last);
     });
     p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
     softmax_heads(p, a.heads, a.keys / a.heads);
     WarpProduct<MOST_CHANNELS / 8> y;
     y.clear();
-    folded.each(
-        [&](int first, int last) { y.template add_product<E>(p, folded.tile, m.stride, first, last, channels); });
+    folded.each([&](int first, int last) {
+      y.template add_product<E>(p, folded.tile, m.stride, first, last, channels, tokens, m.wide_stride);
+    });
     y.each(0, channels, [&](int j, int q, float& sum) { sum += output_bias[y.column(j, q)]; });
     constexpr int FLOATS = 4 / sizeof(T);  // how many of a tile's values a float32 takes
-    store_rows<T, MOST_CHANNELS / 8>(y, reinterpret_cast<float*>(tokens), m.stride / FLOATS, channels / FLOATS, output,
-                                     token, a.tokens, [&](std::int64_t t, int channel, float (&values)[4]) {
+    store_rows<T, MOST_CHANNELS / 8>(y, reinterpret_cast<float*>(tokens), m.wide_stride / FLOATS, channels / FLOATS,
+                                     output, token, a.tokens, [&](std::int64_t t, int channel, float (&values)[4]) {
                                        if (!a.residual) return;
                                        float added[4];
                                        widen(added, x.load(t, channel));

@@ -43,12 +43,11 @@ struct WarpProduct {
   // f(j, q, sum) for columns [from, to), multiples of 8.
   template <class F>
   DEV void each(int from, int to, F f) {
-#pragma unroll
-    for (int j = 0; j < NJ; j++) {
-      if (8 * j < from || 8 * j >= to) continue;
-#pragma unroll
-      for (int q = 0; q < 4; q++) f(j, q, sum[j][q]);
-    }
+    each_of(*this, from, to, f);
+  }
+  template <class F>
+  DEV void each(int from, int to, F f) const {
+    each_of(*this, from, to, f);
   }
 
   // Columns [from, to) += left right, over `inner` values (multiples of 16); the left tile's rows begin with `row`, the
@@ -57,14 +56,22 @@ struct WarpProduct {
   DEV void add(const Left* left, int left_stride, int row, const Right* right, int right_stride, int column, int inner,
                int from, int to) {
     if constexpr (E::PARTS == 0) {
-      each(from, to, [&](int j, int q, float& sum) {
-        const int r = row + WarpProduct::row(q), c = column + WarpProduct::column(j, q);
-        float total = 0;
+      const int r = row + WarpProduct::row(0);
+#pragma unroll
+      for (int j = 0; j < NJ; j++) {
+        if (8 * j < from || 8 * j >= to) continue;
+        const int c = column + WarpProduct::column(j, 0);
+        float total[4] = {};
+#pragma unroll 1
         for (int k = 0; k < inner; k++)
-          total = fmaf(to_float(LEFT_TRANSPOSED ? left[k * left_stride + r] : left[r * left_stride + k]),
-                       to_float(RIGHT_TRANSPOSED ? right[c * right_stride + k] : right[k * right_stride + c]), total);
-        sum += total;
-      });
+          for (int q = 0; q < 4; q++) {
+            const int i = r + q / 2 * 8, o = c + q % 2;
+            total[q] =
+                fmaf(to_float(LEFT_TRANSPOSED ? left[k * left_stride + i] : left[i * left_stride + k]),
+                     to_float(RIGHT_TRANSPOSED ? right[o * right_stride + k] : right[k * right_stride + o]), total[q]);
+          }
+        for (int q = 0; q < 4; q++) sum[j][q] += total[q];
+      }
       return;
     }
     for (int k = 0; k < inner; k += E::INNER) {
@@ -83,10 +90,18 @@ struct WarpProduct {
   }
 
   // Columns [0, to) += left right, where the columns [first, last) of `left` are the inner values, and those of the
-  // right tile begin with `first`.
+  // right tile begin with `first`. An engine without tensor cores takes them through `own`, 16 rows for this warp
+  // alone.
   template <class E, int K, class Right>
-  DEV void add_product(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last, int to) {
-    if constexpr (E::PARTS == 0) return add_product_plainly(left, right, right_stride, first, last, to);
+  DEV void add_product(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last, int to,
+                       typename E::Store* own, int own_stride) {
+    if constexpr (E::PARTS == 0) {
+      __syncwarp();
+      left.put(own, own_stride, 0, first, last);
+      __syncwarp();
+      add<E, false, false>(own, own_stride, 0, right, right_stride, 0, last - first, 0, to);
+      return;
+    }
 #pragma unroll
     for (int k = 0; k < 8 * K; k += E::INNER) {
       if (k < first || k >= last) continue;
@@ -119,36 +134,22 @@ struct WarpProduct {
     }
   }
 
-  // All columns [0, to) as they are, in the dtype of a tile.
+  // Columns [from, to) as they are, in the dtype of a tile whose columns begin with `from`.
   template <class T>
-  DEV void put(T* tile, int stride, int row, int to) {
-    each(0, to,
-         [&](int j, int q, float x) { tile[(row + WarpProduct::row(q)) * stride + column(j, q)] = from_float<T>(x); });
+  DEV void put(T* tile, int stride, int row, int from, int to) const {
+    each(from, to, [&](int j, int q, float x) {
+      tile[(row + WarpProduct::row(q)) * stride + column(j, q) - from] = from_float<T>(x);
+    });
   }
 
  private:
-  template <int K, class Right>
-  DEV void add_product_plainly(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last,
-                               int to) {
-    const int quad = threadIdx.x % 32 / 4 * 4;
+  template <class Self, class F>
+  DEV static void each_of(Self& self, int from, int to, F f) {
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      if (8 * i < first || 8 * i >= last) continue;
-      float value[2][8];  // columns 8i and on of this lane's rows
+    for (int j = 0; j < NJ; j++) {
+      if (8 * j < from || 8 * j >= to) continue;
 #pragma unroll
-      for (int k = 0; k < 8; k++)
-        for (int h = 0; h < 2; h++) value[h][k] = __shfl_sync(ALL_LANES, left.sum[i][2 * h + k % 2], quad + k / 2);
-      const Right* rows = right + (8 * i - first) * right_stride;
-#pragma unroll
-      for (int j = 0; j < NJ; j++) {
-        if (8 * j >= to) break;
-        float total[4] = {};
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-          for (int q = 0; q < 4; q++)
-            total[q] = fmaf(value[q / 2][k], to_float(rows[k * right_stride + column(j, q)]), total[q]);
-        for (int q = 0; q < 4; q++) sum[j][q] += total[q];
-      }
+      for (int q = 0; q < 4; q++) f(j, q, self.sum[j][q]);
     }
   }
 
