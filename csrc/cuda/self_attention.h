@@ -66,12 +66,14 @@ struct Splits {
 
 inline std::int64_t state_rows(const SelfAttentionArguments& a) { return a.batch * a.keys; }
 
-// M = G W_o, in the dtype of x; with partial sums over tokens (forward) first the state and G from them.
+// M = G W_o; with partial sums over tokens (forward) first the state and G from them. M, W_q and W_k are written as
+// operands (see StagedRows).
 struct Fold {
   SelfAttentionArguments arguments;
   const float *maxima, *sums, *key_tokens, *kept;  // [batch, splits, keys (x channels)], kept [batch, splits]; or none
   int splits;
-  void* folded;  // [batch, keys, channels]
+  void* folded;                     // [batch, keys, channels rounded up to 16]
+  void *query_weight, *key_weight;  // [keys, the same]; none: not needed
 };
 template <class T>
 int fold(const Fold& f, void* stream);
@@ -83,7 +85,7 @@ struct FoldBackward {
   const float* partials;  // [batch, splits, keys, channels]
   int splits;
   float *grad_folded, *grad_context;  // [batch, keys, channels or values of a head]
-  void* grad_key_tokens;              // [batch, keys, channels] as operands of SumEngine
+  void* grad_key_tokens;              // [batch, keys, channels rounded up to 16], an operand of SumEngine
   float* delta;                       // [batch, keys]
   int rows;                           // of a block
 };
@@ -119,22 +121,43 @@ DEV void write_warp_sums(float* to, const float* sums, int count) {
   }
 }
 
-// Rows of a matrix [rows, channels] in shared memory, all of them at once or, where they do not fit, some at a time.
+// Rows of `columns` values, at most COLUMNS, in multiples of 16, from rows `pitch` apart that are aligned to 16 bytes.
 // All threads of the block take part.
+template <int COLUMNS, class T>
+DEV void copy_aligned_rows(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns) {
+  constexpr int GROUP = 16 / sizeof(T), GROUPS = COLUMNS / GROUP;
+  const int c = threadIdx.x % GROUPS * GROUP;
+  if (c >= columns) return;
+#pragma unroll 1
+  for (int r = threadIdx.x / GROUPS; r < rows; r += blockDim.x / GROUPS)
+    copy<16>(tile + r * stride + c, from + r * pitch + c);
+}
+
+// Zeros in `rows` rows of `columns` values.
+template <class T>
+DEV void clear_rows(T* tile, int stride, int rows, int columns) {
+#pragma unroll 1
+  for (int r = threadIdx.x / 32; r < rows; r += blockDim.x / 32)
+    for (int c = threadIdx.x % 32; c < columns; c += 32) tile[r * stride + c] = from_float<T>(0.0f);
+}
+
+// Rows of an operand in shared memory, all of them at once or, where they do not fit, some at a time. In global memory
+// it is [rows, channels rounded up to 16], zeros behind the channels. All threads of the block take part.
 template <class T>
 struct StagedRows {
   T* tile;
   int stride, at_once;  // a multiple of 16
-  Parameter matrix;
-  int rows, channels;
+  const T* matrix;
+  int rows, channels;  // these with the zeros
 
   DEV bool resident() const { return at_once >= rows; }
 
   // Rows [first, first + at_once), to be there after a commit, wait and barrier.
   DEV void stage_from(int first) const {
     const int count = min(at_once, rows - first);
-    stage(tile, stride, round_up(count, 16), round_up(channels, 16), matrix, channels, first, 0, count, channels,
-          static_cast<int>(blockDim.x));
+    copy_aligned_rows<MOST_CHANNELS>(tile, stride, matrix + static_cast<std::int64_t>(first) * channels, channels,
+                                     count, channels);
+    clear_rows(tile + count * stride, stride, round_up(count, 16) - count, channels);
   }
 
   // f(first, last) for the rows [first, last) that the tile holds then, in multiples of 16.

@@ -30,9 +30,9 @@ DEV void softmax_heads_backward(WideProduct& weights, WideProduct& grad, int hea
 struct QueryPass {
   SelfAttentionArguments arguments;
   Splits splits;
-  int warps, at_once;  // see OutputPass
-  const void* folded;
-  void* grad_query;  // [batch, tokens, keys rounded up to 16]
+  int warps, at_once;                 // see OutputPass
+  const void *query_weight, *folded;  // see Fold
+  void* grad_query;                   // [batch, tokens, keys rounded up to 16]
   float *partials, *output_bias;
 };
 
@@ -72,15 +72,14 @@ self_attention_query_backward_kernel(const QueryPass pass) {
   const std::int64_t end = min(a.tokens, (split + 1) * pass.splits.size);
   const ImageTokens<T> x(a.x, image, a.channels), y(a.grad_output, image, a.channels);
 
-  const StagedRows<T> query_weight{reinterpret_cast<T*>(memory + m.query_weight),
-                                   m.stride,
-                                   pass.at_once,
-                                   a.parameters.query_weight,
-                                   a.keys,
-                                   a.channels};
-  const Parameter matrix{static_cast<const T*>(pass.folded) + image * a.keys * a.channels, false};
-  const StagedRows<T> folded{
-      reinterpret_cast<T*>(memory + m.folded), m.stride, pass.at_once, matrix, a.keys, a.channels};
+  const StagedRows<T> query_weight{reinterpret_cast<T*>(memory + m.query_weight), m.stride, pass.at_once,
+                                   static_cast<const T*>(pass.query_weight),      a.keys,   channels};
+  const StagedRows<T> folded{reinterpret_cast<T*>(memory + m.folded),
+                             m.stride,
+                             pass.at_once,
+                             static_cast<const T*>(pass.folded) + image * a.keys * channels,
+                             a.keys,
+                             channels};
   stage_vector<T>(query_bias, a.parameters.query_bias, a.keys, MOST_FEATURES);
   if (query_weight.resident()) {
     query_weight.stage_from(0);
@@ -181,7 +180,7 @@ struct Backward {
   int blocks = 0, groups = 0;  // of the token pass; of images
   std::int64_t value_size = 0, bytes = 0;
   float *grad_folded = nullptr, *grad_context = nullptr, *delta = nullptr, *value_partials = nullptr;
-  T *folded = nullptr, *grad_query = nullptr;
+  T *folded = nullptr, *query_weight = nullptr, *key_weight = nullptr, *grad_query = nullptr;
   typename SumEngine<E>::Store* grad_key_tokens = nullptr;
 
   explicit Backward(const SelfAttentionArguments& arguments) : a(arguments) {
@@ -199,9 +198,12 @@ struct Backward {
     value_size = 2 * channels * values + values;
 
     ScratchCarver scratch(a.scratch);
-    folded = scratch.take<T>(a.batch * keys * channels);
+    const std::int64_t operand = keys * round_up(a.channels, 16);
+    folded = scratch.take<T>(a.batch * operand);
+    query_weight = scratch.take<T>(operand);
+    key_weight = scratch.take<T>(operand);
     grad_query = scratch.take<T>(a.batch * a.tokens * round_up(a.keys, 16));
-    grad_key_tokens = scratch.take<typename SumEngine<E>::Store>(a.batch * keys * channels);
+    grad_key_tokens = scratch.take<typename SumEngine<E>::Store>(a.batch * operand);
     grad_folded = scratch.take<float>(a.batch * keys * channels);
     grad_context = scratch.take<float>(a.batch * keys * values / a.heads);
     delta = scratch.take<float>(a.batch * keys);
@@ -211,6 +213,8 @@ struct Backward {
     value_partials = scratch.take<float>(groups * value_size);
     bytes = scratch.used();
     query.folded = folded;
+    query.query_weight = token.query_weight = query_weight;
+    token.key_weight = key_weight;
     query.grad_query = grad_query;
     token.grad_query = grad_query;
     token.grad_key_tokens = grad_key_tokens;
@@ -253,7 +257,8 @@ struct Backward {
 
   int run(Engine engine, void* stream) const {
     if (bytes < 0) return static_cast<int>(bytes);
-    if (int error = fold<T>(Fold{a, nullptr, nullptr, nullptr, nullptr, 0, folded}, stream)) return error;
+    const Fold f{a, nullptr, nullptr, nullptr, nullptr, 0, folded, query_weight, key_weight};
+    if (int error = fold<T>(f, stream)) return error;
     if (int error =
             launch<self_attention_query_backward_kernel<E>>(dim3(static_cast<unsigned>(a.batch * query.splits.count)),
                                                             THREADS, QueryMemory<E>(query).all, stream, query))

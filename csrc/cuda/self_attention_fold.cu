@@ -25,6 +25,14 @@ struct RowGroup {
   }
 };
 
+// Zeros behind the channels of rows of an operand.
+template <class T>
+DEV void clear_padding(T* operand, int rows, int channels) {
+  const int pitch = round_up(channels, 16), padding = pitch - channels;
+  for (int i = threadIdx.x; i < rows * padding; i += THREADS)
+    write(operand + i / padding * pitch + channels + i % padding, from_float<T>(0.0f));
+}
+
 // More rows a block where there are enough of them: it reads the weights for all of them at once.
 int rows_of_block(const SelfAttentionArguments& a) {
   return state_rows(a) < 4 * FOLD_ROWS * processors() ? 1 : FOLD_ROWS;
@@ -140,13 +148,32 @@ static_assert(2 * FOLD_ROWS >= WARPS);
 struct FoldPass {
   Fold fold;
   int rows;
+  unsigned groups;  // blocks behind the groups of rows copy the weights
 };
+constexpr int COPIERS = 16;
+
+template <class T>
+DEV void copy_weight(void* to, const Parameter& weight, int rows, int channels, int block) {
+  if (!to) return;
+  const int pitch = round_up(channels, 16);
+#pragma unroll 4
+  for (int i = block * THREADS + threadIdx.x; i < rows * pitch; i += COPIERS * THREADS) {
+    const int r = i / pitch, c = i % pitch;
+    write(static_cast<T*>(to) + i, from_float<T>(c < channels ? element<T>(weight, r * channels + c) : 0.0f));
+  }
+}
 
 template <class T>
 KERNEL(THREADS, 1)
 self_attention_fold_kernel(const FoldPass pass) {
   const Fold& f = pass.fold;
   const SelfAttentionArguments& a = f.arguments;
+  if (blockIdx.x >= pass.groups) {
+    const int block = static_cast<int>(blockIdx.x - pass.groups);
+    copy_weight<T>(f.query_weight, a.parameters.query_weight, a.keys, a.channels, block);
+    copy_weight<T>(f.key_weight, a.parameters.key_weight, a.keys, a.channels, block);
+    return;
+  }
   DYNAMIC_SHARED(memory);
   const FoldMemory m(f.splits);
   Row* key_tokens = reinterpret_cast<Row*>(memory + m.key_tokens);
@@ -204,10 +231,11 @@ self_attention_fold_kernel(const FoldPass pass) {
                      });
   }
   __syncthreads();
+  const int pitch = round_up(a.channels, 16);
+  T* folded = static_cast<T*>(f.folded) + at.state * pitch;
   multiply_rows<T>(context, at.rows, head_values, a.parameters.output_weight, first_value, a.values, a.channels,
-                   [&](int r, int c, float sum) {
-                     write(static_cast<T*>(f.folded) + (at.state + r) * a.channels + c, from_float<T>(sum));
-                   });
+                   [&](int r, int c, float sum) { write(folded + r * pitch + c, from_float<T>(sum)); });
+  clear_padding(folded, at.rows, a.channels);
 }
 
 template <class E>
@@ -252,12 +280,14 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
   __syncthreads();
   // Divided by the sum of the softmax, which is then not needed with the tokens. delta is subtracted from products with
   // these rows, most of which it cancels: both must see the same rounding.
+  const int pitch = round_up(a.channels, 16);
+  auto* grad_key_tokens = static_cast<typename Sum::Store*>(f.grad_key_tokens) + at.state * pitch;
+  clear_padding(grad_key_tokens, at.rows, a.channels);
   each(a.channels, [&](int r, int c) {
     const float total = read(a.state.key_sum + at.state + r);
-    const std::int64_t i = (at.state + r) * a.channels + c;
     const float grad = total == 0 ? 0.0f : as_operand<Sum>(joined(r, c) / total);
-    write(static_cast<typename Sum::Store*>(f.grad_key_tokens) + i, from_float<typename Sum::Store>(grad));
-    grad_rows[r][c] = grad * read(a.state.key_tokens + i);
+    write(grad_key_tokens + r * pitch + c, from_float<typename Sum::Store>(grad));
+    grad_rows[r][c] = grad * read(a.state.key_tokens + (at.state + r) * a.channels + c);
   });
   for (int r = 0; r < at.rows; r++) {
     float delta = 0;
@@ -301,8 +331,9 @@ template <class T>
 int fold(const Fold& f, void* stream) {
   const int rows = rows_of_block(f.arguments), shared = FoldMemory(f.splits).all;
   if (shared > most_shared()) return OUT_OF_SHARED_MEMORY;
-  return launch<self_attention_fold_kernel<T>>(dim3(row_groups(f.arguments, rows)), THREADS, shared, stream,
-                                               FoldPass{f, rows});
+  const unsigned groups = row_groups(f.arguments, rows);
+  return launch<self_attention_fold_kernel<T>>(dim3(groups + COPIERS), THREADS, shared, stream,
+                                               FoldPass{f, rows, groups});
 }
 template int fold<bf16>(const Fold&, void*);
 template int fold<f16>(const Fold&, void*);

@@ -146,8 +146,8 @@ self_attention_context_kernel(const ContextPass pass) {
 struct OutputPass {
   SelfAttentionArguments arguments;
   int blocks, warps;
-  int at_once;  // rows of W_q and of M that are on the chip at a time
-  const void* folded;
+  int at_once;                        // rows of W_q and of M that are on the chip at a time
+  const void *query_weight, *folded;  // see Fold
 };
 
 template <class E>
@@ -184,15 +184,14 @@ self_attention_output_kernel(const OutputPass pass) {
   const ImageTokens<T> x(a.x, image, a.channels), output(a.output, image, a.channels);
   const LaneNorm<T> norm(a.parameters.norm_weight, a.parameters.norm_bias, a.channels, a.eps);
 
-  const StagedRows<T> query_weight{reinterpret_cast<T*>(memory + m.query_weight),
-                                   m.stride,
-                                   pass.at_once,
-                                   a.parameters.query_weight,
-                                   a.keys,
-                                   a.channels};
-  const Parameter matrix{static_cast<const T*>(pass.folded) + image * a.keys * a.channels, false};
-  const StagedRows<T> folded{
-      reinterpret_cast<T*>(memory + m.folded), m.stride, pass.at_once, matrix, a.keys, a.channels};
+  const StagedRows<T> query_weight{reinterpret_cast<T*>(memory + m.query_weight), m.stride, pass.at_once,
+                                   static_cast<const T*>(pass.query_weight),      a.keys,   channels};
+  const StagedRows<T> folded{reinterpret_cast<T*>(memory + m.folded),
+                             m.stride,
+                             pass.at_once,
+                             static_cast<const T*>(pass.folded) + image * a.keys * channels,
+                             a.keys,
+                             channels};
   stage_vector<T>(query_bias, a.parameters.query_bias, a.keys, MOST_FEATURES);
   stage_vector<T>(output_bias, a.parameters.output_bias, a.channels, MOST_CHANNELS);
   if (query_weight.resident()) {
@@ -247,7 +246,7 @@ struct Forward {
   const int tile = ContextMemory<E>::TOKENS;
   const Splits splits = Splits::of(a.batch, a.tokens, tile);
   float *maxima, *sums, *key_tokens, *kept;
-  T* folded;
+  T *folded, *query_weight;
   std::int64_t bytes;
 
   explicit Forward(const SelfAttentionArguments& arguments) : a(arguments) {
@@ -257,7 +256,9 @@ struct Forward {
     sums = scratch.take<float>(parts * a.keys);
     key_tokens = scratch.take<float>(parts * a.keys * a.channels);
     kept = scratch.take<float>(parts);
-    folded = scratch.take<T>(a.batch * a.keys * a.channels);
+    const std::int64_t operand = static_cast<std::int64_t>(a.keys) * round_up(a.channels, 16);
+    folded = scratch.take<T>(a.batch * operand);
+    query_weight = scratch.take<T>(operand);
     bytes = scratch.used();
   }
 
@@ -272,7 +273,7 @@ struct Forward {
   }
 
   int make_output(void* stream) const {
-    OutputPass pass{a, 0, WARPS, round_up(a.keys, 16), folded};
+    OutputPass pass{a, 0, WARPS, round_up(a.keys, 16), query_weight, folded};
     auto fits = [&](int warps, int at_once) {
       pass.warps = warps;
       pass.at_once = at_once;
@@ -290,7 +291,8 @@ struct Forward {
 
   int run(void* stream) const {
     if (int error = make_context(stream)) return error;
-    if (int error = fold<T>(Fold{a, maxima, sums, key_tokens, kept, splits.count, folded}, stream)) return error;
+    const Fold f{a, maxima, sums, key_tokens, kept, splits.count, folded, query_weight, nullptr};
+    if (int error = fold<T>(f, stream)) return error;
     return make_output(stream);
   }
 };

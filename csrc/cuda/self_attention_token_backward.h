@@ -17,7 +17,7 @@ struct TokenPass {
   SelfAttentionArguments arguments;
   int rows;     // of a tile: 64 or 32
   int at_once;  // rows of W_q, W_k and dA that are on the chip at a time: all, or CHUNK
-  const void *grad_query, *grad_key_tokens;
+  const void *grad_query, *query_weight, *key_weight, *grad_key_tokens;  // see QueryPass, Fold, FoldBackward
   const float* delta;
   float* partials;  // [blocks, size]: dW_q and dW_k [keys, channels], of the query bias, of weight and bias of the norm
   std::int64_t size;  // of a block's
@@ -90,17 +90,13 @@ struct TokenBlock {
     query_bias = floats(m.warp_sums);
     norm_weight = query_bias + WARPS * MOST_CHANNELS;
     norm_bias = norm_weight + WARPS * MOST_CHANNELS;
-    query_weight = {tile(m.query_weight), m.stride, p.at_once, a.parameters.query_weight, a.keys, a.channels};
-    key_weight = {tile(m.key_weight), m.stride, p.at_once, a.parameters.key_weight, a.keys, a.channels};
-    grad_key_tokens = {reinterpret_cast<SumStore*>(memory + m.grad_key_tokens),
-                       m.sum_stride,
-                       p.at_once,
-                       {nullptr, false},
-                       a.keys,
-                       a.channels};
     warp = threadIdx.x / 32;
     channels = round_up(a.channels, 16);
     keys = round_up(a.keys, 16);
+    query_weight = {tile(m.query_weight), m.stride, p.at_once, static_cast<const T*>(p.query_weight), a.keys, channels};
+    key_weight = {tile(m.key_weight), m.stride, p.at_once, static_cast<const T*>(p.key_weight), a.keys, channels};
+    grad_key_tokens = {
+        reinterpret_cast<SumStore*>(memory + m.grad_key_tokens), m.sum_stride, p.at_once, nullptr, a.keys, channels};
     row_units = p.rows / 16;
     row = warp % row_units * 16;
     unit = warp / row_units;
@@ -117,7 +113,7 @@ struct TokenBlock {
   DEV void take_image(std::int64_t now) {
     if (image == now) return;
     image = now;
-    grad_key_tokens.matrix.data = static_cast<const SumStore*>(pass.grad_key_tokens) + image * a.keys * a.channels;
+    grad_key_tokens.matrix = static_cast<const SumStore*>(pass.grad_key_tokens) + image * a.keys * channels;
     if (resident) grad_key_tokens.stage_from(0);
     for (int j = threadIdx.x; j < a.keys; j += THREADS) {
       const float largest = read(a.state.key_max + image * a.keys + j);
@@ -143,11 +139,10 @@ struct TokenBlock {
   // dQ of the chunk from `feature` on, and the rows of matrices that are not there yet. All threads wait here.
   DEV void load_chunk(int feature, int features) {
     const int count = a.tokens - first < pass.rows ? static_cast<int>(a.tokens - first) : pass.rows;
-    copy_rows<16>(grad_query, m.chunk_stride,
-                  static_cast<const T*>(pass.grad_query) + (image * a.tokens + first) * keys + feature, keys, count,
-                  features, THREADS);
-    for (int i = threadIdx.x; i < (pass.rows - count) * features; i += THREADS)
-      grad_query[(count + i / features) * m.chunk_stride + i % features] = from_float<T>(0.0f);
+    copy_aligned_rows<CHUNK>(grad_query, m.chunk_stride,
+                             static_cast<const T*>(pass.grad_query) + (image * a.tokens + first) * keys + feature, keys,
+                             count, features);
+    clear_rows(grad_query + count * m.chunk_stride, m.chunk_stride, pass.rows - count, features);
     if (!resident) {
       query_weight.stage_from(feature);
       key_weight.stage_from(feature);
@@ -285,7 +280,7 @@ self_attention_token_backward_kernel(const TokenPass pass) {
     b.load_tokens();
     WarpProduct<8> grad;
     grad.clear();
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
       const int feature = chunk * CHUNK, features = min(CHUNK, b.keys - feature), start = b.resident ? feature : 0;
       if (features <= 0) break;
@@ -294,8 +289,11 @@ self_attention_token_backward_kernel(const TokenPass pass) {
       b.sum_query_bias(feature, features);
       __syncthreads();
       if (feature_row < features && feature_columns > 0)
-        add_both<E>(grad_query_weight[chunk], grad_key_weight[chunk], b.grad_query, b.grad_key, m.chunk_stride,
-                    feature_row, b.tokens, m.stride, feature_column, pass.rows, feature_columns);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)  // registers have no index
+          if (c == chunk)
+            add_both<E>(grad_query_weight[c], grad_key_weight[c], b.grad_query, b.grad_key, m.chunk_stride, feature_row,
+                        b.tokens, m.stride, feature_column, pass.rows, feature_columns);
       if (columns > 0) {
         grad.template add<E, false, false>(b.grad_query, m.chunk_stride, b.row, b.query_weight.tile + start * m.stride,
                                            m.stride, column, features, 0, columns);

@@ -74,6 +74,7 @@ struct WarpProduct {
       }
       return;
     }
+#pragma unroll(E::PARTS == 2 ? 1 : 2)  // registers
     for (int k = 0; k < inner; k += E::INNER) {
       Fragment<E> a;
       load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
@@ -170,6 +171,7 @@ DEV void add_both(WarpProduct<NJ>& first, WarpProduct<NJ>& second, const Left* f
     second.template add<E, true, false>(second_left, left_stride, row, right, right_stride, column, inner, 0, to);
     return;
   }
+#pragma unroll(E::PARTS == 2 ? 1 : 2)  // registers
   for (int k = 0; k < inner; k += E::INNER) {
     Fragment<E> one, other;
     load_left<E, true>(one, first_left, left_stride, row, k);
