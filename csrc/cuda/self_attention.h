@@ -191,9 +191,9 @@ DEV void softmax_heads(WideProduct& p, int heads, int head_keys) {
       x = expf(x - largest[q / 2]);
       total[q / 2] += x;
     });
-    for (float& t : total) t = 1 / quad_sum(t);
+    for (float& t : total) t = quad_sum(t);
     p.each(from, to, [&](int j, int q, float& x) {
-      if (inside(j, q)) x *= total[q / 2];
+      if (inside(j, q)) x /= total[q / 2];
     });
   }
 }

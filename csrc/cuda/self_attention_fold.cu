@@ -1,12 +1,18 @@
 // The small matrices of folded efficient self-attention, one row for each key feature: A, G and M, their gradients, and
-// those of W_v, b_v and W_o. All in float32; a row is independent of the others.
+// those of W_v, b_v and W_o. A row is independent of the others.
+//
+// An error in M is the same for all tokens, and does not average out in sums over them. So for float32 this is done in
+// double precision, else in float32.
 #include "self_attention.h"
 
 namespace msformer::gpu {
 namespace {
 
 constexpr int FOLD_ROWS = 4;  // that a block works on at most, all of one head
-using Row = float[MOST_CHANNELS];
+template <class T>
+using Wide = std::conditional_t<sizeof(T) == 4, double, float>;
+template <class T>
+using Row = Wide<T>[MOST_CHANNELS];
 
 // Where a block works: up to `rows` rows from `row` on of a head of an image.
 struct RowGroup {
@@ -41,6 +47,12 @@ unsigned row_groups(const SelfAttentionArguments& a, int rows) {
   return static_cast<unsigned>(a.batch * a.heads * ceil_div(a.keys / a.heads, rows));
 }
 
+template <class X>
+DEV X sum_of_warp(X x) {
+  for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+  return x;
+}
+
 // Over all threads of a block, in a fixed order; `parts` has room for WARPS values.
 template <class Join>
 DEV float reduce_block(float x, float* parts, Join join) {
@@ -61,36 +73,36 @@ DEV float block_max(float x, float* parts) {
 
 // sum_s weight(s) partial(s), rows of `channels` values `stride` apart; the whole block, with `parts` for the sums of
 // warps. In `sum` after the next barrier.
-template <class Weight>
-DEV void sum_rows(Row& sum, Row* parts, const float* partials, std::int64_t stride, int splits, int channels,
+template <class T, class Weight>
+DEV void sum_rows(Row<T>& sum, Row<T>* parts, const float* partials, std::int64_t stride, int splits, int channels,
                   Weight weight) {
   const int warp = threadIdx.x / 32;
   const Tokens tokens{const_cast<float*>(partials), 0, stride, 1};
   const ImageTokens<float> rows(tokens, 0, channels);
-  float own[4] = {};
+  Wide<T> own[4] = {};
 #pragma unroll 4
   for (int s = warp; s < splits; s += WARPS) {
     const Four<float> x = rows.load(s, lane_channel());
-    for (int i = 0; i < 4; i++) own[i] += weight(s) * x.value[i];
+    for (int i = 0; i < 4; i++) own[i] += weight(s) * Wide<T>(x.value[i]);
   }
   for (int i = 0; i < 4; i++) parts[warp][lane_channel() + i] = own[i];
   __syncthreads();
   for (int c = threadIdx.x; c < MOST_CHANNELS; c += THREADS) {
-    float total = 0;
+    Wide<T> total = 0;
     for (int w = 0; w < WARPS; w++) total += parts[w][c];
-    sum[c] = c < channels ? total : 0.0f;
+    sum[c] = c < channels ? total : 0;
   }
 }
 
 // out(row, o, sum) with the sum over i < inner of in[row][i] matrix[o * pitch + i], for every o; a warp an output. One
 // lane has the sum. in[row][i] must be finite beyond `inner`.
 template <class T, class Out>
-DEV void multiply_rows(const Row* in, int rows, int inner, const Parameter& matrix, std::int64_t start,
+DEV void multiply_rows(const Row<T>* in, int rows, int inner, const Parameter& matrix, std::int64_t start,
                        std::int64_t pitch, int outputs, Out out) {
-  float own[FOLD_ROWS][4];
+  Wide<T> own[FOLD_ROWS][4];
 #pragma unroll
   for (int r = 0; r < FOLD_ROWS; r++)
-    for (int i = 0; i < 4; i++) own[r][i] = r < rows ? in[r][lane_channel() + i] : 0.0f;
+    for (int i = 0; i < 4; i++) own[r][i] = r < rows ? in[r][lane_channel() + i] : 0;
 #pragma unroll 2
   for (int o = threadIdx.x / 32; o < outputs; o += WARPS) {
     float weight[4];
@@ -99,10 +111,10 @@ DEV void multiply_rows(const Row* in, int rows, int inner, const Parameter& matr
 #pragma unroll
     for (int r = 0; r < FOLD_ROWS; r++) {
       if (r >= rows) break;
-      float sum = 0;
+      Wide<T> sum = 0;
       for (int i = 0; i < 4; i++)
         if (lane_channel() + i < inner) sum += own[r][i] * weight[i];
-      sum = warp_sum(sum);
+      sum = sum_of_warp(sum);
       if (threadIdx.x % 32 == 0) out(r, o, sum);
     }
   }
@@ -110,11 +122,11 @@ DEV void multiply_rows(const Row* in, int rows, int inner, const Parameter& matr
 
 // The same with the matrix transposed, matrix[i * pitch + o]: a thread an output and one half of the inner values.
 template <class T>
-DEV void multiply_rows_transposed(const Row* in, Row* halves, int rows, int inner, const Parameter& matrix,
+DEV void multiply_rows_transposed(const Row<T>* in, Row<T>* halves, int rows, int inner, const Parameter& matrix,
                                   std::int64_t start, std::int64_t pitch, int outputs) {
   static_assert(THREADS == 2 * MOST_CHANNELS);
   const int o = threadIdx.x % MOST_CHANNELS, half = threadIdx.x / MOST_CHANNELS, middle = (inner + 1) / 2;
-  float sum[FOLD_ROWS] = {};
+  Wide<T> sum[FOLD_ROWS] = {};
   if (o < outputs) {
     const int end = half ? inner : middle;
 #pragma unroll 8
@@ -130,20 +142,21 @@ DEV void multiply_rows_transposed(const Row* in, Row* halves, int rows, int inne
     if (r < rows) halves[half * FOLD_ROWS + r][o] = sum[r];
 }
 
+template <class T>
 struct FoldMemory {
   int key_tokens, context, parts, weights, warps, all;
 
   BOTH explicit FoldMemory(int splits) {
     Carver m;
-    key_tokens = m.take(FOLD_ROWS * sizeof(Row));
-    context = m.take(FOLD_ROWS * sizeof(Row));
-    parts = m.take(2 * FOLD_ROWS * sizeof(Row));
+    key_tokens = m.take(FOLD_ROWS * sizeof(Row<T>));
+    context = m.take(FOLD_ROWS * sizeof(Row<T>));
+    parts = m.take(2 * FOLD_ROWS * sizeof(Row<T>));
     weights = m.take(splits * 4);
     warps = m.take(WARPS * 4);
     all = m.used;
   }
 };
-static_assert(2 * FOLD_ROWS >= WARPS);
+static_assert(2 * FOLD_ROWS >= WARPS);  // rows of `parts`
 
 struct FoldPass {
   Fold fold;
@@ -175,10 +188,10 @@ self_attention_fold_kernel(const FoldPass pass) {
     return;
   }
   DYNAMIC_SHARED(memory);
-  const FoldMemory m(f.splits);
-  Row* key_tokens = reinterpret_cast<Row*>(memory + m.key_tokens);
-  Row* context = reinterpret_cast<Row*>(memory + m.context);
-  Row* parts = reinterpret_cast<Row*>(memory + m.parts);
+  const FoldMemory<T> m(f.splits);
+  Row<T>* key_tokens = reinterpret_cast<Row<T>*>(memory + m.key_tokens);
+  Row<T>* context = reinterpret_cast<Row<T>*>(memory + m.context);
+  Row<T>* parts = reinterpret_cast<Row<T>*>(memory + m.parts);
   float* weights = reinterpret_cast<float*>(memory + m.weights);
   float* warps = reinterpret_cast<float*>(memory + m.warps);
   const RowGroup at(a, pass.rows);
@@ -207,12 +220,12 @@ self_attention_fold_kernel(const FoldPass pass) {
       }
       total = block_sum(total, warps);
       if (total == 0 && kept > 0) total = NAN;  // all logits are -infinity
-      sum_rows(key_tokens[r], parts, f.key_tokens + first * a.channels, static_cast<std::int64_t>(a.keys) * a.channels,
-               f.splits, a.channels, [&](int s) { return weights[s]; });
-      const float inverse = total == 0 ? 0.0f : 1 / total;
+      sum_rows<T>(key_tokens[r], parts, f.key_tokens + first * a.channels,
+                  static_cast<std::int64_t>(a.keys) * a.channels, f.splits, a.channels,
+                  [&](int s) { return Wide<T>(weights[s]); });
       for (int c = threadIdx.x; c < a.channels; c += THREADS) {
-        key_tokens[r][c] *= inverse;
-        write(a.state.key_tokens + (at.state + r) * a.channels + c, key_tokens[r][c]);
+        key_tokens[r][c] = total == 0 ? 0 : key_tokens[r][c] / total;
+        write(a.state.key_tokens + (at.state + r) * a.channels + c, static_cast<float>(key_tokens[r][c]));
       }
       if (threadIdx.x == 0) {
         write(a.state.key_max + at.state + r, largest);
@@ -223,18 +236,19 @@ self_attention_fold_kernel(const FoldPass pass) {
     // the columns of S sum to 1, or to 0 where no token is kept
     multiply_rows<T>(key_tokens, at.rows, a.channels, a.parameters.value_weight,
                      static_cast<std::int64_t>(first_value) * a.channels, a.channels, head_values,
-                     [&](int r, int v, float sum) {
+                     [&](int r, int v, Wide<T> sum) {
                        if (kept > 0 && a.parameters.value_bias.data)
                          sum += element<T>(a.parameters.value_bias, first_value + v);
                        context[r][v] = sum;
-                       write(a.state.context + (at.state + r) * head_values + v, sum);
+                       write(a.state.context + (at.state + r) * head_values + v, static_cast<float>(sum));
                      });
   }
   __syncthreads();
   const int pitch = round_up(a.channels, 16);
   T* folded = static_cast<T*>(f.folded) + at.state * pitch;
-  multiply_rows<T>(context, at.rows, head_values, a.parameters.output_weight, first_value, a.values, a.channels,
-                   [&](int r, int c, float sum) { write(folded + r * pitch + c, from_float<T>(sum)); });
+  multiply_rows<T>(
+      context, at.rows, head_values, a.parameters.output_weight, first_value, a.values, a.channels,
+      [&](int r, int c, Wide<T> sum) { write(folded + r * pitch + c, from_float<T>(static_cast<float>(sum))); });
   clear_padding(folded, at.rows, a.channels);
 }
 
@@ -245,10 +259,10 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
   using Sum = SumEngine<E>;
   const SelfAttentionArguments& a = f.arguments;
   DYNAMIC_SHARED(memory);
-  const FoldMemory m(0);
-  Row* grad_rows = reinterpret_cast<Row*>(memory + m.key_tokens);  // of M, then of A
-  Row* grad_context = reinterpret_cast<Row*>(memory + m.context);
-  Row* parts = reinterpret_cast<Row*>(memory + m.parts);
+  const FoldMemory<T> m(0);
+  Row<T>* grad_rows = reinterpret_cast<Row<T>*>(memory + m.key_tokens);  // of M, then of A
+  Row<T>* grad_context = reinterpret_cast<Row<T>*>(memory + m.context);
+  Row<T>* parts = reinterpret_cast<Row<T>*>(memory + m.parts);
   float* warps = reinterpret_cast<float*>(memory + m.warps);
   const RowGroup at(a, f.rows);
   const int head_values = a.values / a.heads, first_value = at.head * head_values;
@@ -260,11 +274,13 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
 
   for (int r = 0; r < at.rows; r++) {
     const std::int64_t row = at.state + r, first = (at.image * f.splits * a.keys + row % a.keys) * a.channels;
-    sum_rows(grad_rows[r], parts, f.partials + first, static_cast<std::int64_t>(a.keys) * a.channels, f.splits,
-             a.channels, [](int) { return 1.0f; });
+    sum_rows<T>(grad_rows[r], parts, f.partials + first, static_cast<std::int64_t>(a.keys) * a.channels, f.splits,
+                a.channels, [](int) { return Wide<T>(1); });
     __syncthreads();
   }
-  each(a.channels, [&](int r, int c) { write(f.grad_folded + (at.state + r) * a.channels + c, grad_rows[r][c]); });
+  each(a.channels, [&](int r, int c) {
+    write(f.grad_folded + (at.state + r) * a.channels + c, static_cast<float>(grad_rows[r][c]));
+  });
 
   multiply_rows_transposed<T>(grad_rows, parts, at.rows, a.channels, a.parameters.output_weight, first_value, a.values,
                               head_values);
@@ -272,7 +288,7 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
   each(head_values, [&](int r, int v) {
     const std::int64_t i = (at.state + r) * head_values + v;
     grad_context[r][v] = joined(r, v) + (a.grad_context ? read(a.grad_context + i) : 0.0f);
-    write(f.grad_context + i, grad_context[r][v]);
+    write(f.grad_context + i, static_cast<float>(grad_context[r][v]));
   });
 
   multiply_rows_transposed<T>(grad_context, parts, at.rows, head_values, a.parameters.value_weight,
@@ -285,13 +301,13 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
   clear_padding(grad_key_tokens, at.rows, a.channels);
   each(a.channels, [&](int r, int c) {
     const float total = read(a.state.key_sum + at.state + r);
-    const float grad = total == 0 ? 0.0f : as_operand<Sum>(joined(r, c) / total);
+    const float grad = total == 0 ? 0.0f : as_operand<Sum>(static_cast<float>(joined(r, c) / total));
     write(grad_key_tokens + r * pitch + c, from_float<typename Sum::Store>(grad));
-    grad_rows[r][c] = grad * read(a.state.key_tokens + (at.state + r) * a.channels + c);
+    grad_rows[r][c] = Wide<T>(grad) * read(a.state.key_tokens + (at.state + r) * a.channels + c);
   });
   for (int r = 0; r < at.rows; r++) {
     float delta = 0;
-    for (int c = threadIdx.x; c < a.channels; c += THREADS) delta += grad_rows[r][c];
+    for (int c = threadIdx.x; c < a.channels; c += THREADS) delta += static_cast<float>(grad_rows[r][c]);
     delta = block_sum(delta, warps);
     if (threadIdx.x == 0) write(f.delta + at.state + r, delta);
   }
@@ -329,7 +345,7 @@ self_attention_value_gradient_kernel(const ValueGradients g) {
 
 template <class T>
 int fold(const Fold& f, void* stream) {
-  const int rows = rows_of_block(f.arguments), shared = FoldMemory(f.splits).all;
+  const int rows = rows_of_block(f.arguments), shared = FoldMemory<T>(f.splits).all;
   if (shared > most_shared()) return OUT_OF_SHARED_MEMORY;
   const unsigned groups = row_groups(f.arguments, rows);
   return launch<self_attention_fold_kernel<T>>(dim3(groups + COPIERS), THREADS, shared, stream,
@@ -342,8 +358,8 @@ template int fold<float>(const Fold&, void*);
 int fold_backward(Engine engine, FoldBackward f, void* stream) {
   f.rows = rows_of_block(f.arguments);
   return with_engine(engine, [&](auto e) {
-    return launch<self_attention_fold_backward_kernel<decltype(e)>>(dim3(row_groups(f.arguments, f.rows)), THREADS,
-                                                                    FoldMemory(0).all, stream, f);
+    return launch<self_attention_fold_backward_kernel<decltype(e)>>(
+        dim3(row_groups(f.arguments, f.rows)), THREADS, FoldMemory<typename decltype(e)::Store>(0).all, stream, f);
   });
 }
 
