@@ -112,14 +112,30 @@ DEV void stage_vector(float* to, const Parameter& vector, int count, int wide) {
   for (int i = threadIdx.x; i < wide; i += blockDim.x) to[i] = i < count && vector.data ? element<T>(vector, i) : 0.0f;
 }
 
-// Sums that each warp has in its row of 128 -> the sums of the block, written.
-DEV void write_warp_sums(float* to, const float* sums, int count) {
-  for (int c = threadIdx.x; c < count; c += THREADS) {
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[w * MOST_CHANNELS + c];
-    write(to + c, sum);
+// Sums by channel or feature over all rows of all tiles: a tile's go to `parts`, a row for each warp, and after a
+// barrier from there to sums that carry their errors on, for they may be long.
+struct ColumnSums {
+  static constexpr int BYTES = (WARPS * MOST_CHANNELS * 4) + MOST_CHANNELS * static_cast<int>(sizeof(ExactSum));
+  float* parts;
+  ExactSum* totals;
+
+  DEV ColumnSums(unsigned char* memory)
+      : parts(reinterpret_cast<float*>(memory)), totals(reinterpret_cast<ExactSum*>(parts + WARPS * MOST_CHANNELS)) {
+    for (int c = threadIdx.x; c < MOST_CHANNELS; c += THREADS) totals[c] = {};
   }
-}
+  DEV float& part(int column) { return parts[threadIdx.x / 32 * MOST_CHANNELS + column]; }
+  // Of the first `warps` warps. A column is always the same thread's.
+  DEV void add_parts(int count, int warps = WARPS) {
+    for (int c = threadIdx.x; c < count; c += THREADS) {
+      float sum = 0;
+      for (int w = 0; w < warps; w++) sum += parts[w * MOST_CHANNELS + c];
+      totals[c].add(sum);
+    }
+  }
+  DEV void write_to(float* to, int count) const {
+    for (int c = threadIdx.x; c < count; c += THREADS) write(to + c, totals[c].value());
+  }
+};
 
 // Rows of `columns` values, at most COLUMNS, in multiples of 16, from rows `pitch` apart that are aligned to 16 bytes.
 // All threads of the block take part.

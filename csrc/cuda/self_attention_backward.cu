@@ -39,7 +39,7 @@ struct QueryPass {
 template <class E>
 struct QueryMemory {
   using T = typename E::Store;
-  int stride, wide_stride, query_bias, query_weight, folded, tokens, grad_output, all;
+  int stride, wide_stride, query_bias, output_bias, query_weight, folded, tokens, grad_output, all;
 
   BOTH explicit QueryMemory(const QueryPass& p) {
     const SelfAttentionArguments& a = p.arguments;
@@ -48,11 +48,11 @@ struct QueryMemory {
     stride = tile_stride<T>(a.channels);
     wide_stride = tile_stride<T>(max(a.channels, a.keys));
     query_bias = m.take(MOST_FEATURES * 4);
+    output_bias = m.take(ColumnSums::BYTES);
     query_weight = folded = m.take(p.at_once * stride * SIZE);
     if (p.at_once >= a.keys) folded = m.take(p.at_once * stride * SIZE);
     tokens = m.take(16 * p.warps * wide_stride * SIZE);  // X, then P
-    const int parts = WARPS * MOST_CHANNELS * 4;         // takes its place in the end
-    grad_output = m.take(max(16 * p.warps * stride * SIZE, parts));
+    grad_output = m.take(16 * p.warps * stride * SIZE);
     all = m.used;
   }
 };
@@ -91,7 +91,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
 
   WarpProduct<MOST_CHANNELS / 8> grad_folded;  // rows 16 warp and on of dM
   grad_folded.clear();
-  float output_bias[4] = {};
+  ColumnSums output_bias(memory + m.output_bias);
   const int step = 16 * pass.warps, row = 16 * warp;
   const bool works = warp < pass.warps;
   for (std::int64_t tile = split * pass.splits.size; tile < end; tile += step) {
@@ -99,6 +99,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
     if (works) {
       const LaneNorm<T> norm(a.parameters.norm_weight, a.parameters.norm_bias, a.channels, a.eps);
       const LaneNorm<T> none({nullptr, false}, {nullptr, false}, a.channels, 0);
+      float sums[4] = {};
       for (int half = 0; half < 16; half += 8) {
         auto exists = [&](int i) { return token + half + i < end; };
         TokenRows<T, 8> rows, grads;
@@ -106,9 +107,10 @@ self_attention_query_backward_kernel(const QueryPass pass) {
         grads.fetch(y, token + half, 1, end);
         rows.put(norm, tokens + (row + half) * m.wide_stride, m.wide_stride, 1, exists, [](int, const float (&)[4]) {});
         grads.put(none, grad_output + (row + half) * m.stride, m.stride, 1, exists, [&](int, const float (&g)[4]) {
-          for (int i = 0; i < 4; i++) output_bias[i] += g[i];
+          for (int i = 0; i < 4; i++) sums[i] += g[i];
         });
       }
+      for (int i = 0; i < 4; i++) output_bias.part(lane_channel() + i) = sums[i];
     }
     __syncwarp();
 
@@ -141,6 +143,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
       });
     }
     __syncthreads();
+    output_bias.add_parts(a.channels, pass.warps);
     if (row < keys)
       grad_folded.template add<E, true, false>(tokens, m.wide_stride, row, grad_output, m.stride, 0, step, 0, channels);
     __syncthreads();
@@ -152,10 +155,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
     if (feature < a.keys && channel < a.channels)
       write(pass.partials + (part * a.keys + feature) * a.channels + channel, sum);
   });
-  float* parts = reinterpret_cast<float*>(grad_output);
-  for (int i = 0; i < 4; i++) parts[warp * MOST_CHANNELS + lane_channel() + i] = output_bias[i];
-  __syncthreads();
-  write_warp_sums(pass.output_bias + part * a.channels, parts, a.channels);
+  output_bias.write_to(pass.output_bias + part * a.channels, a.channels);
 }
 
 // What the sums over tokens, images and splits are added from.

@@ -30,7 +30,7 @@ struct TokenMemory {
   using T = typename E::Store;
   using Sum = typename SumEngine<E>::Store;
   int stride, sum_stride, chunk_stride, grad_stride;
-  int maxima, delta, kept, column_sums, warp_sums, query_weight, key_weight, grad_key_tokens;
+  int maxima, delta, kept, softmax_sums, query_bias, norm_weight, norm_bias, query_weight, key_weight, grad_key_tokens;
   int tokens, grad_query, weights, grad_key, grad_x, all;
 
   BOTH explicit TokenMemory(const TokenPass& p) {
@@ -43,8 +43,10 @@ struct TokenMemory {
     maxima = m.take(MOST_FEATURES * 4);
     delta = m.take(MOST_FEATURES * 4);
     kept = m.take(p.rows * 4);
-    column_sums = m.take(p.rows / 16 * CHUNK * 2 * 4);
-    warp_sums = m.take(3 * WARPS * MOST_CHANNELS * 4);
+    softmax_sums = m.take(p.rows / 16 * CHUNK * 2 * 4);
+    query_bias = m.take(ColumnSums::BYTES);
+    norm_weight = m.take(ColumnSums::BYTES);
+    norm_bias = m.take(ColumnSums::BYTES);
     query_weight = m.take(p.at_once * stride * size);
     key_weight = m.take(p.at_once * stride * size);
     grad_key_tokens = m.take(p.at_once * sum_stride * static_cast<int>(sizeof(Sum)));
@@ -66,8 +68,8 @@ struct TokenBlock {
   const SelfAttentionArguments& a;
   const TokenMemory<E> m;
   T *tokens, *grad_query, *weights, *grad_key;
-  float *maxima, *delta, *kept, *column_sums, *grad_x;
-  float *query_bias, *norm_weight, *norm_bias;  // sums, a row of 128 each warp
+  float *maxima, *delta, *kept, *softmax_sums, *grad_x;
+  ColumnSums query_bias, norm_weight, norm_bias;
   StagedRows<T> query_weight, key_weight;
   StagedRows<SumStore> grad_key_tokens;
   int warp, channels, keys;  // these in multiples of 16
@@ -75,7 +77,13 @@ struct TokenBlock {
   bool resident;
   std::int64_t image = -1, first = 0;  // token of the tile
 
-  DEV TokenBlock(const TokenPass& p, unsigned char* memory) : pass(p), a(p.arguments), m(p) {
+  DEV TokenBlock(const TokenPass& p, unsigned char* memory)
+      : pass(p),
+        a(p.arguments),
+        m(p),
+        query_bias(memory + m.query_bias),
+        norm_weight(memory + m.norm_weight),
+        norm_bias(memory + m.norm_bias) {
     auto tile = [&](int at) { return reinterpret_cast<T*>(memory + at); };
     auto floats = [&](int at) { return reinterpret_cast<float*>(memory + at); };
     tokens = tile(m.tokens);
@@ -85,11 +93,8 @@ struct TokenBlock {
     maxima = floats(m.maxima);
     delta = floats(m.delta);
     kept = floats(m.kept);
-    column_sums = floats(m.column_sums);
+    softmax_sums = floats(m.softmax_sums);
     grad_x = floats(m.grad_x);
-    query_bias = floats(m.warp_sums);
-    norm_weight = query_bias + WARPS * MOST_CHANNELS;
-    norm_bias = norm_weight + WARPS * MOST_CHANNELS;
     warp = threadIdx.x / 32;
     channels = round_up(a.channels, 16);
     keys = round_up(a.keys, 16);
@@ -101,7 +106,6 @@ struct TokenBlock {
     row = warp % row_units * 16;
     unit = warp / row_units;
     resident = query_weight.resident();
-    for (int i = threadIdx.x; i < 3 * WARPS * MOST_CHANNELS; i += THREADS) query_bias[i] = 0;
     if (resident) {
       query_weight.stage_from(0);
       key_weight.stage_from(0);
@@ -185,7 +189,7 @@ struct TokenBlock {
               grads += __shfl_xor_sync(ALL_LANES, grads, bits);
             }
             if (threadIdx.x % 32 >= 4) continue;
-            float* at = column_sums + (row / 16 * CHUNK + own + e.column(j, q)) * 2;
+            float* at = softmax_sums + (row / 16 * CHUNK + own + e.column(j, q)) * 2;
             at[0] = total;
             at[1] = grads;
           }
@@ -193,8 +197,8 @@ struct TokenBlock {
       for (int j = threadIdx.x; j < features; j += THREADS) {
         float total = 0, grads = 0;
         for (int u = 0; u < row_units; u++) {
-          total += column_sums[(u * CHUNK + j) * 2];
-          grads += column_sums[(u * CHUNK + j) * 2 + 1];
+          total += softmax_sums[(u * CHUNK + j) * 2];
+          grads += softmax_sums[(u * CHUNK + j) * 2 + 1];
         }
         delta[feature + j] = total == 0 ? 0.0f : grads / total;
       }
@@ -214,7 +218,7 @@ struct TokenBlock {
     if (lane >= features) return;
     float sum = 0;
     for (int r = warp; r < pass.rows; r += WARPS) sum += to_float(grad_query[r * m.chunk_stride + lane]);
-    query_bias[warp * MOST_CHANNELS + feature + lane] += sum;
+    query_bias.part(feature + lane) = sum;
   }
 
   // The gradient of x from that of the normalised tokens, `grad_x`.
@@ -222,6 +226,7 @@ struct TokenBlock {
     const ImageTokens<T> x(a.x, image, a.channels), grad_output(a.grad_output, image, a.channels),
         output(a.grad_x, image, a.channels);
     const LaneNorm<T> lane_norm = norm();
+    float weight_sums[4] = {}, bias_sums[4] = {};
     for (int r = warp; r < pass.rows && first + r < a.tokens; r += WARPS) {
       float g[4];
       for (int i = 0; i < 4; i++)
@@ -232,9 +237,8 @@ struct TokenBlock {
         const float rstd = lane_norm.normalize(normalized);
         float mean = 0, slope = 0;
         for (int i = 0; i < 4; i++) {
-          const int at = warp * MOST_CHANNELS + lane_channel() + i;
-          norm_weight[at] += g[i] * normalized[i];
-          norm_bias[at] += g[i];
+          weight_sums[i] += g[i] * normalized[i];
+          bias_sums[i] += g[i];
           g[i] *= lane_norm.weight[i];
           mean += g[i];
           slope += g[i] * normalized[i];
@@ -249,6 +253,10 @@ struct TokenBlock {
         for (int i = 0; i < 4; i++) g[i] += added[i];
       }
       output.store(first + r, lane_channel(), g);
+    }
+    for (int i = 0; i < 4; i++) {
+      norm_weight.part(lane_channel() + i) = weight_sums[i];
+      norm_bias.part(lane_channel() + i) = bias_sums[i];
     }
   }
 };
@@ -311,6 +319,9 @@ self_attention_token_backward_kernel(const TokenPass pass) {
     __syncthreads();
     b.write_grad_x();
     __syncthreads();
+    b.query_bias.add_parts(a.keys);
+    b.norm_weight.add_parts(a.channels);
+    b.norm_bias.add_parts(a.channels);
   }
 
   float* sums = pass.partials + blockIdx.x * pass.size;
@@ -326,9 +337,9 @@ self_attention_token_backward_kernel(const TokenPass pass) {
     });
   }
   sums += 2 * matrix;
-  write_warp_sums(sums, b.query_bias, a.keys);
-  write_warp_sums(sums + a.keys, b.norm_weight, a.channels);
-  write_warp_sums(sums + a.keys + a.channels, b.norm_bias, a.channels);
+  b.query_bias.write_to(sums, a.keys);
+  b.norm_weight.write_to(sums + a.keys, a.channels);
+  b.norm_bias.write_to(sums + a.keys + a.channels, a.channels);
 }
 
 }  // namespace msformer::gpu
