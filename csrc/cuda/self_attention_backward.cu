@@ -8,19 +8,21 @@
 namespace msformer::gpu {
 namespace {
 
-// grad -> weights (grad - sum(weights grad)), the sum over a head.
-DEV void softmax_heads_backward(WideProduct& weights, WideProduct& grad, int heads, int head_keys) {
+// grad -> weights (grad - sum(weights grad)), the sum over a head, with the weights of the warp's rows in a tile.
+template <class T>
+DEV void softmax_heads_backward(WideProduct& grad, const T* weights, int stride, int heads, int head_keys) {
+  auto weight = [&](int j, int q) { return to_float(weights[grad.row(q) * stride + grad.column(j, q)]); };
   for (int head = 0; head < heads; head++) {
     const int low = head * head_keys, high = low + head_keys;
     const int from = low / 8 * 8, to = round_up(high, 8);
     auto inside = [&](int j, int q) { return grad.column(j, q) >= low && grad.column(j, q) < high; };
     float total[2] = {};
     grad.each(from, to, [&](int j, int q, float g) {
-      if (inside(j, q)) total[q / 2] += weights.sum[j][q] * g;
+      if (inside(j, q)) total[q / 2] += weight(j, q) * g;
     });
     for (float& t : total) t = quad_sum(t);
     grad.each(from, to, [&](int j, int q, float& g) {
-      if (inside(j, q)) g = weights.sum[j][q] * (g - total[q / 2]);
+      if (inside(j, q)) g = weight(j, q) * (g - total[q / 2]);
     });
   }
 }
@@ -100,13 +102,14 @@ self_attention_query_backward_kernel(const QueryPass pass) {
       const LaneNorm<T> norm(a.parameters.norm_weight, a.parameters.norm_bias, a.channels, a.eps);
       const LaneNorm<T> none({nullptr, false}, {nullptr, false}, a.channels, 0);
       float sums[4] = {};
-      for (int half = 0; half < 16; half += 8) {
-        auto exists = [&](int i) { return token + half + i < end; };
-        TokenRows<T, 8> rows, grads;
-        rows.fetch(x, token + half, 1, end);
-        grads.fetch(y, token + half, 1, end);
-        rows.put(norm, tokens + (row + half) * m.wide_stride, m.wide_stride, 1, exists, [](int, const float (&)[4]) {});
-        grads.put(none, grad_output + (row + half) * m.stride, m.stride, 1, exists, [&](int, const float (&g)[4]) {
+      constexpr int ROWS = 8;  // at a time
+      for (int r = 0; r < 16; r += ROWS) {
+        auto exists = [&](int i) { return token + r + i < end; };
+        TokenRows<T, ROWS> rows, grads;
+        rows.fetch(x, token + r, 1, end);
+        grads.fetch(y, token + r, 1, end);
+        rows.put(norm, tokens + (row + r) * m.wide_stride, m.wide_stride, 1, exists, [](int, const float (&)[4]) {});
+        grads.put(none, grad_output + (row + r) * m.stride, m.stride, 1, exists, [&](int, const float (&g)[4]) {
           for (int i = 0; i < 4; i++) sums[i] += g[i];
         });
       }
@@ -114,27 +117,30 @@ self_attention_query_backward_kernel(const QueryPass pass) {
     }
     __syncwarp();
 
-    WideProduct p, grad;  // logits, then weights and the gradient of these, then of the logits
-    p.clear();
-    grad.clear();
-    query_weight.each([&](int first, int last) {
-      if (works)
-        p.template add<E, false, true>(tokens, m.wide_stride, row, query_weight.tile, m.stride, -first, channels, first,
-                                       last);
-    });
-    if (works) {
-      p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
-      softmax_heads(p, a.heads, a.keys / a.heads);
-      __syncwarp();
-      p.put(tokens, m.wide_stride, row, 0, keys);
+    {
+      WideProduct p;  // logits, then weights
+      p.clear();
+      query_weight.each([&](int first, int last) {
+        if (works)
+          p.template add<E, false, true>(tokens, m.wide_stride, row, query_weight.tile, m.stride, -first, channels,
+                                         first, last);
+      });
+      if (works) {
+        p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
+        softmax_heads(p, a.heads, a.keys / a.heads);
+        __syncwarp();
+        p.put(tokens, m.wide_stride, row, 0, keys);
+      }
     }
+    WideProduct grad;  // of the weights, then of the logits
+    grad.clear();
     folded.each([&](int first, int last) {
       if (works)
         grad.template add<E, false, true>(grad_output, m.stride, row, folded.tile, m.stride, -first, channels, first,
                                           last);
     });
     if (works) {
-      softmax_heads_backward(p, grad, a.heads, a.keys / a.heads);
+      softmax_heads_backward(grad, tokens + row * m.wide_stride, m.wide_stride, a.heads, a.keys / a.heads);
       grad.each(0, keys, [&](int j, int q, float g) {
         if (token + grad.row(q) >= end) return;
         const int feature = grad.column(j, q);
@@ -235,7 +241,8 @@ struct Backward {
     };
     return (query_fits(WARPS, all) || query_fits(WARPS, some) || query_fits(WARPS / 2, all) ||
             query_fits(WARPS / 2, some)) &&
-           (token_fits(64, all) || token_fits(64, some) || token_fits(32, all) || token_fits(32, some));
+           (token_fits(MOST_ROWS, all) || token_fits(MOST_ROWS, some) || token_fits(MOST_ROWS / 2, all) ||
+            token_fits(MOST_ROWS / 2, some));
   }
 
   int sum_gradients(void* stream) const {

@@ -11,11 +11,11 @@
 
 namespace msformer::gpu {
 
-constexpr int CHUNK = 32, CHUNKS = MOST_FEATURES / CHUNK;
+constexpr int CHUNK = 32, CHUNKS = MOST_FEATURES / CHUNK, MOST_ROWS = 64;
 
 struct TokenPass {
   SelfAttentionArguments arguments;
-  int rows;     // of a tile: 64 or 32
+  int rows;     // of a tile: MOST_ROWS or half as many
   int at_once;  // rows of W_q, W_k and dA that are on the chip at a time: all, or CHUNK
   const void *grad_query, *query_weight, *key_weight, *grad_key_tokens;  // see QueryPass, Fold, FoldBackward
   const float* delta;
@@ -42,8 +42,8 @@ struct TokenMemory {
     grad_stride = tile_stride<float>(channels);
     maxima = m.take(MOST_FEATURES * 4);
     delta = m.take(MOST_FEATURES * 4);
-    kept = m.take(p.rows * 4);
-    softmax_sums = m.take(p.rows / 16 * CHUNK * 2 * 4);
+    kept = m.take(MOST_ROWS * 4);
+    softmax_sums = m.take(MOST_ROWS / 16 * CHUNK * 2 * 4);
     query_bias = m.take(ColumnSums::BYTES);
     norm_weight = m.take(ColumnSums::BYTES);
     norm_bias = m.take(ColumnSums::BYTES);
@@ -75,7 +75,8 @@ struct TokenBlock {
   int warp, channels, keys;  // these in multiples of 16
   int row_units, row, unit;  // of the tile: rows of this warp, and its number among the warps with the same rows
   bool resident;
-  std::int64_t image = -1, first = 0;  // token of the tile
+  int image = -1;
+  std::int64_t first = 0;  // token of the tile
 
   DEV TokenBlock(const TokenPass& p, unsigned char* memory)
       : pass(p),
@@ -100,8 +101,8 @@ struct TokenBlock {
     keys = round_up(a.keys, 16);
     query_weight = {tile(m.query_weight), m.stride, p.at_once, static_cast<const T*>(p.query_weight), a.keys, channels};
     key_weight = {tile(m.key_weight), m.stride, p.at_once, static_cast<const T*>(p.key_weight), a.keys, channels};
-    grad_key_tokens = {
-        reinterpret_cast<SumStore*>(memory + m.grad_key_tokens), m.sum_stride, p.at_once, nullptr, a.keys, channels};
+    grad_key_tokens = {reinterpret_cast<SumStore*>(memory + m.grad_key_tokens), m.sum_stride, p.at_once,
+                       static_cast<const SumStore*>(p.grad_key_tokens),         a.keys,       channels};
     row_units = p.rows / 16;
     row = warp % row_units * 16;
     unit = warp / row_units;
@@ -114,23 +115,30 @@ struct TokenBlock {
 
   DEV LaneNorm<T> norm() const { return {a.parameters.norm_weight, a.parameters.norm_bias, a.channels, a.eps}; }
 
-  DEV void take_image(std::int64_t now) {
+  DEV void stage_grad_key_tokens(int feature) {
+    StagedRows<SumStore> rows = grad_key_tokens;
+    rows.matrix += static_cast<std::int64_t>(image) * a.keys * channels;
+    rows.stage_from(feature);
+  }
+
+  DEV void take_image(int now) {
     if (image == now) return;
     image = now;
-    grad_key_tokens.matrix = static_cast<const SumStore*>(pass.grad_key_tokens) + image * a.keys * channels;
-    if (resident) grad_key_tokens.stage_from(0);
+    if (resident) stage_grad_key_tokens(0);
     for (int j = threadIdx.x; j < a.keys; j += THREADS) {
-      const float largest = read(a.state.key_max + image * a.keys + j);
+      const std::int64_t at = static_cast<std::int64_t>(image) * a.keys + j;
+      const float largest = read(a.state.key_max + at);
       maxima[j] = largest == -INFINITY ? 0.0f : largest;
-      delta[j] = read(pass.delta + image * a.keys + j);
+      delta[j] = read(pass.delta + at);
     }
   }
 
   DEV void load_tokens() {
     const ImageTokens<T> x(a.x, image, a.channels);
     const LaneNorm<T> lane_norm = norm();
-    for (int r = warp; r < pass.rows; r += 4 * WARPS) {
-      TokenRows<T, 4> rows;
+    constexpr int ROWS = 8 / sizeof(T);  // at a time
+    for (int r = warp; r < pass.rows; r += ROWS * WARPS) {
+      TokenRows<T, ROWS> rows;
       rows.fetch(x, first + r, WARPS, a.tokens);
       rows.put(
           lane_norm, tokens + r * m.stride, m.stride, WARPS, [&](int i) { return first + r + i * WARPS < a.tokens; },
@@ -150,7 +158,7 @@ struct TokenBlock {
     if (!resident) {
       query_weight.stage_from(feature);
       key_weight.stage_from(feature);
-      grad_key_tokens.stage_from(feature);
+      stage_grad_key_tokens(feature);
     }
     commit();
     wait<0>();
@@ -161,18 +169,21 @@ struct TokenBlock {
   DEV void make_weights(int feature, int features, int start) {
     const int own = 16 * unit;  // 16 rows and features each warp
     const bool works = own < features;
-    WarpProduct<2> e, g;  // logits, then weights; the gradient of the weights, and of the keys
-    auto counts = [&](int j, int q) { return kept[row + e.row(q)] != 0 && feature + own + e.column(j, q) < a.keys; };
+    WarpProduct<2> p;  // logits; then the gradient of the weights
+    auto at = [&](int j, int q) { return (row + p.row(q)) * m.chunk_stride + own + p.column(j, q); };
+    auto counts = [&](int j, int q) { return kept[row + p.row(q)] != 0 && feature + own + p.column(j, q) < a.keys; };
+    auto weight = [&](int j, int q) { return to_float(weights[at(j, q)]); };
     if (works) {
-      e.clear();
-      g.clear();
-      e.template add<E, false, true>(tokens, m.stride, row, key_weight.tile + start * m.stride, m.stride, own, channels,
+      p.clear();
+      p.template add<E, false, true>(tokens, m.stride, row, key_weight.tile + start * m.stride, m.stride, own, channels,
                                      0, 16);
-      g.template add<Sum, false, true>(tokens, m.stride, row, grad_key_tokens.tile + start * m.sum_stride, m.sum_stride,
-                                       own, channels, 0, 16);
-      e.each(0, 16, [&](int j, int q, float& x) {
-        x = counts(j, q) ? as_operand<E>(expf(x - maxima[feature + own + e.column(j, q)])) : 0.0f;
+      p.each(0, 16, [&](int j, int q, float x) {
+        const float e = counts(j, q) ? as_operand<E>(expf(x - maxima[feature + own + p.column(j, q)])) : 0.0f;
+        weights[at(j, q)] = from_float<T>(e);
       });
+      p.clear();
+      p.template add<Sum, false, true>(tokens, m.stride, row, grad_key_tokens.tile + start * m.sum_stride, m.sum_stride,
+                                       own, channels, 0, 16);
     }
     // With all tokens in one tile the sums are those of the tile itself: errors cancel, and a single token has all the
     // weight exactly.
@@ -181,17 +192,17 @@ struct TokenBlock {
 #pragma unroll
         for (int j = 0; j < 2; j++)
           for (int q = 0; q < 2; q++) {
-            float total = e.sum[j][q] + e.sum[j][q + 2];
-            float grads = (counts(j, q) ? e.sum[j][q] * g.sum[j][q] : 0.0f) +
-                          (counts(j, q + 2) ? e.sum[j][q + 2] * g.sum[j][q + 2] : 0.0f);
+            float total = weight(j, q) + weight(j, q + 2);
+            float grads = (counts(j, q) ? weight(j, q) * p.sum[j][q] : 0.0f) +
+                          (counts(j, q + 2) ? weight(j, q + 2) * p.sum[j][q + 2] : 0.0f);
             for (int bits = 4; bits < 32; bits *= 2) {
               total += __shfl_xor_sync(ALL_LANES, total, bits);
               grads += __shfl_xor_sync(ALL_LANES, grads, bits);
             }
             if (threadIdx.x % 32 >= 4) continue;
-            float* at = softmax_sums + (row / 16 * CHUNK + own + e.column(j, q)) * 2;
-            at[0] = total;
-            at[1] = grads;
+            float* sums = softmax_sums + (row / 16 * CHUNK + own + p.column(j, q)) * 2;
+            sums[0] = total;
+            sums[1] = grads;
           }
       __syncthreads();
       for (int j = threadIdx.x; j < features; j += THREADS) {
@@ -205,11 +216,9 @@ struct TokenBlock {
       __syncthreads();
     }
     if (!works) return;
-    e.each(0, 16, [&](int j, int q, float weight) {
-      const int at = (row + e.row(q)) * m.chunk_stride + own + e.column(j, q);
-      const float grad = counts(j, q) ? weight * (g.sum[j][q] - delta[feature + own + e.column(j, q)]) : 0.0f;
-      weights[at] = from_float<T>(weight);
-      grad_key[at] = from_float<T>(grad);
+    p.each(0, 16, [&](int j, int q, float grad) {
+      grad = counts(j, q) ? weight(j, q) * (grad - delta[feature + own + p.column(j, q)]) : 0.0f;
+      grad_key[at(j, q)] = from_float<T>(grad);
     });
   }
 
@@ -217,6 +226,7 @@ struct TokenBlock {
     const int lane = threadIdx.x % 32;
     if (lane >= features) return;
     float sum = 0;
+#pragma unroll 1
     for (int r = warp; r < pass.rows; r += WARPS) sum += to_float(grad_query[r * m.chunk_stride + lane]);
     query_bias.part(feature + lane) = sum;
   }
@@ -281,10 +291,12 @@ self_attention_token_backward_kernel(const TokenPass pass) {
   const int column = b.unit * 16 * b.row_units;  // of dX: `row` and 15 more rows, 16 row_units columns from here on
   const int columns = min(16 * b.row_units, b.channels - column);
 
-  const std::int64_t tiles = a.batch * pass.tiles_of_image(), end = tiles * (blockIdx.x + 1) / gridDim.x;
-  for (std::int64_t t = tiles * blockIdx.x / gridDim.x; t < end; t++) {
-    b.take_image(t / pass.tiles_of_image());
-    b.first = t % pass.tiles_of_image() * pass.rows;
+  const std::int64_t tiles = a.batch * pass.tiles_of_image();
+  const int tiles_of_image = static_cast<int>(pass.tiles_of_image());
+  const int end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
+  for (int t = static_cast<int>(tiles * blockIdx.x / gridDim.x); t < end; t++) {
+    b.take_image(t / tiles_of_image);
+    b.first = static_cast<std::int64_t>(t % tiles_of_image) * pass.rows;
     b.load_tokens();
     WarpProduct<8> grad;
     grad.clear();

@@ -166,12 +166,12 @@ struct WarpProduct {
 template <class E, int NJ, class Left, class Right>
 DEV void add_both(WarpProduct<NJ>& first, WarpProduct<NJ>& second, const Left* first_left, const Left* second_left,
                   int left_stride, int row, const Right* right, int right_stride, int column, int inner, int to) {
-  if constexpr (E::PARTS == 0) {
+  if constexpr (E::PARTS != 1) {  // in parts they take too many registers
     first.template add<E, true, false>(first_left, left_stride, row, right, right_stride, column, inner, 0, to);
     second.template add<E, true, false>(second_left, left_stride, row, right, right_stride, column, inner, 0, to);
     return;
   }
-#pragma unroll(E::PARTS == 2 ? 1 : 2)  // registers
+#pragma unroll 2
   for (int k = 0; k < inner; k += E::INNER) {
     Fragment<E> one, other;
     load_left<E, true>(one, first_left, left_stride, row, k);
