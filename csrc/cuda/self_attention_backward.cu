@@ -8,10 +8,9 @@
 namespace msformer::gpu {
 namespace {
 
-// grad -> weights (grad - sum(weights grad)), the sum over a head, with the weights of the warp's rows in a tile.
-template <class T>
-DEV void softmax_heads_backward(WideProduct& grad, const T* weights, int stride, int heads, int head_keys) {
-  auto weight = [&](int j, int q) { return to_float(weights[grad.row(q) * stride + grad.column(j, q)]); };
+// grad -> weights (grad - sum(weights grad)), the sum over a head, with the weights that belong to grad.sum[j][q].
+template <class Weight>
+DEV void softmax_heads_backward(WideProduct& grad, Weight weight, int heads, int head_keys) {
   for (int head = 0; head < heads; head++) {
     const int low = head * head_keys, high = low + head_keys;
     const int from = low / 8 * 8, to = round_up(high, 8);
@@ -117,21 +116,23 @@ self_attention_query_backward_kernel(const QueryPass pass) {
     }
     __syncwarp();
 
-    {
-      WideProduct p;  // logits, then weights
-      p.clear();
-      query_weight.each([&](int first, int last) {
-        if (works)
-          p.template add<E, false, true>(tokens, m.wide_stride, row, query_weight.tile, m.stride, -first, channels,
-                                         first, last);
-      });
-      if (works) {
-        p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
-        softmax_heads(p, a.heads, a.keys / a.heads);
-        __syncwarp();
-        p.put(tokens, m.wide_stride, row, 0, keys);
-      }
+    WideProduct p;  // logits, then weights
+    p.clear();
+    query_weight.each([&](int first, int last) {
+      if (works)
+        p.template add<E, false, true>(tokens, m.wide_stride, row, query_weight.tile, m.stride, -first, channels, first,
+                                       last);
+    });
+    if (works) {
+      p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
+      softmax_heads(p, a.heads, a.keys / a.heads);
+      __syncwarp();
+      p.put(tokens, m.wide_stride, row, 0, keys);
     }
+    // where most of the gradient cancels, weights that are rounded would show; a float32 tile spares registers
+    auto weight = [&](int j, int q) {
+      return sizeof(T) == 2 ? p.sum[j][q] : to_float(tokens[(row + p.row(q)) * m.wide_stride + p.column(j, q)]);
+    };
     WideProduct grad;  // of the weights, then of the logits
     grad.clear();
     folded.each([&](int first, int last) {
@@ -140,7 +141,7 @@ self_attention_query_backward_kernel(const QueryPass pass) {
                                           last);
     });
     if (works) {
-      softmax_heads_backward(grad, tokens + row * m.wide_stride, m.wide_stride, a.heads, a.keys / a.heads);
+      softmax_heads_backward(grad, weight, a.heads, a.keys / a.heads);
       grad.each(0, keys, [&](int j, int q, float g) {
         if (token + grad.row(q) >= end) return;
         const int feature = grad.column(j, q);
