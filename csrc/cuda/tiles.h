@@ -22,6 +22,17 @@ BOTH constexpr int tile_stride(int columns) {
   return round_up(columns, 16) + 16 / static_cast<int>(sizeof(T));
 }
 
+// Offsets into shared memory, in bytes.
+struct Carver {
+  int used = 0;
+
+  BOTH int take(int bytes) {
+    const int at = used;
+    used += round_up(bytes, 128);
+    return at;
+  }
+};
+
 // How products are done: what the tiles hold, how much of the inner dimension an instruction takes, and in how many
 // parts an operand goes. Sums are float32.
 struct Bf16 {
@@ -39,6 +50,15 @@ struct Tf32 {  // operands rounded to the nearest tf32
 struct Tf32x3 {  // operands in two tf32 parts, three products: float32 accuracy
   using Store = float;
   static constexpr int INNER = 8, PARTS = 2;
+};
+
+// Operands in parts of bf16, LEFT of the left one and RIGHT of the right one: 8 bits each, 24 in three. Products of
+// parts as large as the least one or larger count: six instructions for the accuracy of float32, and they take twice as
+// much of the inner dimension as tf32's three.
+template <int LEFT_, int RIGHT_>
+struct Bf16Parts {
+  using Store = float;
+  static constexpr int INNER = 16, LEFT = LEFT_, RIGHT = RIGHT_, PARTS = LEFT > RIGHT ? LEFT : RIGHT;
 };
 
 // f(engine) for the type of an engine.
@@ -68,6 +88,18 @@ struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 colu
       r[1][q] = bits_of(rest == rest ? round_to_tf32(rest) : 0.0f);
     }
   }
+  DEV void split(int q, float x, float y) {
+    for (int p = 0; p < E::PARTS; p++) {
+      r[p][q] = pack_bf16(x, y);
+      const float x_rest = x - float_of(r[p][q] << 16), y_rest = y - float_of(r[p][q] & 0xffff0000u);
+      x = x_rest == x_rest ? x_rest : 0.0f;  // NaN where x is infinite
+      y = y_rest == y_rest ? y_rest : 0.0f;
+    }
+  }
+};
+
+struct alignas(8) Pair {
+  float x, y;
 };
 
 // The left operand's rows from `row` and inner values from `inner`; stored [row][inner], or [inner][row] if TRANSPOSED.
@@ -79,6 +111,13 @@ DEV void load_left(Fragment<E>& f, const typename E::Store* tile, int stride, in
       load_matrices<true>(f.r[0], tile + (inner + lane / 16 * 8 + lane % 8) * stride + row + lane / 8 % 2 * 8);
     else
       load_matrices<false>(f.r[0], tile + (row + lane % 16) * stride + inner + lane / 16 * 8);
+  } else if constexpr (E::INNER == 16) {
+    for (int q = 0; q < 4; q++) {
+      const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 * 2 + q / 2 * 8;
+      const Pair p = TRANSPOSED ? Pair{tile[k * stride + i], tile[(k + 1) * stride + i]}
+                                : *reinterpret_cast<const Pair*>(tile + i * stride + k);
+      f.split(q, p.x, p.y);
+    }
   } else {
     for (int q = 0; q < 4; q++) {
       const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 + q / 2 * 4;
@@ -97,12 +136,37 @@ DEV void load_right(Fragment<E>& f, const typename E::Store* tile, int stride, i
       load_matrices<false>(f.r[0], tile + (column + lane % 8 + lane / 16 * 8) * stride + inner + lane / 8 % 2 * 8);
     else
       load_matrices<true>(f.r[0], tile + (inner + lane % 16) * stride + column + lane / 16 * 8);
+  } else if constexpr (E::INNER == 16) {
+    for (int q = 0; q < 4; q++) {
+      const int j = column + lane / 4 + q / 2 * 8, k = inner + lane % 4 * 2 + q % 2 * 8;
+      const Pair p = TRANSPOSED ? *reinterpret_cast<const Pair*>(tile + j * stride + k)
+                                : Pair{tile[k * stride + j], tile[(k + 1) * stride + j]};
+      f.split(q, p.x, p.y);
+    }
   } else {
     for (int q = 0; q < 4; q++) {
       const int j = column + lane / 4 + q / 2 * 8, k = inner + lane % 4 + q % 2 * 4;
       f.split(q, TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]);
     }
   }
+}
+
+template <int LEFT, int RIGHT>
+DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& left,
+                      const Fragment<Bf16Parts<LEFT, RIGHT>>& right, int half) {
+  constexpr int PARTS = Bf16Parts<LEFT, RIGHT>::PARTS;
+  const int b = half * 2;
+  float small[4] = {};
+#pragma unroll
+  for (int order = PARTS - 1; order > 0; order--)  // the smallest first
+#pragma unroll
+    for (int l = 0; l < LEFT; l++) {
+      const int r = order - l;
+      if (r >= 0 && r < RIGHT) multiply_add(bf16{}, small, left.r[l], right.r[r][b], right.r[r][b + 1]);
+    }
+  // the first parts tell what is not finite; infinity times another part of the other operand may have any sign
+  for (int q = 0; q < 4; q++) sum[q] += small[q] - small[q] == 0 ? small[q] : 0.0f;
+  multiply_add(bf16{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
 }
 
 template <class E>
@@ -177,8 +241,13 @@ struct Product {
   }
 };
 
-DEV float warp_sum(float x) {
+template <class Number>
+DEV Number warp_sum(Number x) {
   for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+  return x;
+}
+DEV float warp_max(float x) {
+  for (int bits = 16; bits; bits /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, bits));
   return x;
 }
 
@@ -212,8 +281,25 @@ DEV void copy_rows(T* tile, int stride, const T* from, std::int64_t pitch, int r
   }
 }
 
+// Rows x columns of a matrix of which a row is contiguous, `pitch` values after the last one. What is copied without
+// registers is there after the caller's commit, wait and barrier.
+template <class T>
+DEV void copy_matrix(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns, int threads) {
+  if (is_aligned<16>(from, pitch))
+    copy_rows<16>(tile, stride, from, pitch, rows, columns, threads);
+  else if (is_aligned<8>(from, pitch))
+    copy_rows<8>(tile, stride, from, pitch, rows, columns, threads);
+  else if (is_aligned<4>(from, pitch))
+    copy_rows<4>(tile, stride, from, pitch, rows, columns, threads);
+  else
+    for (int i = threadIdx.x; i < rows * columns; i += threads) {
+      const int r = i / columns, c = i % columns;
+      tile[r * stride + c] = read(from + r * pitch + c);
+    }
+}
+
 // Rows x columns of a contiguous matrix [.., pitch] from (row, column) on, into a tile of tall x wide; zeros in the
-// rest. What is copied without registers is there after the caller's commit, wait and barrier.
+// rest. To be waited for as `copy_matrix`.
 template <class T>
 DEV void stage(T* tile, int stride, int tall, int wide, const Parameter& matrix, std::int64_t pitch, std::int64_t row,
                std::int64_t column, int rows, int columns, int threads) {
@@ -225,18 +311,7 @@ DEV void stage(T* tile, int stride, int tall, int wide, const Parameter& matrix,
       tile[r * stride + c] = from_float<T>(read(from + r * pitch + c));
     }
   } else {
-    const T* from = static_cast<const T*>(matrix.data) + start;
-    if (is_aligned<16>(from, pitch))
-      copy_rows<16>(tile, stride, from, pitch, rows, columns, threads);
-    else if (is_aligned<8>(from, pitch))
-      copy_rows<8>(tile, stride, from, pitch, rows, columns, threads);
-    else if (is_aligned<4>(from, pitch))
-      copy_rows<4>(tile, stride, from, pitch, rows, columns, threads);
-    else
-      for (int i = threadIdx.x; i < rows * columns; i += threads) {
-        const int r = i / columns, c = i % columns;
-        tile[r * stride + c] = read(from + r * pitch + c);
-      }
+    copy_matrix(tile, stride, static_cast<const T*>(matrix.data) + start, pitch, rows, columns, threads);
   }
   const int right = wide - columns;
   for (int i = threadIdx.x; i < rows * right; i += threads)

@@ -11,7 +11,7 @@ import torch
 from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import require
 
-COMPILED = ["native-many_tokens", "native-few_tokens", "triton-folded"]
+COMPILED = ["native-many_tokens", "native-few_tokens", "cuda", "triton-folded"]
 WITH_FLOAT64 = [name for name in COMPILED if name.startswith("native")]
 
 
@@ -58,8 +58,9 @@ def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         yield name
         torch.backends.cuda.matmul.allow_tf32 = before
         return
-    arguments = import_module("msformer_kernels.native.arguments")
-    monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
+    if name == "native":
+        arguments = import_module("msformer_kernels.native.arguments")
+        monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
     yield name
 
 

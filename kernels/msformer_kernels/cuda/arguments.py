@@ -1,7 +1,7 @@
 """How tensors are handed to the CUDA kernels: addresses and strides (see csrc/cuda/api.h).
 
-Activations go as they are, with any strides. Parameters go contiguous, in the dtype of the activations or float32; their
-gradients are written in the dtype of the parameter. All of a call goes as one flat tuple of numbers.
+Activations go as they are, with any strides. Parameters go contiguous, in the dtype of the activations or float32;
+their gradients are written in the dtype of the parameter. All of a call goes as one flat tuple of numbers.
 """
 
 from __future__ import annotations
@@ -42,6 +42,26 @@ def stream(x: Tensor) -> int:
 def tokens(x: Tensor) -> tuple[int, ...]:
     """(address, batch stride, token stride, channel stride) of `[B, N, C]`."""
     return (x.data_ptr(), *x.stride())
+
+
+def heads(x: Tensor) -> tuple[int, ...]:
+    """(address, batch stride, head stride, token stride, channel stride) of `[B, heads, N, D]`."""
+    return (x.data_ptr(), *x.stride())
+
+
+def mask_argument(mask: Tensor | None) -> tuple[int, ...]:
+    """(address, batch stride, token stride) of a boolean `[B, N]`; zeros without a mask."""
+    return (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+
+
+def address(x: Tensor | None) -> int:
+    """Of a contiguous tensor; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def scratch(size: int, like: Tensor) -> Tensor:
+    """`size` bytes of memory on the device of a tensor."""
+    return like.new_empty(size, dtype=torch.uint8)
 
 
 def contiguous(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
