@@ -103,15 +103,40 @@ struct Rows {
   DEV bool along_tokens() const { return token_stride == 1 && channel_stride != 1; }
 };
 
+// For every tile of a block's tokens: prepare(token, rows) works on what load(token, rows) fetched; work(token, rows)
+// does while the tile after it is on its way. The block waits before both.
+template <class S, class Load, class Prepare, class Work>
+DEV void walk(const Place& place, Load load, Prepare prepare, Work work) {
+  auto rows_of = [&](std::int64_t token) {
+    return static_cast<int>(place.last - token < S::TOKENS ? place.last - token : S::TOKENS);
+  };
+  for (std::int64_t token = place.first - S::TOKENS; token < place.last; token += S::TOKENS) {
+    const bool there = token >= place.first;
+    if (there) {
+      wait<0>();
+      __syncthreads();
+      prepare(token, rows_of(token));
+      __syncthreads();
+    }
+    if (const std::int64_t next = token + S::TOKENS; next < place.last) {
+      load(next, rows_of(next));
+      commit();
+    }
+    if (there) work(token, rows_of(token));
+  }
+}
+
 // f(row, column) of rows x columns; a warp goes along columns, or along rows (`down`).
 template <class F>
 DEV void each_value(int rows, int columns, bool down, int warps, F f) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (down)
     for (int c = warp; c < columns; c += warps)
+#pragma unroll 2
       for (int r = lane; r < rows; r += 32) f(r, c);
   else
     for (int r = warp; r < rows; r += warps)
+#pragma unroll 2
       for (int c = lane; c < columns; c += 32) f(r, c);
 }
 
@@ -141,6 +166,14 @@ DEV void widen(float* tile, int stride, const T* raw, int raw_stride, int rows, 
   each_value(rows, round_up(columns, 16), false, warps, [&](int r, int c) {
     tile[r * stride + c] = c < columns && counts(r) ? to_float(raw[r * raw_stride + c]) : 0.0f;
   });
+}
+
+// A tile of floats as tokens, a warp along a row.
+template <class T>
+DEV void write_rows(const Rows<T>& to, std::int64_t token, int channel, const float* tile, int stride, int rows,
+                    int columns, int warps) {
+  each_value(rows, columns, to.along_tokens(), warps,
+             [&](int r, int c) { write(to.at(token + r, channel + c), from_float<T>(tile[r * stride + c])); });
 }
 
 // What multiplies a query before its softmax, or instead of one.
@@ -238,10 +271,10 @@ DEV void dot_columns(const P& product, const float* weights, int stride, int col
   }
 }
 
-template <class S>
-DEV float sum_of_units(const float* partial, int columns, int row) {
+// One of the sums whose parts those are, `stride` apart.
+DEV float sum_of_units(const float* partial, int units, int stride, int at) {
   float sum = 0;
-  for (int u = 0; u < ceil_div(columns, 8 * S::NJ); u++) sum += partial[u * S::TOKENS + row];
+  for (int u = 0; u < units; u++) sum += partial[u * stride + at];
   return sum;
 }
 

@@ -52,50 +52,45 @@ attention_query_kernel(const Attention a) {
       grad_queries(a.arguments.grad_query, a, place.group);
   const bool softmax = a.query_softmax();
   const float scale = query_scale(a, place.group), factor = a.arguments.output_scale * scale;
-  auto rows_of = [&](std::int64_t token) {
-    return static_cast<int>(min(static_cast<std::int64_t>(S::TOKENS), place.last - token));
-  };
-  auto load = [&](std::int64_t token) {
-    fetch(raw(m.raw_query), m.raw_query_stride, queries, token, 0, rows_of(token), features, S::WARPS);
-    fetch(raw(m.raw_grad), m.raw_grad_stride, grad_outputs, token, 0, rows_of(token), columns, S::WARPS);
-    commit();
-  };
   typename S::template OverTokens<E> grad_context;
   grad_context.clear();
-  if (place.first < place.last) {
+  if (place.first < place.last)
     stage(context, m.context_stride, round_up(features, 16), round_up(columns, 16),
           Parameter{a.arguments.context + place.group * a.matrix(), true}, columns, 0, 0, features, columns,
           S::THREADS);
-    load(place.first);
-  }
-  for (std::int64_t token = place.first; token < place.last; token += S::TOKENS) {
-    const int rows = rows_of(token);
-    wait<0>();
-    __syncthreads();
+  auto load = [&](std::int64_t token, int rows) {
+    fetch(raw(m.raw_query), m.raw_query_stride, queries, token, 0, rows, features, S::WARPS);
+    fetch(raw(m.raw_grad), m.raw_grad_stride, grad_outputs, token, 0, rows, columns, S::WARPS);
+  };
+  auto prepare = [&](std::int64_t, int rows) {
     weigh_queries(weights, m.weights_stride, raw(m.raw_query), m.raw_query_stride, S::TOKENS, rows, features, scale,
                   softmax, S::WARPS);
     widen(grad, m.grad_stride, raw(m.raw_grad), m.raw_grad_stride, S::TOKENS, columns, S::WARPS,
           [&](int r) { return r < rows; });
-    __syncthreads();
-    if (token + S::TOKENS < place.last) load(token + S::TOKENS);
+  };
+  auto work = [&](std::int64_t token, int rows) {
     typename S::template OfTokens<E> grad_weights;
     grad_weights.clear();
     grad_weights.template add<false, true>(grad, m.grad_stride, context, m.context_stride, round_up(columns, 16),
                                            S::TOKENS, features);
+    grad_context.template add<true, false>(weights, m.weights_stride, grad, m.grad_stride, S::TOKENS, features,
+                                           columns);
+    if (softmax) dot_rows<S>(grad_weights, weights, m.weights_stride, features, floats(m.partial));
+    __syncthreads();  // until all have multiplied the weights, which make room for the gradient
     if (softmax) {
-      dot_rows<S>(grad_weights, weights, m.weights_stride, features, floats(m.partial));
-      __syncthreads();
-      if (threadIdx.x < S::TOKENS) mean[threadIdx.x] = sum_of_units<S>(floats(m.partial), features, threadIdx.x);
+      if (threadIdx.x < S::TOKENS)
+        mean[threadIdx.x] = sum_of_units(floats(m.partial), ceil_div(features, 8 * S::NJ), S::TOKENS, threadIdx.x);
       __syncthreads();
     }
     grad_weights.each([&](int r, int d, float& sum) {
-      if (r >= rows || d >= features) return;
-      const float x = softmax ? weights[r * m.weights_stride + d] * (sum - mean[r]) : sum;
-      write(grad_queries.at(token + r, d), from_float<T>(x * factor));
+      if (d >= features) return;
+      float& x = weights[r * m.weights_stride + d];
+      x = (softmax ? x * (sum - mean[r]) : sum) * factor;
     });
-    grad_context.template add<true, false>(weights, m.weights_stride, grad, m.grad_stride, S::TOKENS, features,
-                                           columns);
-  }
+    __syncthreads();
+    write_rows(grad_queries, token, 0, weights, m.weights_stride, rows, features, S::WARPS);
+  };
+  walk<S>(place, load, prepare, work);
   float* to = a.partials + (place.group * a.split.count + place.split) * a.matrix();
   grad_context.each([&](int d, int c, float& sum) {
     if (d < features && c < columns) write(to + d * columns + c, sum * a.arguments.output_scale);
@@ -169,62 +164,56 @@ attention_key_kernel(const Attention a) {
   const int features = a.arguments.key_channels, columns = a.arguments.value_channels;
   const Rows<T> keys(a.arguments.key, a, place.group), values(a.arguments.value, a, place.group),
       grad_keys(a.arguments.grad_key, a, place.group), grad_values(a.arguments.grad_value, a, place.group);
-  auto rows_of = [&](std::int64_t token) {
-    return static_cast<int>(min(static_cast<std::int64_t>(S::TOKENS), place.last - token));
-  };
   auto kept_of = [&](std::int64_t token) {  // of two tiles in turns
     return reinterpret_cast<bool*>(memory + m.kept) + (token - place.first) / S::TOKENS % 2 * S::TOKENS;
-  };
-  auto load = [&](std::int64_t token) {
-    const int rows = rows_of(token);
-    fetch(raw(m.raw_key), m.raw_key_stride, keys, token, 0, rows, features, S::WARPS);
-    fetch(raw(m.raw_value), m.raw_value_stride, values, token, 0, rows, columns, S::WARPS);
-    commit();
-    fetch_kept(kept_of(token), a, place.group, token, rows, S::TOKENS);
   };
   for (int d = threadIdx.x; d < features; d += S::THREADS) softmax[d] = KeySoftmax(a, place.group, d);
   stage(grad_context, m.context_stride, round_up(features, 16), round_up(columns, 16),
         Parameter{a.grad_context + place.group * a.matrix(), true}, columns, 0, 0, features, columns, S::THREADS);
-  load(place.first);
-  for (std::int64_t token = place.first; token < place.last; token += S::TOKENS) {
-    const int rows = rows_of(token);
+  auto load = [&](std::int64_t token, int rows) {
+    fetch(raw(m.raw_key), m.raw_key_stride, keys, token, 0, rows, features, S::WARPS);
+    fetch(raw(m.raw_value), m.raw_value_stride, values, token, 0, rows, columns, S::WARPS);
+    fetch_kept(kept_of(token), a, place.group, token, rows, S::TOKENS);
+  };
+  auto prepare = [&](std::int64_t token, int) {
     const bool* kept = kept_of(token);
-    wait<0>();
-    __syncthreads();
     each_value(S::TOKENS, round_up(features, 16), false, S::WARPS, [&](int r, int d) {
       weights[r * m.weights_stride + d] =
           kept[r] && d < features ? softmax[d].weight(a, to_float(raw(m.raw_key)[r * m.raw_key_stride + d])) : 0.0f;
     });
     widen(value, m.value_stride, raw(m.raw_value), m.raw_value_stride, S::TOKENS, columns, S::WARPS,
           [&](int r) { return kept[r]; });
-    __syncthreads();
-    if (token + S::TOKENS < place.last) load(token + S::TOKENS);
-    typename S::template OfTokens<E> product;
-    product.clear();
-    product.template add<false, true>(value, m.value_stride, grad_context, m.context_stride, round_up(columns, 16),
-                                      S::TOKENS, features);
-    if (a.arguments.tokens <= S::TOKENS) {  // delta of what is here: rounding errors cancel
-      float* partial = floats(m.partial);
-      dot_columns<S>(product, weights, m.weights_stride, features, partial);
-      __syncthreads();
-      for (int d = threadIdx.x; d < features; d += S::THREADS) {
-        softmax[d].delta = 0;
-        for (int unit = 0; unit < S::TOKENS / 16; unit++) softmax[d].delta += partial[unit * S::SIDE + d];
-      }
+  };
+  auto work = [&](std::int64_t token, int rows) {
+    const bool* kept = kept_of(token);
+    typename S::template OfTokens<E> grad_value, grad_weights;
+    grad_value.clear();
+    grad_value.template add<false, false>(weights, m.weights_stride, grad_context, m.context_stride,
+                                          round_up(features, 16), S::TOKENS, columns);
+    grad_weights.clear();
+    grad_weights.template add<false, true>(value, m.value_stride, grad_context, m.context_stride, round_up(columns, 16),
+                                           S::TOKENS, features);
+    const bool one_tile = a.arguments.tokens <= S::TOKENS;  // then delta is of what is here: rounding errors cancel
+    if (one_tile) dot_columns<S>(grad_weights, weights, m.weights_stride, features, floats(m.partial));
+    __syncthreads();  // until all have multiplied weights and values, which make room for their gradients
+    if (one_tile) {
+      for (int d = threadIdx.x; d < features; d += S::THREADS)
+        softmax[d].delta = sum_of_units(floats(m.partial), S::TOKENS / 16, S::SIDE, d);
       __syncthreads();
     }
-    product.each([&](int r, int d, float& sum) {
-      if (r >= rows || d >= features) return;
-      const float x = kept[r] ? softmax[d].gradient(a, weights[r * m.weights_stride + d], sum) : 0.0f;
-      write(grad_keys.at(token + r, d), from_float<T>(x));
+    grad_weights.each([&](int r, int d, float& sum) {
+      if (d >= features) return;
+      float& x = weights[r * m.weights_stride + d];
+      x = kept[r] ? softmax[d].gradient(a, x, sum) : 0.0f;
     });
-    product.clear();
-    product.template add<false, false>(weights, m.weights_stride, grad_context, m.context_stride,
-                                       round_up(features, 16), S::TOKENS, columns);
-    product.each([&](int r, int c, float& sum) {
-      if (r < rows && c < columns) write(grad_values.at(token + r, c), from_float<T>(kept[r] ? sum : 0.0f));
+    grad_value.each([&](int r, int c, float& sum) {
+      if (c < columns) value[r * m.value_stride + c] = kept[r] ? sum : 0.0f;
     });
-  }
+    __syncthreads();
+    write_rows(grad_keys, token, 0, weights, m.weights_stride, rows, features, S::WARPS);
+    write_rows(grad_values, token, 0, value, m.value_stride, rows, columns, S::WARPS);
+  };
+  walk<S>(place, load, prepare, work);
 }
 
 // Whether a group's context fits on the chip beside the tiles of the queries, and of the keys.

@@ -53,8 +53,9 @@ struct OutputMemory {
 
   BOTH explicit OutputMemory(const AttentionArguments& a) {
     Carver m;
-    context_stride = stride_of_columns<E>(a.value_channels < S::SIDE ? a.value_channels : S::SIDE);
-    stride = stride_of_rows<E>(a.key_channels);
+    const int columns = min(S::SIDE, a.value_channels);
+    context_stride = stride_of_columns<E>(columns);
+    stride = stride_of_rows<E>(max(a.key_channels, columns));  // weights, later the output
     raw_stride = tile_stride<T>(a.key_channels);
     context = m.take(round_up(a.key_channels, 16) * context_stride * 4);
     weights = m.take(S::TOKENS * stride * 4);
@@ -76,32 +77,27 @@ attention_output_kernel(const Attention a) {
   const int features = a.arguments.key_channels, inner = round_up(features, 16);
   const Rows<T> queries(a.arguments.query, a, place.group), outputs(a.arguments.output, a, place.group);
   const float scale = query_scale(a, place.group);
-  auto rows_of = [&](std::int64_t token) {
-    return static_cast<int>(min(static_cast<std::int64_t>(S::TOKENS), place.last - token));
-  };
-  auto load = [&](std::int64_t token) {
-    fetch(raw, m.raw_stride, queries, token, 0, rows_of(token), features, S::WARPS);
-    commit();
-  };
   stage(context, m.context_stride, inner, round_up(columns, 16),
         Parameter{a.arguments.context + place.group * a.matrix(), true}, a.arguments.value_channels, 0, column,
         features, columns, S::THREADS);
-  load(place.first);
-  for (std::int64_t token = place.first; token < place.last; token += S::TOKENS) {
-    const int rows = rows_of(token);
-    wait<0>();
-    __syncthreads();
+  auto load = [&](std::int64_t token, int rows) {
+    fetch(raw, m.raw_stride, queries, token, 0, rows, features, S::WARPS);
+  };
+  auto prepare = [&](std::int64_t, int rows) {
     weigh_queries(weights, m.stride, raw, m.raw_stride, S::TOKENS, rows, features, scale, a.query_softmax(), S::WARPS);
-    __syncthreads();
-    if (token + S::TOKENS < place.last) load(token + S::TOKENS);
+  };
+  auto work = [&](std::int64_t token, int rows) {
     typename S::template OfTokens<E> output;
     output.clear();
     output.template add<false, false>(weights, m.stride, context, m.context_stride, inner, S::TOKENS, columns);
+    __syncthreads();  // until all have multiplied the weights
     output.each([&](int r, int c, float& sum) {
-      if (r < rows && c < columns)
-        write(outputs.at(token + r, column + c), from_float<T>(sum * a.arguments.output_scale));
+      if (c < columns) weights[r * m.stride + c] = sum * a.arguments.output_scale;
     });
-  }
+    __syncthreads();
+    write_rows(outputs, token, column, weights, m.stride, rows, columns, S::WARPS);
+  };
+  walk<S>(place, load, prepare, work);
 }
 
 template <class S>

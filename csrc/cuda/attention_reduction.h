@@ -98,29 +98,21 @@ attention_reduction_kernel(const Attention a) {
   const float scale = KEYS ? a.arguments.key_scale : query_scale(a, place.group);
 
   int count = 0;  // of one token of the tile, for each of the first threads
-  auto load = [&](std::int64_t token) {
-    const int rows = static_cast<int>(min(static_cast<std::int64_t>(S::TOKENS), place.last - token));
+  RunningSoftmax<S> running(softmax);
+  typename S::template OverTokens<E> sums;
+  sums.clear();
+  auto load = [&](std::int64_t token, int rows) {
     fetch(raw(m.raw_left), m.raw_stride, lefts, token, feature, rows, features, S::WARPS);
     fetch(raw(m.raw_right), m.raw_stride, rights, token, column, rows, columns, S::WARPS);
-    commit();
     if constexpr (KEYS) {
       fetch_kept(kept, a, place.group, token, rows, S::TOKENS);
       if (threadIdx.x < S::TOKENS) count += kept[threadIdx.x];
     }
   };
-  RunningSoftmax<S> running(softmax);
-  typename S::template OverTokens<E> sums;
-  sums.clear();
-  if (place.first < place.last) load(place.first);
-  for (std::int64_t token = place.first; token < place.last; token += S::TOKENS) {
-    const int rows = static_cast<int>(min(static_cast<std::int64_t>(S::TOKENS), place.last - token));
-    wait<0>();
-    __syncthreads();
+  auto prepare = [&](std::int64_t token, int rows) {
     if constexpr (KEYS) {
       running.weigh(left, m.stride, raw(m.raw_left), m.raw_stride, kept, features, scale, softmax, floats(m.part),
                     rescale);
-      widen(right, m.stride, raw(m.raw_right), m.raw_stride, S::TOKENS, columns, S::WARPS,
-            [&](int r) { return kept[r]; });
     } else {
       const std::int64_t query = place.group * a.arguments.queries + token;
       each_value(S::TOKENS, round_up(features, 16), false, S::WARPS, [&](int r, int d) {
@@ -131,14 +123,15 @@ attention_reduction_kernel(const Attention a) {
         }
         left[r * m.stride + d] = x;
       });
-      widen(right, m.stride, raw(m.raw_right), m.raw_stride, S::TOKENS, columns, S::WARPS,
-            [&](int r) { return r < rows; });
     }
-    __syncthreads();
-    if (token + S::TOKENS < place.last) load(token + S::TOKENS);
+    widen(right, m.stride, raw(m.raw_right), m.raw_stride, S::TOKENS, columns, S::WARPS,
+          [&](int r) { return KEYS ? kept[r] : r < rows; });
+  };
+  auto work = [&](std::int64_t, int) {
     if (KEYS && softmax) sums.each([&](int d, int, float& sum) { sum *= rescale[d]; });
     sums.template add<true, false>(left, m.stride, right, m.stride, S::TOKENS, features, columns);
-  }
+  };
+  walk<S>(place, load, prepare, work);
 
   const std::int64_t row = place.group * a.split.count + place.split;
   if constexpr (KEYS) {

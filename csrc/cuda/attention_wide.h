@@ -150,7 +150,8 @@ attention_wide_query_kernel(const Attention a) {
         dot_rows<Wide>(grad, tiles.left, WIDE_STRIDE, features, tiles.partial);
         __syncthreads();
         if (threadIdx.x < Wide::TOKENS)
-          tiles.mean[threadIdx.x] += sum_of_units<Wide>(tiles.partial, features, threadIdx.x);
+          tiles.mean[threadIdx.x] +=
+              sum_of_units(tiles.partial, ceil_div(features, 8 * Wide::NJ), Wide::TOKENS, threadIdx.x);
         continue;
       }
       grad.each([&](int r, int d, float& sum) {

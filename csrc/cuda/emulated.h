@@ -4,8 +4,9 @@
 // get ahead of the others, and warps run in three orders (MSFORMER_EMULATE_ORDER: 0 as numbered, 1 backwards, any other
 // number the seed of a random one): what lacks a barrier gives other results. Fresh shared memory is NaN. A copy of
 // cp.async is carried out when it is waited for, never before, and its target is NaN until then. Misaligned accesses,
-// barriers that not all threads reach, and lanes that do not meet stop the program with the block, the thread and the
-// kind. Not seen: bank conflicts, and memory ordering between warps without a barrier.
+// barriers that not all threads reach, threads that wait at different barriers, and lanes that do not meet stop the
+// program with the block, the thread and the kind. AddressSanitizer knows the fibers. Not seen: bank conflicts, and
+// memory ordering between warps without a barrier.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +18,25 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <unordered_set>
 #include <vector>
 
-#if !defined(__x86_64__)
+// How fibers are switched: by hand, or by the C library, which makes system calls.
+#if defined(__x86_64__) && !defined(MSFORMER_EMULATE_WITH_UCONTEXT)
+#define MSFORMER_SWITCH_BY_HAND 1
+#else
 #include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define MSFORMER_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MSFORMER_ADDRESS_SANITIZER 1
+#endif
+#endif
+#ifdef MSFORMER_ADDRESS_SANITIZER
+#include <sanitizer/common_interface_defs.h>
 #endif
 
 #define DEV inline
@@ -48,20 +63,31 @@ struct Copy {
 struct Warp {
   alignas(16) std::uint32_t given[2][32][8];
   alignas(16) std::uint32_t made[2][32][4];
+  double sum[2][32][4];
   int arrived = 0;
   std::uint32_t mask = 0;
 };
 
+// A place in the source.
+struct Place {
+  const char* file = "";
+  int line = 0;
+
+  bool operator!=(const Place& other) const { return line != other.line || std::strcmp(file, other.file) != 0; }
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
+  void* fake_stack = nullptr;  // AddressSanitizer's
   dim3 index;
   int number = 0, lane = 0, turn = 0;
   Warp* warp = nullptr;
   State state = State::ready;
+  Place barrier;  // where it waits, at_block
   std::unique_ptr<char[]> stack;
   std::vector<Copy> open;                 // copies that are not committed
   std::vector<std::vector<Copy>> groups;  // committed, and not waited for
-#if !defined(__x86_64__)
+#ifndef MSFORMER_SWITCH_BY_HAND
   ucontext_t context;
 #endif
 };
@@ -73,10 +99,13 @@ struct Block {
   std::vector<Warp> warps;
   Fiber* self = nullptr;
   void* scheduler = nullptr;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  std::size_t scheduler_stack_size = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   int at_barrier = 0, alive = 0;
-#if !defined(__x86_64__)
+#ifndef MSFORMER_SWITCH_BY_HAND
   ucontext_t main;
 #endif
 };
@@ -108,11 +137,26 @@ inline Traffic& traffic() {
   return t;
 }
 
-[[noreturn]] inline void stop(const char* why) {
+// A list of launches in place of running them, for questions about sizes that would take too long to run.
+struct Launched {
+  std::string kernel;  // as the compiler writes the function `launch`
+  dim3 grid;
+  int threads, shared;
+};
+struct Recorder {
+  bool on = false;
+  std::vector<Launched> launches;
+};
+inline Recorder& recorder() {
+  static Recorder r;
+  return r;
+}
+
+[[noreturn]] inline void stop(const char* why, const Place& place = {}) {
   const Block& b = block();
   const unsigned thread = b.self ? b.self->number : 0;
-  std::fprintf(stderr, "emulated GPU: %s: block (%u, %u, %u), thread %u\n", why, b.index.x, b.index.y, b.index.z,
-               thread);
+  std::fprintf(stderr, "emulated GPU: %s: block (%u, %u, %u), thread %u", why, b.index.x, b.index.y, b.index.z, thread);
+  std::fprintf(stderr, place.line ? ", %s:%d\n" : "\n", place.file, place.line);
   std::abort();
 }
 
@@ -120,26 +164,58 @@ inline void check_alignment(const void* at, int bytes, const char* what) {
   if (reinterpret_cast<std::uintptr_t>(at) % bytes) stop(what);
 }
 
-#if defined(__x86_64__)
+#ifdef MSFORMER_ADDRESS_SANITIZER
+constexpr std::size_t STACK = 256 * 1024;  // frames are wider
+#else
+constexpr std::size_t STACK = 64 * 1024;
+#endif
+constexpr std::uint64_t STACK_END = 0x5ca1ab1e0ddba11;  // at the lowest address, which nothing should reach
+
+#ifdef MSFORMER_SWITCH_BY_HAND
 __attribute__((naked, noinline)) inline void swap(void** /*save*/, void* /*to*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
-inline void leave() { swap(&self().stack_pointer, block().scheduler); }
-inline void enter(Fiber& f) {
-  block().self = &f;
-  swap(&block().scheduler, f.stack_pointer);
-}
+inline void switch_to_scheduler() { swap(&self().stack_pointer, block().scheduler); }
+inline void switch_to(Fiber& f) { swap(&block().scheduler, f.stack_pointer); }
 #else
-inline void leave() { swapcontext(&self().context, &block().main); }
-inline void enter(Fiber& f) {
-  block().self = &f;
-  swapcontext(&block().main, &f.context);
-}
+inline void switch_to_scheduler() { swapcontext(&self().context, &block().main); }
+inline void switch_to(Fiber& f) { swapcontext(&block().main, &f.context); }
 #endif
 
+#ifdef MSFORMER_ADDRESS_SANITIZER
+inline void before_switch(void** fake_stack, const void* stack, std::size_t size) {
+  __sanitizer_start_switch_fiber(fake_stack, stack, size);
+}
+inline void after_switch(void* fake_stack, const void** from, std::size_t* size) {
+  __sanitizer_finish_switch_fiber(fake_stack, from, size);
+}
+#else
+inline void before_switch(void**, const void*, std::size_t) {}
+inline void after_switch(void*, const void**, std::size_t*) {}
+#endif
+
+inline void leave() {
+  Block& b = block();
+  Fiber& f = *b.self;
+  before_switch(f.state == State::done ? nullptr : &f.fake_stack, b.scheduler_stack, b.scheduler_stack_size);
+  switch_to_scheduler();
+  after_switch(f.fake_stack, &b.scheduler_stack, &b.scheduler_stack_size);
+}
+inline void enter(Fiber& f) {
+  Block& b = block();
+  b.self = &f;
+  before_switch(&b.scheduler_fake_stack, f.stack.get(), STACK);
+  switch_to(f);
+  after_switch(b.scheduler_fake_stack, nullptr, nullptr);
+  std::uint64_t end;
+  std::memcpy(&end, f.stack.get(), sizeof(end));
+  if (end != STACK_END) stop("a thread with more on its stack than the emulation has room for");
+}
+
 inline void run_fiber() {
+  after_switch(nullptr, &block().scheduler_stack, &block().scheduler_stack_size);
   block().body(block().argument);
   self().state = State::done;
   block().alive--;
@@ -147,11 +223,12 @@ inline void run_fiber() {
 }
 
 constexpr int INVALID_CONFIGURATION = 9;  // cudaErrorInvalidConfiguration
-constexpr std::size_t STACK = 64 * 1024;
+constexpr int OUT_OF_MEMORY = 2;          // cudaErrorMemoryAllocation
 
 inline void prepare(Fiber& f) {
   if (!f.stack) f.stack.reset(new char[STACK]);
-#if defined(__x86_64__)
+  std::memcpy(f.stack.get(), &STACK_END, sizeof(STACK_END));
+#ifdef MSFORMER_SWITCH_BY_HAND
   const auto top = (reinterpret_cast<std::uintptr_t>(f.stack.get()) + STACK) & ~std::uintptr_t(15);
   void** at = reinterpret_cast<void**>(top) - 2;  // at its entry a function finds the stack 8 off a multiple of 16
   *at = reinterpret_cast<void*>(&run_fiber);
@@ -176,10 +253,24 @@ inline int order() { return number_from_environment("MSFORMER_EMULATE_ORDER", 0)
   for (Fiber& f : b.fibers) {
     if (f.state == State::done) continue;
     b.self = &f;
-    stop(f.state == State::at_block ? "a barrier of the block that not all threads reach"
-                                    : "a barrier of the warp that not all lanes reach");
+    if (f.state == State::at_block) stop("a barrier of the block that not all threads reach", f.barrier);
+    stop("a barrier of the warp that not all lanes reach");
   }
   stop("no thread can go on");
+}
+
+// Threads of the barrier go on; those that have ended are not waited for.
+inline void open_barrier() {
+  Block& b = block();
+  const Fiber* first = nullptr;
+  for (Fiber& f : b.fibers) {
+    if (f.state != State::at_block) continue;
+    if (!first) first = &f;
+    b.self = &f;
+    if (f.barrier != first->barrier) stop("a barrier of the block that not all threads reach", f.barrier);
+    f.state = State::ready;
+  }
+  b.at_barrier = 0;
 }
 
 inline void run_block(int order) {
@@ -214,9 +305,7 @@ inline void run_block(int order) {
       }
     }
     if (b.at_barrier && b.at_barrier == b.alive) {
-      b.at_barrier = 0;
-      for (Fiber& f : b.fibers)
-        if (f.state == State::at_block) f.state = State::ready;
+      open_barrier();
       moved = true;
     }
     if (!moved) stop_at_barrier();
@@ -228,8 +317,9 @@ inline void run_block(int order) {
     }
 }
 
-inline void sync_block() {
+inline void sync_block(Place place) {
   self().state = State::at_block;
+  self().barrier = place;
   block().at_barrier++;
   leave();
 }
@@ -280,7 +370,9 @@ T exchange(std::uint32_t mask, T value, int from) {
 
 namespace msformer {
 
-inline void __syncthreads() { emulated::sync_block(); }
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulated::sync_block({file, line});
+}
 inline void __syncwarp(std::uint32_t mask = ~0u) {
   emulated::meet(mask, [] {});
 }
@@ -419,6 +511,13 @@ inline float round_to_tf32(float x) {
   return (u & 0x7f800000u) == 0x7f800000u ? x : float_of((u + 0x1000u) & 0xffffe000u);
 }
 
+inline float cut_off(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(x)
+             ? std::nextafter(nearest, 0.0f)
+             : nearest;
+}
+
 // K values of a row of A; PACKED of them in a register.
 template <int K, int PACKED, class Value>
 void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Value value) {
@@ -427,7 +526,8 @@ void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, un
   auto* given = emulated::give(all, sizeof(all));
   emulated::Warp& w = *emulated::self().warp;
   emulated::meet(~0u, [&] {  // the last lane multiplies for the warp
-    float left[16][K], right[K][8], sum[16][8] = {};
+    float left[16][K], right[K][8];
+    double sum[16][8] = {};
     for (int l = 0; l < 32; l++)
       for (int e = 0; e < PACKED; e++) {
         const int k = l % 4 * PACKED + e;
@@ -436,13 +536,13 @@ void multiply_add_by_hand(float (&d)[4], const unsigned (&a)[4], unsigned b0, un
       }
     for (int i = 0; i < 16; i++)
       for (int k = 0; k < K; k++)
-        for (int j = 0; j < 8; j++) sum[i][j] += left[i][k] * right[k][j];
+        for (int j = 0; j < 8; j++) sum[i][j] += static_cast<double>(left[i][k]) * right[k][j];
     for (int l = 0; l < 32; l++)
-      for (int q = 0; q < 4; q++) std::memcpy(&w.made[side][l][q], &sum[l / 4 + q / 2 * 8][l % 4 * 2 + q % 2], 4);
+      for (int q = 0; q < 4; q++) w.sum[side][l][q] = sum[l / 4 + q / 2 * 8][l % 4 * 2 + q % 2];
   });
-  float made[4];
-  std::memcpy(made, w.made[side][emulated::self().lane], 16);
-  for (int q = 0; q < 4; q++) d[q] += made[q];
+  // products are exact, and so is their sum to many bits; it is cut off, not rounded, to a float (Fasi et al.,
+  // "Numerical behavior of NVIDIA tensor cores", 2021)
+  for (int q = 0; q < 4; q++) d[q] = cut_off(d[q] + w.sum[side][emulated::self().lane][q]);
 }
 inline void multiply_add(bf16, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   multiply_add_by_hand<16, 2>(
@@ -468,6 +568,10 @@ int launch(dim3 grid, int threads, int shared, void* /*stream*/, const Arguments
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   if (threads < 1 || threads > 1024 || shared > most_shared() || grid.y > 65535 || grid.z > 65535)
     return INVALID_CONFIGURATION;
+  if (recorder().on) {
+    recorder().launches.push_back({__PRETTY_FUNCTION__, grid, threads, shared});
+    return 0;
+  }
   Block& b = block();
   b.grid = grid;
   b.size = dim3(threads);
@@ -488,9 +592,10 @@ int launch(dim3 grid, int threads, int shared, void* /*stream*/, const Arguments
   traffic().seen_read.clear();
   traffic().seen_written.clear();
   // exactly as much as was asked for: a sanitizer sees what lies beyond
-  std::unique_ptr<unsigned char, void (*)(void*)> memory(
-      static_cast<unsigned char*>(std::aligned_alloc(128, std::max(shared + 127, 128) / 128 * 128)), std::free);
-  b.shared = memory.get();
+  void* allocated = nullptr;
+  if (posix_memalign(&allocated, 128, shared)) return OUT_OF_MEMORY;
+  std::unique_ptr<void, void (*)(void*)> memory(allocated, std::free);
+  b.shared = static_cast<unsigned char*>(allocated);
   const int how = order();
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)

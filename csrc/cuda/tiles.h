@@ -47,9 +47,13 @@ struct Tf32 {  // operands rounded to the nearest tf32
   using Store = float;
   static constexpr int INNER = 8, PARTS = 1;
 };
-struct Tf32x3 {  // operands in two tf32 parts, three products: float32 accuracy
+struct Tf32x3 {  // operands in two tf32 parts, three products: of the 24 bits of a float32 one or two are lost
   using Store = float;
   static constexpr int INNER = 8, PARTS = 2;
+};
+struct Fp32 {  // without tensor cores, for sums so short that they round less than the above loses
+  using Store = float;
+  static constexpr int INNER = 16, PARTS = 0;
 };
 
 // Operands in parts of bf16, LEFT of the left one and RIGHT of the right one: 8 bits each, 24 in three. Products of
@@ -71,21 +75,24 @@ auto with_engine(Engine engine, F f) {
       return f(F16{});
     case Engine::tf32:
       return f(Tf32{});
-    default:
+    case Engine::tf32x3:
       return f(Tf32x3{});
+    default:
+      return f(Fp32{});
   }
 }
 
 template <class E>
 struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 columns: [column / 8 * 2 + inner / half]
-  unsigned r[E::PARTS][4];
+  unsigned r[E::PARTS > 0 ? E::PARTS : 1][4];
 
   DEV void split(int q, float x) {
-    const float high = round_to_tf32(x);
-    r[0][q] = bits_of(high);
-    if constexpr (E::PARTS == 2) {
-      const float rest = x - high;  // NaN where x is infinite
-      r[1][q] = bits_of(rest == rest ? round_to_tf32(rest) : 0.0f);
+#pragma unroll
+    for (int part = 0; part < E::PARTS; part++) {
+      const float upper = round_to_tf32(x);
+      r[part][q] = bits_of(upper);
+      x -= upper;
+      if (x != x) x = 0;  // it was not finite, and has no rest
     }
   }
   DEV void split(int q, float x, float y) {
@@ -156,7 +163,10 @@ DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& l
                       const Fragment<Bf16Parts<LEFT, RIGHT>>& right, int half) {
   constexpr int PARTS = Bf16Parts<LEFT, RIGHT>::PARTS;
   const int b = half * 2;
-  float small[4] = {};
+  // tensor cores cut sums off: what is to have the accuracy of float32 is added up outside of them (Ootomo, Yokota,
+  // "Recovering single precision accuracy from Tensor Cores", 2022)
+  float product[4] = {}, small[4] = {};
+  multiply_add(bf16{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
 #pragma unroll
   for (int order = PARTS - 1; order > 0; order--)  // the smallest first
 #pragma unroll
@@ -165,22 +175,26 @@ DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& l
       if (r >= 0 && r < RIGHT) multiply_add(bf16{}, small, left.r[l], right.r[r][b], right.r[r][b + 1]);
     }
   // the first parts tell what is not finite; infinity times another part of the other operand may have any sign
-  for (int q = 0; q < 4; q++) sum[q] += small[q] - small[q] == 0 ? small[q] : 0.0f;
-  multiply_add(bf16{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
+  for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] - small[q] == 0 ? small[q] : 0.0f);
 }
 
 template <class E>
 DEV void multiply_add(float (&sum)[4], const Fragment<E>& left, const Fragment<E>& right, int half) {
   using Store = typename E::Store;
   const int b = half * 2;
-  if constexpr (E::PARTS == 2) {
-    float small[4] = {};
-    multiply_add(Store{}, small, left.r[1], right.r[0][b], right.r[0][b + 1]);
-    multiply_add(Store{}, small, left.r[0], right.r[1][b], right.r[1][b + 1]);
+  if constexpr (E::PARTS == 1) {
+    multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
+  } else {
+    float product[4] = {}, small[4] = {};  // as above
+    multiply_add(Store{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
+#pragma unroll
+    for (int order = E::PARTS - 1; order > 0; order--)
+#pragma unroll
+      for (int part = 0; part <= order; part++)
+        multiply_add(Store{}, small, left.r[part], right.r[order - part][b], right.r[order - part][b + 1]);
     // infinity times the zero rest of the other operand is no part of the product
-    for (int q = 0; q < 4; q++) sum[q] += small[q] == small[q] ? small[q] : 0.0f;
+    for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] == small[q] ? small[q] : 0.0f);
   }
-  multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
 }
 
 // Sums of a product of ROWS x COLUMNS, spread over the warps of a block in units of 16 x 8 NJ. NJ is even.
@@ -210,19 +224,41 @@ struct Product {
     for (int u = 0; u < UNITS; u++) {
       const int unit = warp + u * WARPS, row = unit % ROW_UNITS * 16, column = unit / ROW_UNITS * (8 * NJ);
       if (unit >= ALL || row >= rows || column >= columns) continue;
-      for (int k = 0; k < inner; k += E::INNER) {
-        Fragment<E> a;
-        load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
+      if constexpr (E::PARTS == 0) {
+        add_plainly<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>(sum[u], left, left_stride, right, right_stride, inner, row,
+                                                       column);
+      } else {
+        for (int k = 0; k < inner; k += E::INNER) {
+          Fragment<E> a;
+          load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
 #pragma unroll
-        for (int j = 0; j < NJ; j += 2) {
-          if (column + 8 * j >= columns) break;
-          Fragment<E> b;
-          load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
-          multiply_add(sum[u][j], a, b, 0);
-          multiply_add(sum[u][j + 1], a, b, 1);
+          for (int j = 0; j < NJ; j += 2) {
+            if (column + 8 * j >= columns) break;
+            Fragment<E> b;
+            load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
+            multiply_add(sum[u][j], a, b, 0);
+            multiply_add(sum[u][j + 1], a, b, 1);
+          }
         }
       }
     }
+  }
+
+  template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
+  DEV static void add_plainly(float (&sums)[NJ][4], const Store* left, int left_stride, const Store* right,
+                              int right_stride, int inner, int row, int column) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < NJ; j++)
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const int r = row + lane / 4 + q / 2 * 8, c = column + 8 * j + lane % 4 * 2 + q % 2;
+        float total = sums[j][q];
+        for (int k = 0; k < inner; k++)
+          total = fmaf(LEFT_TRANSPOSED ? left[k * left_stride + r] : left[r * left_stride + k],
+                       RIGHT_TRANSPOSED ? right[c * right_stride + k] : right[k * right_stride + c], total);
+        sums[j][q] = total;
+      }
   }
 
   // f(row, column, sum) for every sum of this thread.
@@ -239,6 +275,18 @@ struct Product {
         for (int q = 0; q < 4; q++) f(row + lane / 4 + q / 2 * 8, column + 8 * j + lane % 4 * 2 + q % 2, sum[u][j][q]);
     }
   }
+};
+
+// A sum that carries the error of each addition on (Neumaier, 1974).
+struct ExactSum {
+  float total = 0, lost = 0;
+
+  DEV void add(float x) {
+    const float next = total + x;
+    lost += (total < 0 ? -total : total) >= (x < 0 ? -x : x) ? (total - next) + x : (x - next) + total;
+    total = next;
+  }
+  DEV float value() const { return lost == lost ? total + lost : total; }  // infinite sums have no error
 };
 
 template <class Number>
@@ -266,36 +314,33 @@ DEV bool is_aligned(const T* data, std::int64_t pitch) {
   return (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(pitch * sizeof(T))) % BYTES == 0;
 }
 
-template <int BYTES, class T>
-DEV void copy_rows(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns, int threads) {
-  constexpr int GROUP = BYTES / sizeof(T);
-  const int groups = columns / GROUP;
-  for (int i = threadIdx.x; i < rows * groups; i += threads) {
-    const int r = i / groups, c = i % groups * GROUP;
-    copy<BYTES>(tile + r * stride + c, from + r * pitch + c);
-  }
-  const int rest = columns - groups * GROUP;
-  for (int i = threadIdx.x; i < rows * rest; i += threads) {
-    const int r = i / rest, c = groups * GROUP + i % rest;
-    tile[r * stride + c] = read(from + r * pitch + c);
-  }
-}
-
-// Rows x columns of a matrix of which a row is contiguous, `pitch` values after the last one. What is copied without
-// registers is there after the caller's commit, wait and barrier.
+// Rows x columns of a matrix of which a row is contiguous, `pitch` values after the last one, in the largest pieces
+// that all rows are aligned to. What is copied without registers is there after the caller's commit, wait and barrier.
 template <class T>
 DEV void copy_matrix(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns, int threads) {
-  if (is_aligned<16>(from, pitch))
-    copy_rows<16>(tile, stride, from, pitch, rows, columns, threads);
-  else if (is_aligned<8>(from, pitch))
-    copy_rows<8>(tile, stride, from, pitch, rows, columns, threads);
-  else if (is_aligned<4>(from, pitch))
-    copy_rows<4>(tile, stride, from, pitch, rows, columns, threads);
-  else
-    for (int i = threadIdx.x; i < rows * columns; i += threads) {
-      const int r = i / columns, c = i % columns;
-      tile[r * stride + c] = read(from + r * pitch + c);
-    }
+  constexpr int SIZE = sizeof(T);
+  const int bytes = is_aligned<16>(from, pitch)  ? 16
+                    : is_aligned<8>(from, pitch) ? 8
+                    : is_aligned<4>(from, pitch) ? 4
+                                                 : SIZE;
+  const int piece = bytes / SIZE, pieces = columns / piece, rest = columns - pieces * piece;
+  for (int i = threadIdx.x; i < rows * pieces; i += threads) {
+    const int r = i / pieces, c = i % pieces * piece;
+    T* to = tile + r * stride + c;
+    const T* at = from + r * pitch + c;
+    if (bytes == 16)
+      copy<16>(to, at);
+    else if (bytes == 8)
+      copy<8>(to, at);
+    else if (bytes == 4)
+      copy<4>(to, at);
+    else
+      *to = read(at);
+  }
+  for (int i = threadIdx.x; i < rows * rest; i += threads) {
+    const int r = i / rest, c = pieces * piece + i % rest;
+    tile[r * stride + c] = read(from + r * pitch + c);
+  }
 }
 
 // Rows x columns of a contiguous matrix [.., pitch] from (row, column) on, into a tile of tall x wide; zeros in the
@@ -360,19 +405,15 @@ struct Sums {
   int count;
 };
 
-// blockIdx.y: which tensor. In fixed order, with the error of each addition carried on (Neumaier).
+// blockIdx.y: which tensor. In fixed order.
 template <class T>
 KERNEL(256, 1)
 sum_partials_kernel(const Sums sums) {
   const Sum& s = sums.sum[blockIdx.y];
   for (std::int64_t i = blockIdx.x * 256ll + threadIdx.x; i < s.count; i += 256ll * gridDim.x) {
-    float total = 0, lost = 0;
-    for (std::int64_t k = 0; k < s.splits; k++) {
-      const float x = read(s.partials + k * s.stride + i), next = total + x;
-      lost += (total < 0 ? -total : total) >= (x < 0 ? -x : x) ? (total - next) + x : (x - next) + total;
-      total = next;
-    }
-    const float value = lost == lost ? total + lost : total;
+    ExactSum sum;
+    for (std::int64_t k = 0; k < s.splits; k++) sum.add(read(s.partials + k * s.stride + i));
+    const float value = sum.value();
     if (s.wide)
       write(static_cast<float*>(s.to) + i, value);
     else

@@ -10,14 +10,50 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from tests.kernels.cases import attention_case, cast, require, run
+from tests.kernels.cases import Case, attention_case, cast, require, run
 from tests.kernels.cases.efficient_attention import CASES
-from tests.kernels.ops.shared import OperatorTests
+from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
 
 
 class TestEfficientAttention(OperatorTests):
     OPERATOR = "efficient_attention"
     CASES = CASES
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(
+    ("case", "environment"),
+    [
+        (CASES["tiles"], {"MSFORMER_EMULATE_SHARED_KB": "50"}),
+        (CASES["tiles"], {"MSFORMER_EMULATE_PROCESSORS": "16"}),
+        (
+            attention_case(
+                "wide",
+                query_tokens=70,
+                tokens=90,
+                key_channels=200,
+                value_channels=70,
+                mask="random",
+                query_scale=0.7,
+                key_scale=1.4,
+                output_scale=0.3,
+            ),
+            {"MSFORMER_EMULATE_SHARED_KB": "72"},
+        ),
+        (attention_case("wide_value", tokens=66, key_channels=20, value_channels=150, layout="transposed"), {}),
+        (attention_case("wide_plain", key_channels=130, normalize_query=False, normalization="scaling"), {}),
+    ],
+    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain"],
+)
+def test_every_form_of_the_cuda_kernels(
+    case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts that do not fit on the chip as a whole, and sums over many splits of the tokens."""
+    require("cuda")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_error_rule(case, dtype, "cuda", most=3)
 
 
 def test_efficient_attention_by_hand() -> None:
@@ -55,7 +91,7 @@ def test_masking_equals_removing(normalization: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
-@pytest.mark.parametrize("backend_name", ["reference", "native"])
+@pytest.mark.parametrize("backend_name", ["reference", "native", "cuda"])
 def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
     require(backend_name)
     case = attention_case("", batch=2, heads=2, mask="random")
@@ -122,6 +158,29 @@ def check_one_token(channels: int, dtype: torch.dtype, backend: str) -> None:
         layer(torch.randn(1, 1, channels, dtype=dtype))[0].square().sum().backward()
     assert layer.keys.weight.grad is not None
     assert not layer.keys.weight.grad.any()
+
+
+@pytest.mark.parametrize("channels", [6, 130])
+def test_one_kept_token_of_many_gets_exactly_no_key_gradient(channels: int) -> None:
+    """Where delta comes from another kernel than the product from which it is subtracted."""
+    require("cuda")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 150, channels, requires_grad=True) for _ in range(3))
+    mask = torch.arange(150)[None] == 70
+    output, context = kernels.efficient_attention(q, k, v, mask=mask, backend="cuda")
+    (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum() + context.square().sum(), k)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("channels", [6, 130])
+def test_masked_tokens_get_no_gradient_whatever_comes_in(channels: int) -> None:
+    require("cuda")
+    q, k, v = (torch.randn(1, 1, 9, channels, requires_grad=True) for _ in range(3))
+    mask = torch.arange(9)[None] % 2 == 0
+    output, _ = kernels.efficient_attention(q, k, v, mask=mask, backend="cuda")
+    for gradient in torch.autograd.grad(output, (k, v), torch.full_like(output, float("inf"))):
+        assert not gradient[:, :, 1::2].any()
+        assert not gradient[:, :, ::2].isfinite().all()
 
 
 def test_forward_mode_and_function_transforms_are_refused(float64_backend: str) -> None:
