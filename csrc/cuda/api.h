@@ -89,6 +89,8 @@ struct AttentionArguments {
 };
 
 int attention_forward(Engine engine, const AttentionArguments& arguments, void* stream);
+// The output from a context that is known; queries that are divided by a length take it from key_sum.
+int attention_output(Engine engine, const AttentionArguments& arguments, void* stream);
 int attention_backward(Engine engine, const AttentionArguments& arguments, void* stream);
 // Bytes; of the arguments only sizes count.
 std::int64_t attention_forward_scratch(Engine engine, const AttentionArguments& arguments);

@@ -144,13 +144,17 @@ int make_output(const AttentionArguments& arguments, void* stream) {
 
 }  // namespace
 
-int attention_forward(Engine engine, const AttentionArguments& arguments, void* stream) {
-  if (const int error = make_context(engine, arguments, stream)) return error;
+int attention_output(Engine engine, const AttentionArguments& arguments, void* stream) {
   return with_shape(arguments, [&](auto shape) {
     return with_products<false>(engine, [&](auto t, auto e) {
       return make_output<decltype(t), decltype(e), decltype(shape)>(arguments, stream);
     });
   });
+}
+
+int attention_forward(Engine engine, const AttentionArguments& arguments, void* stream) {
+  const int error = make_context(engine, arguments, stream);
+  return error ? error : attention_output(engine, arguments, stream);
 }
 
 std::int64_t attention_forward_scratch(Engine, const AttentionArguments& arguments) {

@@ -40,6 +40,7 @@ void read_inputs(Reader& r, AttentionArguments& a) {
          a.output_scale, a.normalize_query, a.softmax, a.query, a.key, a.value, a.mask);
 }
 void read_forward(Reader& r, AttentionArguments& a) { r.fill(a.context, a.key_max, a.key_sum, a.output, a.scratch); }
+void read_output(Reader& r, AttentionArguments& a) { r.fill(a.context, a.output); }
 void read_backward(Reader& r, AttentionArguments& a) {
   r.fill(a.context, a.key_max, a.key_sum, a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value,
          a.scratch);
@@ -94,6 +95,7 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   m.def("shared_memory", shared_memory);
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
   define(m, "attention_forward", attention_forward, read_forward);
+  define(m, "attention_output", attention_output, read_output);
   define(m, "attention_backward", attention_backward, read_backward);
   define_scratch(m, "attention_forward_scratch", attention_forward_scratch);
   define_scratch(m, "attention_backward_scratch", attention_backward_scratch);

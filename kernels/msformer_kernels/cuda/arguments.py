@@ -15,18 +15,25 @@ from torch import Tensor
 
 from msformer_kernels.core.backends import cuda_library
 
-BFLOAT16, FLOAT16, TF32, TF32X3 = range(4)
+BFLOAT16, FLOAT16, TF32, TF32X3, FP32 = range(5)
 """Engines: the dtype of the activations and how their products are done."""
+_SHORT = 32
+NO_HEADS = (0,) * 5
 
 
-def engine(dtype: torch.dtype) -> int:
-    """float32 goes through tf32 where PyTorch allows it for products of matrices, else through three products of parts
-    in tf32, which have the accuracy of float32."""
+def engine(dtype: torch.dtype, *lengths: int) -> int:
+    """float32 goes through tf32 where PyTorch allows it for products of matrices, else through parts in tf32.
+
+    Three products of parts lose one or two of the 24 bits of a float32, which is less than a long sum loses by
+    rounding. Where one of the `lengths`, over which products sum, is short, they go without tensor cores.
+    """
     if dtype is torch.bfloat16:
         return BFLOAT16
     if dtype is torch.float16:
         return FLOAT16
-    return TF32 if torch.backends.cuda.matmul.allow_tf32 else TF32X3
+    if torch.backends.cuda.matmul.allow_tf32:
+        return TF32
+    return FP32 if min(lengths) < _SHORT else TF32X3
 
 
 def library(x: Tensor) -> ModuleType:
