@@ -43,8 +43,10 @@ class TestEfficientAttention(OperatorTests):
         ),
         (attention_case("wide_value", tokens=66, key_channels=20, value_channels=150, layout="transposed"), {}),
         (attention_case("wide_plain", key_channels=130, normalize_query=False, normalization="scaling"), {}),
+        (attention_case("peaked", tokens=150, key_scale=10.0), {}),
+        (attention_case("peaked_one_tile", key_scale=4.0), {}),
     ],
-    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain"],
+    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain", "peaked", "peaked_one_tile"],
 )
 def test_every_form_of_the_cuda_kernels(
     case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +133,28 @@ def test_large_logits_do_not_overflow(backend: str) -> None:
     expected, expected_context = kernels.efficient_attention(q, k, v, backend="reference")
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(context, expected_context)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_infinity_in_a_query_without_softmax_gives_infinity(dtype: str, backend: str) -> None:
+    """Whatever the parts are in which tensor cores take the context."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 9, 4).to(DTYPES[dtype]) for _ in range(3))
+    q[0, 0, 2, 1] = float("inf")
+    output, _ = kernels.efficient_attention(q, k, v, normalize_query=False, backend=backend)
+    expected, _ = kernels.efficient_attention(q, k, v, normalize_query=False, backend="reference")
+    assert expected[0, 0, 2].isinf().all()
+    assert torch.equal(output[0, 0, 2], expected[0, 0, 2])
+
+
+def test_a_feature_of_infinitely_small_logits_gives_nan_as_in_pytorch(backend: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 9, 4) for _ in range(3))
+    k[..., 1] = float("-inf")
+    _, context = kernels.efficient_attention(q, k, v, backend=backend)
+    _, expected = kernels.efficient_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(context, expected, equal_nan=True)
+    assert context[:, :, 1].isnan().all()
 
 
 @pytest.mark.parametrize("channels", [1, 6, 21])
