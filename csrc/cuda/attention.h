@@ -62,7 +62,6 @@ struct Attention {               // what a pass gets
   float* grad_context;           // [groups, Dk, Dv]: all of it
   float* delta;                  // [groups, Dk]: <context, its gradient> of a feature
   float *shift, *factor;         // [groups, queries]: of the query softmax, where a pass needs them of an earlier one
-  bool round;                    // the gradient of the context is rounded to tf32 once, for all that is made of it
 
   BOTH std::int64_t groups() const { return arguments.batch * arguments.heads; }
   BOTH std::int64_t matrix() const { return std::int64_t(arguments.key_channels) * arguments.value_channels; }

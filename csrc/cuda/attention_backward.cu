@@ -97,7 +97,9 @@ attention_query_kernel(const Attention a) {
   });
 }
 
-// A block a feature of a group: the gradient of the context, and delta.
+// A block a feature of a group: the gradient of the context, rounded once as the products of the keys' kernel take it,
+// and delta, which that is subtracted from: so rounding errors cancel where one token has nearly all the weight.
+template <class E>
 KERNEL(COMBINE_THREADS, 1)
 attention_combine_gradient_kernel(const Attention a) {
   DYNAMIC_SHARED(memory);
@@ -111,7 +113,7 @@ attention_combine_gradient_kernel(const Attention a) {
     const int c = first + static_cast<int>(threadIdx.x);
     if (threadIdx.x >= COMBINE_COLUMNS || c >= a.arguments.value_channels) continue;
     if (a.arguments.grad_context) total += read(a.arguments.grad_context + row + c);
-    if (a.round) total = round_to_tf32(total);
+    total = as_right_operand<E>(total);
     write(a.grad_context + row + c, total);
     delta += total * read(a.arguments.context + row + c);
   }
@@ -269,11 +271,10 @@ int of_keys(Attention a, void* stream) {
 template <class T, class E, class S>
 int backward(const AttentionArguments& arguments, void* stream) {
   Scratch scratch{static_cast<char*>(arguments.scratch)};
-  Attention a = plan<T, E, S>(arguments, scratch);
-  a.round = std::is_same_v<E, Tf32>;
+  const Attention a = plan<T, E, S>(arguments, scratch);
   if (const int error = of_queries<T, E, S>(a, stream)) return error;
   const dim3 grid(static_cast<unsigned>(a.groups() * arguments.key_channels));
-  if (const int error = launch<attention_combine_gradient_kernel>(grid, COMBINE_THREADS, COMBINE_MEMORY, stream, a))
+  if (const int error = launch<attention_combine_gradient_kernel<E>>(grid, COMBINE_THREADS, COMBINE_MEMORY, stream, a))
     return error;
   return of_keys<T, E, S>(a, stream);
 }

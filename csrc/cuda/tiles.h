@@ -57,8 +57,8 @@ struct Fp32 {  // without tensor cores, for sums so short that they round less t
 };
 
 // Operands in parts of bf16, LEFT of the left one and RIGHT of the right one: 8 bits each, 24 in three. Products of
-// parts as large as the least one or larger count: six instructions for the accuracy of float32, and they take twice as
-// much of the inner dimension as tf32's three.
+// three orders count: six instructions for the accuracy of float32, and they take twice as much of the inner dimension
+// as tf32's three; four that are exact for operands of 16 bits.
 template <int LEFT_, int RIGHT_>
 struct Bf16Parts {
   using Store = float;
@@ -104,6 +104,22 @@ struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 colu
     }
   }
 };
+
+// x as products by an engine take a right operand.
+template <class E>
+DEV float as_right_operand(float x) {
+  if constexpr (E::INNER == 8) {
+    return round_to_tf32(x);
+  } else {
+    float sum = 0;
+    for (int p = 0; p < E::RIGHT; p++) {
+      const float part = to_float(from_float<bf16>(x - sum));
+      sum += part;
+      if (part - part != 0) break;  // it is not finite
+    }
+    return sum;
+  }
+}
 
 struct alignas(8) Pair {
   float x, y;
@@ -161,14 +177,13 @@ DEV void load_right(Fragment<E>& f, const typename E::Store* tile, int stride, i
 template <int LEFT, int RIGHT>
 DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& left,
                       const Fragment<Bf16Parts<LEFT, RIGHT>>& right, int half) {
-  constexpr int PARTS = Bf16Parts<LEFT, RIGHT>::PARTS;
   const int b = half * 2;
   // tensor cores cut sums off: what is to have the accuracy of float32 is added up outside of them (Ootomo, Yokota,
   // "Recovering single precision accuracy from Tensor Cores", 2022)
   float product[4] = {}, small[4] = {};
   multiply_add(bf16{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
 #pragma unroll
-  for (int order = PARTS - 1; order > 0; order--)  // the smallest first
+  for (int order = 2; order > 0; order--)  // the smallest first
 #pragma unroll
     for (int l = 0; l < LEFT; l++) {
       const int r = order - l;

@@ -43,10 +43,9 @@ class TestEfficientAttention(OperatorTests):
         ),
         (attention_case("wide_value", tokens=66, key_channels=20, value_channels=150, layout="transposed"), {}),
         (attention_case("wide_plain", key_channels=130, normalize_query=False, normalization="scaling"), {}),
-        (attention_case("peaked", tokens=150, key_scale=10.0), {}),
-        (attention_case("peaked_one_tile", key_scale=4.0), {}),
+        (attention_case("one_tile", key_scale=2.0), {}),
     ],
-    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain", "peaked", "peaked_one_tile"],
+    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain", "one_tile"],
 )
 def test_every_form_of_the_cuda_kernels(
     case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +181,14 @@ def check_one_token(channels: int, dtype: torch.dtype, backend: str) -> None:
         layer(torch.randn(1, 1, channels, dtype=dtype))[0].square().sum().backward()
     assert layer.keys.weight.grad is not None
     assert not layer.keys.weight.grad.any()
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_key_gradient_where_one_token_has_nearly_all_the_weight(dtype: str) -> None:
+    """Then the gradients of all weights nearly cancel, and so must the errors of what they are made of."""
+    require("cuda")
+    check_error_rule(attention_case("peaked", tokens=150, key_scale=40.0), dtype, "cuda", most=3)
 
 
 @pytest.mark.parametrize("channels", [6, 130])
