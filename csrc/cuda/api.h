@@ -60,11 +60,41 @@ int mix_ffn_backward(Engine engine, const MixFFNArguments& arguments, void* stre
 // Bytes; of the arguments only sizes and parameters count. OUT_OF_SHARED_MEMORY where the backward cannot run.
 std::int64_t mix_ffn_backward_scratch(Engine engine, const MixFFNArguments& arguments);
 
-// A boolean [B, N], true where a token is kept; no data: all are.
-struct TokenMask {
-  const void* data;
+// The heads of one image after another, [B, heads, N, D], in any layout.
+struct Heads {
+  void* data;
+  std::int64_t batch_stride, head_stride, token_stride, channel_stride;
+};
+
+// [B, N]: which tokens are kept; all of them if there is no data.
+struct Mask {
+  const std::uint8_t* data;
   std::int64_t batch_stride, token_stride;
 };
+
+// query [B, heads, queries, Dk], key [B, heads, tokens, Dk], value [B, heads, tokens, Dv], of at least one feature.
+struct AttentionArguments {
+  std::int64_t batch, heads, queries, tokens;
+  int key_channels, value_channels;
+  float query_scale, key_scale, output_scale;
+  bool normalize_query, softmax;  // softmax: else both are divided by the square root of the number of tokens kept
+  Heads query, key, value;
+  Mask mask;
+  float *context, *key_max, *key_sum;  // [B, heads, Dk, Dv] and [B, heads, Dk], contiguous; the forward fills them
+  Heads output;                        // forward
+  Heads grad_output;                   // backward, from here on
+  const float* grad_context;           // contiguous; null: zero
+  Heads grad_query, grad_key, grad_value;
+  void* scratch;  // of both
+};
+
+int attention_forward(Engine engine, const AttentionArguments& arguments, void* stream);
+// The output from a context that is known; queries that are divided by a length take it from key_sum.
+int attention_output(Engine engine, const AttentionArguments& arguments, void* stream);
+int attention_backward(Engine engine, const AttentionArguments& arguments, void* stream);
+// Bytes; of the arguments only sizes count.
+std::int64_t attention_forward_scratch(Engine engine, const AttentionArguments& arguments);
+std::int64_t attention_backward_scratch(Engine engine, const AttentionArguments& arguments);
 
 template <class P>
 struct SelfAttentionParameters {  // weights as in torch.nn.Linear; the key bias has no effect
@@ -84,7 +114,7 @@ struct SelfAttentionArguments {
   float eps;
   bool residual;
   Tokens x;
-  TokenMask mask;
+  Mask mask;
   SelfAttentionParameters<Parameter> parameters;
   SelfAttentionState state;
   Tokens output;              // forward

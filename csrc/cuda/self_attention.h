@@ -22,35 +22,6 @@ using WideProduct = WarpProduct<MOST_FEATURES / 8>;
 template <class E>
 using SumEngine = std::conditional_t<std::is_same_v<E, F16>, Tf32, E>;
 
-// Offsets into shared memory, in bytes.
-struct Carver {
-  int used = 0;
-
-  BOTH int take(int bytes) {
-    const int at = used;
-    used += round_up(bytes, 128);
-    return at;
-  }
-};
-
-// Arrays in scratch memory one after the other; without memory they are only counted.
-class ScratchCarver {
- public:
-  explicit ScratchCarver(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(std::int64_t count) {
-    T* at = reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return at;
-  }
-  std::int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  std::int64_t used_ = 0;
-};
-
 // The tokens of an image in `count` parts of `size`, a multiple of a tile; parts for about as many blocks as there are
 // processors.
 struct Splits {
@@ -101,9 +72,8 @@ struct ValueGradients {
 };
 int value_gradients(const ValueGradients& g, void* stream);
 
-DEV bool is_kept(const TokenMask& mask, std::int64_t image, std::int64_t token) {
-  return !mask.data ||
-         read(static_cast<const unsigned char*>(mask.data) + image * mask.batch_stride + token * mask.token_stride);
+DEV bool is_kept(const Mask& mask, std::int64_t image, std::int64_t token) {
+  return !mask.data || read(mask.data + image * mask.batch_stride + token * mask.token_stride);
 }
 
 // A vector in shared memory as float32, zeros without one.

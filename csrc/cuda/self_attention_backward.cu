@@ -204,7 +204,7 @@ struct Backward {
     token.size = 2 * keys * channels + keys + 2 * channels;
     value_size = 2 * channels * values + values;
 
-    ScratchCarver scratch(a.scratch);
+    Scratch scratch{static_cast<char*>(a.scratch)};
     const std::int64_t operand = keys * round_up(a.channels, 16);
     folded = scratch.take<T>(a.batch * operand);
     query_weight = scratch.take<T>(operand);
@@ -218,7 +218,7 @@ struct Backward {
     query.output_bias = scratch.take<float>(parts * channels);
     token.partials = scratch.take<float>(blocks * token.size);
     value_partials = scratch.take<float>(groups * value_size);
-    bytes = scratch.used();
+    bytes = scratch.used;
     query.folded = folded;
     query.query_weight = token.query_weight = query_weight;
     token.key_weight = key_weight;

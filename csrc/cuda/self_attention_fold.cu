@@ -47,12 +47,6 @@ unsigned row_groups(const SelfAttentionArguments& a, int rows) {
   return static_cast<unsigned>(a.batch * a.heads * ceil_div(a.keys / a.heads, rows));
 }
 
-template <class X>
-DEV X sum_of_warp(X x) {
-  for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
-  return x;
-}
-
 // Over all threads of a block, in a fixed order; `parts` has room for WARPS values.
 template <class Join>
 DEV float reduce_block(float x, float* parts, Join join) {
@@ -114,7 +108,7 @@ DEV void multiply_rows(const Row<T>* in, int rows, int inner, const Parameter& m
       Wide<T> sum = 0;
       for (int i = 0; i < 4; i++)
         if (lane_channel() + i < inner) sum += own[r][i] * weight[i];
-      sum = sum_of_warp(sum);
+      sum = warp_sum(sum);
       if (threadIdx.x % 32 == 0) out(r, o, sum);
     }
   }

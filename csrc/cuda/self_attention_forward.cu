@@ -250,7 +250,7 @@ struct Forward {
   std::int64_t bytes;
 
   explicit Forward(const SelfAttentionArguments& arguments) : a(arguments) {
-    ScratchCarver scratch(a.scratch);
+    Scratch scratch{static_cast<char*>(a.scratch)};
     const std::int64_t parts = a.batch * splits.count;
     maxima = scratch.take<float>(parts * a.keys);
     sums = scratch.take<float>(parts * a.keys);
@@ -259,7 +259,7 @@ struct Forward {
     const std::int64_t operand = static_cast<std::int64_t>(a.keys) * round_up(a.channels, 16);
     folded = scratch.take<T>(a.batch * operand);
     query_weight = scratch.take<T>(operand);
-    bytes = scratch.used();
+    bytes = scratch.used;
   }
 
   int make_context(void* stream) const {

@@ -4,8 +4,9 @@ A backend is one implementation of the operators:
 
 - ``reference``: plain PyTorch, any device and dtype, differentiable any number of times; the specification.
 - ``native``: compiled CPU kernels, float32, float64, bfloat16, float16.
-- ``cuda``: GPU kernels in CUDA C++, float32, bfloat16, float16. With ``MSFORMER_CUDA_EMULATE=1`` in the environment, when
-  they are built and when msformer_kernels is first imported, they run on CPU tensors through an emulation, for tests.
+- ``cuda``: GPU kernels in CUDA C++, float32, bfloat16, float16. With ``MSFORMER_CUDA_EMULATE=1`` in the environment,
+  when they are built and when msformer_kernels is first imported, they run on CPU tensors through an emulation, for
+  tests.
 - ``triton``: GPU kernels, float32, bfloat16, float16. With ``TRITON_INTERPRET=1`` in the environment when
   msformer_kernels is first imported, they run on CPU tensors through Triton's interpreter, for tests.
 

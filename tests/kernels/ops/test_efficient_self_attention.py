@@ -18,8 +18,8 @@ class TestEfficientSelfAttention(OperatorTests):
     CASES = CASES
 
 
-class TestUnfoldedTriton:
-    """Triton's other form, for wide tokens."""
+class TestUnfolded:
+    """The other form of the GPU backends, for wide tokens."""
 
     CASES = CASES
 

@@ -1,5 +1,7 @@
-"""Efficient self-attention through the CUDA kernels (csrc/cuda/self_attention_*.cu): the folded form, for up to 128
-channels, key and value features.
+"""Efficient self-attention through CUDA kernels.
+
+Up to 128 channels, key and value features, the folded form (csrc/cuda/self_attention_*.cu), whose matrices of one image
+lie in the registers of a block. Wider, the unfolded form (unfolded.py) on the CUDA kernels of efficient_attention.
 """
 
 from __future__ import annotations
@@ -10,50 +12,60 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.cuda.arguments import (
+    address,
     contiguous,
     empty_gradients,
     engine,
     library,
+    mask_argument,
+    scratch,
     stream,
     tokens,
     with_width,
 )
+from msformer_kernels.ops.efficient_attention import cuda_calls as attention
+from msformer_kernels.ops.efficient_self_attention import unfolded
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.layer_norm import layer_norm_backward
+
+MOST_FOLDED = 128
 
 
-def _engine(call: Any) -> int:
-    return engine(call.x.dtype, call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0])
+def _sizes(call: Any) -> tuple[int, int, int]:
+    """Channels, key and value features."""
+    return call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]
+
+
+def _folds(call: Any) -> bool:
+    return max(_sizes(call)) <= MOST_FOLDED
 
 
 def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
     """Sizes, options and inputs, as every entry point takes them first."""
     return (
-        *call.x.shape,
-        call.query_weight.shape[0],
-        call.value_weight.shape[0],
+        *call.x.shape[:2],
+        *_sizes(call),
         call.num_heads,
         call.norm_eps,
         call.residual,
         *tokens(call.x),
-        *((0, 0, 0) if call.mask is None else (call.mask.data_ptr(), *call.mask.stride())),
+        *mask_argument(call.mask),
         *with_width(parameters),
     )
 
 
-def _addresses(tensors: Any) -> tuple[int, ...]:
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)
-
-
 def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
-    output, *state = OPERATOR.fake(call)
     if x.numel() == 0:
-        return output, *(s.zero_() for s in state)
-    parameters, how, kernels = contiguous(OPERATOR.parameters_of(call), x), _engine(call), library(x)
+        return tuple(t.zero_() for t in OPERATOR.fake(call))
+    if not _folds(call):
+        return unfolded.forward(call, attention)
+    output, *state = OPERATOR.fake(call)
+    parameters, how, kernels = contiguous(OPERATOR.parameters_of(call), x), engine(x.dtype, *_sizes(call)), library(x)
     inputs = _inputs(call, parameters)
-    scratch = x.new_empty(kernels.self_attention_forward_scratch(how, inputs), dtype=torch.uint8)
+    memory = scratch(kernels.self_attention_forward_scratch(how, inputs), x)
     kernels.self_attention_forward(
-        how, stream(x), (*inputs, *_addresses(state), *tokens(output), scratch.data_ptr())
+        how, stream(x), (*inputs, *(s.data_ptr() for s in state), *tokens(output), memory.data_ptr())
     )
     return output, *state
 
@@ -63,24 +75,23 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     grad_x, gradients = x.new_empty(x.shape), empty_gradients(given, x)
     if x.numel() == 0:
         return grad_x, *(g.zero_() for g in gradients)
-    parameters, how, kernels = contiguous(given, x), _engine(call), library(x)
-    inputs = _inputs(call, parameters)
-    state = [s.contiguous() for s in saved]
-    grad_context = grads.context
-    if grad_context is not None:
-        grad_context = grad_context.to(torch.float32).contiguous()
-    scratch = x.new_empty(kernels.self_attention_backward_scratch(how, inputs), dtype=torch.uint8)
+    if not _folds(call):
+        return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
+    parameters, how, kernels = contiguous(given, x), engine(x.dtype, *_sizes(call)), library(x)
+    inputs, state = _inputs(call, parameters), [s.contiguous() for s in saved]
+    grad_context = None if grads.context is None else grads.context.to(torch.float32).contiguous()
+    memory = scratch(kernels.self_attention_backward_scratch(how, inputs), x)
     kernels.self_attention_backward(
         how,
         stream(x),
         (
             *inputs,
-            *_addresses(state),
+            *(s.data_ptr() for s in state),
             *tokens(grads.output),
-            *_addresses((grad_context,)),
+            address(grad_context),
             *tokens(grad_x),
             *with_width(gradients),
-            scratch.data_ptr(),
+            memory.data_ptr(),
         ),
     )
     return grad_x, *gradients
