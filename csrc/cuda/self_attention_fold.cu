@@ -48,8 +48,8 @@ unsigned row_groups(const SelfAttentionArguments& a, int rows) {
 }
 
 // Over all threads of a block, in a fixed order; `parts` has room for WARPS values.
-template <class Join>
-DEV float reduce_block(float x, float* parts, Join join) {
+template <class Number, class Join>
+DEV Number reduce_block(Number x, Number* parts, Join join) {
   for (int bits = 16; bits; bits /= 2) x = join(x, __shfl_xor_sync(ALL_LANES, x, bits));
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
   __syncthreads();
@@ -58,11 +58,13 @@ DEV float reduce_block(float x, float* parts, Join join) {
   __syncthreads();
   return x;
 }
-DEV float block_sum(float x, float* parts) {
-  return reduce_block(x, parts, [](float a, float b) { return a + b; });
+template <class Number>
+DEV Number block_sum(Number x, Number* parts) {
+  return reduce_block(x, parts, [](Number a, Number b) { return a + b; });
 }
-DEV float block_max(float x, float* parts) {
-  return reduce_block(x, parts, [](float a, float b) { return max(a, b); });
+template <class Number>
+DEV Number block_max(Number x, Number* parts) {
+  return reduce_block(x, parts, [](Number a, Number b) { return max(a, b); });
 }
 
 // sum_s weight(s) partial(s), rows of `channels` values `stride` apart; the whole block, with `parts` for the sums of
@@ -146,7 +148,7 @@ struct FoldMemory {
     context = m.take(FOLD_ROWS * sizeof(Row<T>));
     parts = m.take(2 * FOLD_ROWS * sizeof(Row<T>));
     weights = m.take(splits * 4);
-    warps = m.take(WARPS * 4);
+    warps = m.take(WARPS * sizeof(Wide<T>));
     all = m.used;
   }
 };
@@ -187,7 +189,7 @@ self_attention_fold_kernel(const FoldPass pass) {
   Row<T>* context = reinterpret_cast<Row<T>*>(memory + m.context);
   Row<T>* parts = reinterpret_cast<Row<T>*>(memory + m.parts);
   float* weights = reinterpret_cast<float*>(memory + m.weights);
-  float* warps = reinterpret_cast<float*>(memory + m.warps);
+  auto* warps = reinterpret_cast<Wide<T>*>(memory + m.warps);
   const RowGroup at(a, pass.rows);
   const int head_values = a.values / a.heads, first_value = at.head * head_values;
   for (int i = threadIdx.x; i < FOLD_ROWS * MOST_CHANNELS; i += THREADS) {
@@ -197,20 +199,20 @@ self_attention_fold_kernel(const FoldPass pass) {
   }
 
   if (f.maxima) {
-    float kept = 0;
+    Wide<T> kept = 0;
     for (int s = threadIdx.x; s < f.splits; s += THREADS) kept += read(f.kept + at.image * f.splits + s);
     kept = block_sum(kept, warps);
     for (int r = 0; r < at.rows; r++) {
       const std::int64_t first = at.image * f.splits * a.keys + (at.state + r) % a.keys;
-      float largest = -INFINITY, total = 0;
+      Wide<T> maximum = -INFINITY, total = 0;
       for (int s = threadIdx.x; s < f.splits; s += THREADS)
-        largest = max(largest, read(f.maxima + first + s * static_cast<std::int64_t>(a.keys)));
-      largest = block_max(largest, warps);
+        maximum = max(maximum, Wide<T>(read(f.maxima + first + s * static_cast<std::int64_t>(a.keys))));
+      const float largest = static_cast<float>(block_max(maximum, warps));
       const float shift = largest == -INFINITY ? 0.0f : largest;
       for (int s = threadIdx.x; s < f.splits; s += THREADS) {
         const std::int64_t part = first + s * static_cast<std::int64_t>(a.keys);
         weights[s] = expf(read(f.maxima + part) - shift);
-        total += weights[s] * read(f.sums + part);
+        total += Wide<T>(weights[s]) * read(f.sums + part);
       }
       total = block_sum(total, warps);
       if (total == 0 && kept > 0) total = NAN;  // all logits are -infinity
@@ -223,7 +225,7 @@ self_attention_fold_kernel(const FoldPass pass) {
       }
       if (threadIdx.x == 0) {
         write(a.state.key_max + at.state + r, largest);
-        write(a.state.key_sum + at.state + r, total);
+        write(a.state.key_sum + at.state + r, static_cast<float>(total));
       }
       __syncthreads();
     }
@@ -257,7 +259,7 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
   Row<T>* grad_rows = reinterpret_cast<Row<T>*>(memory + m.key_tokens);  // of M, then of A
   Row<T>* grad_context = reinterpret_cast<Row<T>*>(memory + m.context);
   Row<T>* parts = reinterpret_cast<Row<T>*>(memory + m.parts);
-  float* warps = reinterpret_cast<float*>(memory + m.warps);
+  auto* warps = reinterpret_cast<Wide<T>*>(memory + m.warps);
   const RowGroup at(a, f.rows);
   const int head_values = a.values / a.heads, first_value = at.head * head_values;
   auto each = [&](int columns, auto g) {  // g(row, column) for the rows, spread over the threads
@@ -300,10 +302,10 @@ self_attention_fold_backward_kernel(const FoldBackward f) {
     grad_rows[r][c] = Wide<T>(grad) * read(a.state.key_tokens + (at.state + r) * a.channels + c);
   });
   for (int r = 0; r < at.rows; r++) {
-    float delta = 0;
-    for (int c = threadIdx.x; c < a.channels; c += THREADS) delta += static_cast<float>(grad_rows[r][c]);
+    Wide<T> delta = 0;
+    for (int c = threadIdx.x; c < a.channels; c += THREADS) delta += grad_rows[r][c];
     delta = block_sum(delta, warps);
-    if (threadIdx.x == 0) write(f.delta + at.state + r, delta);
+    if (threadIdx.x == 0) write(f.delta + at.state + r, static_cast<float>(delta));
   }
 }
 
