@@ -73,7 +73,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def fill(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type == "cpu" else x
+        if x.device.type != "cpu" or not (x.is_floating_point() or x.dtype == torch.uint8):
+            return x
+        return x.fill_(float("nan") if x.is_floating_point() else 255)  # bytes, in which floats may lie
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kw: fill(new_empty(self, *size, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: fill(empty_like(*args, **kw)))
