@@ -15,7 +15,6 @@ void read_fields(Reader& r, Activation& a) {
   r.fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride);
 }
 
-void read_fields(Reader& r, Mask& m) { r.fill(m.data, m.batch_stride, m.token_stride); }
 
 namespace {
 

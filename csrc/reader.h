@@ -72,6 +72,8 @@ class Reader {
   const char* module_;
 };
 
+inline void read_fields(Reader& r, Mask& m) { r.fill(m.data, m.batch_stride, m.token_stride); }
+
 // The parameters of the operators, in the order of their declaration in Python.
 template <class P>
 void read_fields(Reader& r, AffineParameters<P>& p) {

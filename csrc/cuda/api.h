@@ -57,6 +57,65 @@ int mix_ffn_backward(Engine engine, const MixFFNArguments& arguments, void* stre
 // Bytes; of the arguments only sizes and parameters count. OUT_OF_SHARED_MEMORY where the backward cannot run.
 std::int64_t mix_ffn_backward_scratch(Engine engine, const MixFFNArguments& arguments);
 
+// The heads of one image after another, [B, heads, N, D], in any layout.
+struct Heads {
+  void* data;
+  std::int64_t batch_stride, head_stride, token_stride, channel_stride;
+};
+
+// query [B, heads, queries, Dk], key [B, heads, tokens, Dk], value [B, heads, tokens, Dv], of at least one feature.
+struct AttentionArguments {
+  std::int64_t batch, heads, queries, tokens;
+  int key_channels, value_channels;
+  float query_scale, key_scale, output_scale;
+  bool normalize_query, softmax;  // softmax: else both are divided by the square root of the number of tokens kept
+  Heads query, key, value;
+  Mask mask;
+  float *context, *key_max, *key_sum;  // [B, heads, Dk, Dv] and [B, heads, Dk], contiguous; the forward fills them
+  Heads output;                        // forward
+  Heads grad_output;                   // backward, from here on
+  const float* grad_context;           // contiguous; null: zero
+  Heads grad_query, grad_key, grad_value;
+  void* scratch;  // of both
+};
+
+int attention_forward(Engine engine, const AttentionArguments& arguments, void* stream);
+// The output from a context that is known; queries that are divided by a length take it from key_sum.
+int attention_output(Engine engine, const AttentionArguments& arguments, void* stream);
+int attention_backward(Engine engine, const AttentionArguments& arguments, void* stream);
+// Bytes; of the arguments only sizes count.
+std::int64_t attention_forward_scratch(Engine engine, const AttentionArguments& arguments);
+std::int64_t attention_backward_scratch(Engine engine, const AttentionArguments& arguments);
+
+// Contiguous float32, written by the forward: [B, heads, keys / heads, values / heads], [B, keys] twice, and [B, keys,
+// C].
+struct SelfAttentionState {
+  float *context, *key_max, *key_sum, *key_tokens;
+};
+
+// x [B, tokens, C]; channels, key and value features (of all heads) up to 128, batch and channels at least 1.
+struct SelfAttentionArguments {
+  std::int64_t batch, tokens;
+  int channels, keys, values, heads;
+  float eps;
+  bool residual;
+  Tokens x;
+  Mask mask;
+  SelfAttentionParameters<Parameter> parameters;
+  SelfAttentionState state;
+  Tokens output;              // forward
+  Tokens grad_output;         // backward, from here on
+  const float* grad_context;  // as the context; none: zeros
+  Tokens grad_x;
+  SelfAttentionParameters<ParameterGradient> gradients;
+  void* scratch;  // both
+};
+
+int self_attention_forward(Engine engine, const SelfAttentionArguments& arguments, void* stream);
+std::int64_t self_attention_forward_scratch(Engine engine, const SelfAttentionArguments& arguments);
+int self_attention_backward(Engine engine, const SelfAttentionArguments& arguments, void* stream);
+std::int64_t self_attention_backward_scratch(Engine engine, const SelfAttentionArguments& arguments);
+
 // Whether this is the emulation on the CPU.
 bool is_emulated();
 // Bytes that a block may have on the current device; 0 without one.

@@ -54,8 +54,17 @@ DEV f16 from_float<f16>(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
 }
+// Two values in bf16, the first one in the lower half.
+DEV unsigned pack_bf16(float x, float y) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+  return both;
+}
 DEV unsigned bits_of(float x) { return __float_as_uint(x); }
 DEV float float_of(unsigned x) { return __uint_as_float(x); }
+
+// a b, rounded, and no part of a fused multiply-add.
+DEV float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 template <class T>
 DEV T read(const T* from) {

@@ -441,6 +441,11 @@ inline f16 from_float<f16>(float x) {
   return {static_cast<std::uint16_t>(sign | ((u + 0xfff + (u >> 13 & 1)) - (112u << 23)) >> 13)};
 }
 
+inline unsigned pack_bf16(float x, float y) {
+  return from_float<bf16>(x).bits | static_cast<unsigned>(from_float<bf16>(y).bits) << 16;
+}
+inline float multiply(float a, float b) { return a * b; }
+
 template <class T>
 T read(const T* from) {
   emulated::check_alignment(from, alignof(T), "a misaligned read");

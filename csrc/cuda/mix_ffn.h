@@ -241,17 +241,6 @@ DEV void join_statistics(float* mean, float* squares, const T* tile, int stride,
   }
 }
 
-// Offsets into shared memory, in bytes.
-struct Carver {
-  int used = 0;
-
-  BOTH int take(int bytes) {
-    const int at = used;
-    used += round_up(bytes, 128);
-    return at;
-  }
-};
-
 // The largest chunk of channels with which a pass fits into shared memory; 0 if none does. `bytes(chunk)` is what it
 // needs.
 template <class Bytes>

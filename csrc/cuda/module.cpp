@@ -16,6 +16,11 @@ namespace msformer::gpu {
 void read_fields(Reader& r, Parameter& p) { r.fill(p.data, p.wide); }
 void read_fields(Reader& r, ParameterGradient& p) { r.fill(p.data, p.wide); }
 void read_fields(Reader& r, Tokens& x) { r.fill(x.data, x.batch_stride, x.token_stride, x.channel_stride); }
+void read_fields(Reader& r, Heads& x) {
+  r.fill(x.data, x.batch_stride, x.head_stride, x.token_stride, x.channel_stride);
+}
+
+void read_fields(Reader& r, SelfAttentionState& s) { r.fill(s.context, s.key_max, s.key_sum, s.key_tokens); }
 
 namespace {
 
@@ -24,6 +29,25 @@ void read_inputs(Reader& r, MixFFNArguments& a) {
 }
 void read_forward(Reader& r, MixFFNArguments& a) { r.fill(a.output); }
 void read_backward(Reader& r, MixFFNArguments& a) { r.fill(a.grad_output, a.grad_x, a.gradients, a.scratch); }
+
+void read_inputs(Reader& r, AttentionArguments& a) {
+  r.fill(a.batch, a.heads, a.queries, a.tokens, a.key_channels, a.value_channels, a.query_scale, a.key_scale,
+         a.output_scale, a.normalize_query, a.softmax, a.query, a.key, a.value, a.mask);
+}
+void read_forward(Reader& r, AttentionArguments& a) { r.fill(a.context, a.key_max, a.key_sum, a.output, a.scratch); }
+void read_output(Reader& r, AttentionArguments& a) { r.fill(a.context, a.output); }
+void read_backward(Reader& r, AttentionArguments& a) {
+  r.fill(a.context, a.key_max, a.key_sum, a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value,
+         a.scratch);
+}
+
+void read_inputs(Reader& r, SelfAttentionArguments& a) {
+  r.fill(a.batch, a.tokens, a.channels, a.keys, a.values, a.heads, a.eps, a.residual, a.x, a.mask, a.parameters);
+}
+void read_forward(Reader& r, SelfAttentionArguments& a) { r.fill(a.state, a.output, a.scratch); }
+void read_backward(Reader& r, SelfAttentionArguments& a) {
+  r.fill(a.state, a.grad_output, a.grad_context, a.grad_x, a.gradients, a.scratch);
+}
 
 void check(int error) {
   if (error == OUT_OF_SHARED_MEMORY) throw std::runtime_error("the kernels need more shared memory than the GPU has");
@@ -44,7 +68,7 @@ void define(pybind11::module_& m, const char* name, int (*run)(Engine, const Arg
   });
 }
 
-// Bytes of scratch memory that a backward needs; takes the inputs alone.
+// Bytes of scratch memory that an entry point needs; takes the inputs alone.
 template <class Arguments>
 void define_scratch(pybind11::module_& m, const char* name, std::int64_t (*bytes)(Engine, const Arguments&)) {
   m.def(name, [=](int engine, const pybind11::tuple& values) {
@@ -78,4 +102,13 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
   define(m, "mix_ffn_backward", mix_ffn_backward, read_backward);
   define_scratch(m, "mix_ffn_backward_scratch", mix_ffn_backward_scratch);
+  define(m, "attention_forward", attention_forward, read_forward);
+  define(m, "attention_output", attention_output, read_output);
+  define(m, "attention_backward", attention_backward, read_backward);
+  define_scratch(m, "attention_forward_scratch", attention_forward_scratch);
+  define_scratch(m, "attention_backward_scratch", attention_backward_scratch);
+  define(m, "self_attention_forward", self_attention_forward, read_forward);
+  define_scratch(m, "self_attention_forward_scratch", self_attention_forward_scratch);
+  define(m, "self_attention_backward", self_attention_backward, read_backward);
+  define_scratch(m, "self_attention_backward_scratch", self_attention_backward_scratch);
 }

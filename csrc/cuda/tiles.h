@@ -22,6 +22,30 @@ BOTH constexpr int tile_stride(int columns) {
   return round_up(columns, 16) + 16 / static_cast<int>(sizeof(T));
 }
 
+// Offsets into shared memory, in bytes.
+struct Carver {
+  int used = 0;
+
+  BOTH int take(int bytes) {
+    const int at = used;
+    used += round_up(bytes, 128);
+    return at;
+  }
+};
+
+// Scratch memory, given out piece by piece; without memory it only counts.
+struct Scratch {
+  char* memory;
+  std::int64_t used = 0;
+
+  template <class Value>
+  Value* take(std::int64_t count) {
+    Value* found = memory ? reinterpret_cast<Value*>(memory + used) : nullptr;
+    used += (count * static_cast<std::int64_t>(sizeof(Value)) + 127) / 128 * 128;
+    return found;
+  }
+};
+
 // How products are done: what the tiles hold, how much of the inner dimension an instruction takes, and in how many
 // parts an operand goes. Sums are float32.
 struct Bf16 {
@@ -43,6 +67,15 @@ struct Tf32x3 {  // operands in two tf32 parts, three products: of the 24 bits o
 struct Fp32 {  // without tensor cores, for sums so short that they round less than the above loses
   using Store = float;
   static constexpr int INNER = 16, PARTS = 0;
+};
+
+// Operands in parts of bf16, LEFT of the left one and RIGHT of the right one: 8 bits each, 24 in three. Products of
+// three orders count: six instructions for the accuracy of float32, and they take twice as much of the inner dimension
+// as tf32's three; four that are exact for operands of 16 bits.
+template <int LEFT_, int RIGHT_>
+struct Bf16Parts {
+  using Store = float;
+  static constexpr int INNER = 16, LEFT = LEFT_, RIGHT = RIGHT_, PARTS = LEFT > RIGHT ? LEFT : RIGHT;
 };
 
 // f(engine) for the type of an engine.
@@ -75,41 +108,104 @@ struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 colu
       if (x != x) x = 0;  // it was not finite, and has no rest
     }
   }
+  DEV void split(int q, float x, float y) {
+    for (int p = 0; p < E::PARTS; p++) {
+      r[p][q] = pack_bf16(x, y);
+      const float x_rest = x - float_of(r[p][q] << 16), y_rest = y - float_of(r[p][q] & 0xffff0000u);
+      x = x_rest == x_rest ? x_rest : 0.0f;  // NaN where x is infinite
+      y = y_rest == y_rest ? y_rest : 0.0f;
+    }
+  }
+};
+
+// x as products by an engine take a right operand.
+template <class E>
+DEV float as_right_operand(float x) {
+  if constexpr (E::INNER == 8) {
+    return round_to_tf32(x);
+  } else {
+    float sum = 0;
+    for (int p = 0; p < E::RIGHT; p++) {
+      const float part = to_float(from_float<bf16>(x - sum));
+      sum += part;
+      if (part - part != 0) break;  // it is not finite
+    }
+    return sum;
+  }
+}
+
+struct alignas(8) Pair {
+  float x, y;
 };
 
 // The left operand's rows from `row` and inner values from `inner`; stored [row][inner], or [inner][row] if TRANSPOSED.
-template <class E, bool TRANSPOSED>
-DEV void load_left(Fragment<E>& f, const typename E::Store* tile, int stride, int row, int inner) {
+// Engines of float32 take tiles of any type.
+template <class E, bool TRANSPOSED, class Tile>
+DEV void load_left(Fragment<E>& f, const Tile* tile, int stride, int row, int inner) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(typename E::Store) == 2) {
     if constexpr (TRANSPOSED)
       load_matrices<true>(f.r[0], tile + (inner + lane / 16 * 8 + lane % 8) * stride + row + lane / 8 % 2 * 8);
     else
       load_matrices<false>(f.r[0], tile + (row + lane % 16) * stride + inner + lane / 16 * 8);
+  } else if constexpr (E::INNER == 16) {
+    for (int q = 0; q < 4; q++) {
+      const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 * 2 + q / 2 * 8;
+      const Pair p = TRANSPOSED ? Pair{tile[k * stride + i], tile[(k + 1) * stride + i]}
+                                : *reinterpret_cast<const Pair*>(tile + i * stride + k);
+      f.split(q, p.x, p.y);
+    }
   } else {
     for (int q = 0; q < 4; q++) {
       const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 + q / 2 * 4;
-      f.split(q, TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]);
+      f.split(q, to_float(TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]));
     }
   }
 }
 
 // The right operand's 16 columns from `column`; stored [inner][column], or [column][inner] if TRANSPOSED, as weights
-// are.
-template <class E, bool TRANSPOSED>
-DEV void load_right(Fragment<E>& f, const typename E::Store* tile, int stride, int inner, int column) {
+// are. IN_PAIRS: with the inner values in the order of `WarpProduct::as_left` (warp_product.h).
+template <class E, bool TRANSPOSED, bool IN_PAIRS = false, class Tile>
+DEV void load_right(Fragment<E>& f, const Tile* tile, int stride, int inner, int column) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(typename E::Store) == 2) {
     if constexpr (TRANSPOSED)
       load_matrices<false>(f.r[0], tile + (column + lane % 8 + lane / 16 * 8) * stride + inner + lane / 8 % 2 * 8);
     else
       load_matrices<true>(f.r[0], tile + (inner + lane % 16) * stride + column + lane / 16 * 8);
+  } else if constexpr (E::INNER == 16) {
+    for (int q = 0; q < 4; q++) {
+      const int j = column + lane / 4 + q / 2 * 8, k = inner + lane % 4 * 2 + q % 2 * 8;
+      const Pair p = TRANSPOSED ? *reinterpret_cast<const Pair*>(tile + j * stride + k)
+                                : Pair{tile[k * stride + j], tile[(k + 1) * stride + j]};
+      f.split(q, p.x, p.y);
+    }
   } else {
     for (int q = 0; q < 4; q++) {
-      const int j = column + lane / 4 + q / 2 * 8, k = inner + lane % 4 + q % 2 * 4;
-      f.split(q, TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]);
+      const int j = column + lane / 4 + q / 2 * 8;
+      const int k = inner + (IN_PAIRS ? lane % 4 * 2 + q % 2 : lane % 4 + q % 2 * 4);
+      f.split(q, to_float(TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]));
     }
   }
+}
+
+template <int LEFT, int RIGHT>
+DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& left,
+                      const Fragment<Bf16Parts<LEFT, RIGHT>>& right, int half) {
+  const int b = half * 2;
+  // tensor cores cut sums off: what is to have the accuracy of float32 is added up outside of them (Ootomo, Yokota,
+  // "Recovering single precision accuracy from Tensor Cores", 2022)
+  float product[4] = {}, small[4] = {};
+  multiply_add(bf16{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
+#pragma unroll
+  for (int order = 2; order > 0; order--)  // the smallest first
+#pragma unroll
+    for (int l = 0; l < LEFT; l++) {
+      const int r = order - l;
+      if (r >= 0 && r < RIGHT) multiply_add(bf16{}, small, left.r[l], right.r[r][b], right.r[r][b + 1]);
+    }
+  // the first parts tell what is not finite; infinity times another part of the other operand may have any sign
+  for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] - small[q] == 0 ? small[q] : 0.0f);
 }
 
 template <class E>
@@ -119,9 +215,7 @@ DEV void multiply_add(float (&sum)[4], const Fragment<E>& left, const Fragment<E
   if constexpr (E::PARTS == 1) {
     multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
   } else {
-    // tensor cores cut sums off: what is to have the accuracy of float32 is added up outside of them (Ootomo, Yokota,
-    // "Recovering single precision accuracy from Tensor Cores", 2022)
-    float product[4] = {}, small[4] = {};
+    float product[4] = {}, small[4] = {};  // as above
     multiply_add(Store{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
 #pragma unroll
     for (int order = E::PARTS - 1; order > 0; order--)
@@ -225,8 +319,13 @@ struct ExactSum {
   DEV float value() const { return lost == lost ? total + lost : total; }  // infinite sums have no error
 };
 
-DEV float warp_sum(float x) {
+template <class Number>
+DEV Number warp_sum(Number x) {
   for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+  return x;
+}
+DEV float warp_max(float x) {
+  for (int bits = 16; bits; bits /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, bits));
   return x;
 }
 
@@ -245,23 +344,37 @@ DEV bool is_aligned(const T* data, std::int64_t pitch) {
   return (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(pitch * sizeof(T))) % BYTES == 0;
 }
 
-template <int BYTES, class T>
-DEV void copy_rows(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns, int threads) {
-  constexpr int GROUP = BYTES / sizeof(T);
-  const int groups = columns / GROUP;
-  for (int i = threadIdx.x; i < rows * groups; i += threads) {
-    const int r = i / groups, c = i % groups * GROUP;
-    copy<BYTES>(tile + r * stride + c, from + r * pitch + c);
+// Rows x columns of a matrix of which a row is contiguous, `pitch` values after the last one, in the largest pieces
+// that all rows are aligned to. What is copied without registers is there after the caller's commit, wait and barrier.
+template <class T>
+DEV void copy_matrix(T* tile, int stride, const T* from, std::int64_t pitch, int rows, int columns, int threads) {
+  constexpr int SIZE = sizeof(T);
+  const int bytes = is_aligned<16>(from, pitch)  ? 16
+                    : is_aligned<8>(from, pitch) ? 8
+                    : is_aligned<4>(from, pitch) ? 4
+                                                 : SIZE;
+  const int piece = bytes / SIZE, pieces = columns / piece, rest = columns - pieces * piece;
+  for (int i = threadIdx.x; i < rows * pieces; i += threads) {
+    const int r = i / pieces, c = i % pieces * piece;
+    T* to = tile + r * stride + c;
+    const T* at = from + r * pitch + c;
+    if (bytes == 16)
+      copy<16>(to, at);
+    else if (bytes == 8)
+      copy<8>(to, at);
+    else if (bytes == 4)
+      copy<4>(to, at);
+    else
+      *to = read(at);
   }
-  const int rest = columns - groups * GROUP;
   for (int i = threadIdx.x; i < rows * rest; i += threads) {
-    const int r = i / rest, c = groups * GROUP + i % rest;
+    const int r = i / rest, c = pieces * piece + i % rest;
     tile[r * stride + c] = read(from + r * pitch + c);
   }
 }
 
 // Rows x columns of a contiguous matrix [.., pitch] from (row, column) on, into a tile of tall x wide; zeros in the
-// rest. What is copied without registers is there after the caller's commit, wait and barrier.
+// rest. To be waited for as `copy_matrix`.
 template <class T>
 DEV void stage(T* tile, int stride, int tall, int wide, const Parameter& matrix, std::int64_t pitch, std::int64_t row,
                std::int64_t column, int rows, int columns, int threads) {
@@ -273,18 +386,7 @@ DEV void stage(T* tile, int stride, int tall, int wide, const Parameter& matrix,
       tile[r * stride + c] = from_float<T>(read(from + r * pitch + c));
     }
   } else {
-    const T* from = static_cast<const T*>(matrix.data) + start;
-    if (is_aligned<16>(from, pitch))
-      copy_rows<16>(tile, stride, from, pitch, rows, columns, threads);
-    else if (is_aligned<8>(from, pitch))
-      copy_rows<8>(tile, stride, from, pitch, rows, columns, threads);
-    else if (is_aligned<4>(from, pitch))
-      copy_rows<4>(tile, stride, from, pitch, rows, columns, threads);
-    else
-      for (int i = threadIdx.x; i < rows * columns; i += threads) {
-        const int r = i / columns, c = i % columns;
-        tile[r * stride + c] = read(from + r * pitch + c);
-      }
+    copy_matrix(tile, stride, static_cast<const T*>(matrix.data) + start, pitch, rows, columns, threads);
   }
   const int right = wide - columns;
   for (int i = threadIdx.x; i < rows * right; i += threads)

@@ -34,9 +34,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield from _prepared(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["triton-unfolded"])
+@pytest.fixture(params=["cuda-unfolded", "triton-unfolded"])
 def unfolded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Triton's other form of self-attention, for wide tokens."""
+    """A GPU backend's other form of self-attention, for wide tokens."""
     yield from _prepared(request.param, monkeypatch)
 
 
@@ -61,6 +61,9 @@ def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     if name == "native":
         arguments = import_module("msformer_kernels.native.arguments")
         monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
+    if form == "unfolded":
+        calls = import_module("msformer_kernels.ops.efficient_self_attention.cuda_calls")
+        monkeypatch.setattr(calls, "MOST_FOLDED", 0)
     yield name
 
 
@@ -70,7 +73,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def fill(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type == "cpu" else x
+        if x.device.type != "cpu" or not (x.is_floating_point() or x.dtype == torch.uint8):
+            return x
+        return x.fill_(float("nan") if x.is_floating_point() else 255)  # bytes, in which floats may lie
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kw: fill(new_empty(self, *size, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: fill(empty_like(*args, **kw)))

@@ -18,6 +18,7 @@ from msformer_kernels.core.backends import cuda_library
 BFLOAT16, FLOAT16, TF32, TF32X3, FP32 = range(5)
 """Engines: the dtype of the activations and how their products are done."""
 _SHORT = 32
+NO_HEADS = (0,) * 5
 
 
 def engine(dtype: torch.dtype, *lengths: int) -> int:
@@ -48,6 +49,26 @@ def stream(x: Tensor) -> int:
 def tokens(x: Tensor) -> tuple[int, ...]:
     """(address, batch stride, token stride, channel stride) of `[B, N, C]`."""
     return (x.data_ptr(), *x.stride())
+
+
+def heads(x: Tensor) -> tuple[int, ...]:
+    """(address, batch stride, head stride, token stride, channel stride) of `[B, heads, N, D]`."""
+    return (x.data_ptr(), *x.stride())
+
+
+def mask_argument(mask: Tensor | None) -> tuple[int, ...]:
+    """(address, batch stride, token stride) of a boolean `[B, N]`; zeros without a mask."""
+    return (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+
+
+def address(x: Tensor | None) -> int:
+    """Of a contiguous tensor; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def scratch(size: int, like: Tensor) -> Tensor:
+    """`size` bytes of memory on the device of a tensor."""
+    return like.new_empty(size, dtype=torch.uint8)
 
 
 def contiguous(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:

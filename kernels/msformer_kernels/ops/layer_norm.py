@@ -1,7 +1,8 @@
-"""LayerNorm of tokens in plain PyTorch, where a layer has one."""
+"""LayerNorm of tokens in plain PyTorch, where a layer has one, and its backward."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,3 +10,13 @@ from torch import Tensor
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Over the last dimension of x; without a weight x as it is."""
     return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x (plus `added`), weight and bias, in the dtype of x."""
+    shape, cast = x.shape[-1:], weight.to(x.dtype)
+    _, mean, rstd = torch.native_layer_norm(x, shape, cast, None, eps)
+    found = torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, cast, cast, [True, True, True])
+    return found[0] if added is None else found[0].add_(added), found[1], found[2]

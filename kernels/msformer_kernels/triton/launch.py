@@ -7,7 +7,6 @@ in a fixed order. So results are the same bits in every run on the same device; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -64,20 +63,6 @@ def alignment(*tensors: Tensor) -> int:
     """The largest power of two, up to 16 bytes, that divides every stride but those of the last dims, in elements."""
     largest = 16 // max(t.element_size() for t in tensors)
     return math.gcd(largest, *(s for t in tensors for s in t.stride()[:-1]))
-
-
-def placed(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of parameters, which may be views of larger sums, in tensors of their own, shaped and typed like the
-    parameters; zero-size for an absent parameter."""
-    results = [like.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters]
-    pairs = [
-        (r, g.reshape(r.shape))
-        for r, g, p in zip(results, gradients, parameters, strict=True)
-        if p is not None and g is not None
-    ]
-    if pairs:
-        torch._foreach_copy_([r for r, _ in pairs], [g for _, g in pairs])
-    return tuple(results)
 
 
 def mask_arguments(mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:

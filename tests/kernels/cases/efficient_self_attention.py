@@ -59,6 +59,7 @@ CASES = Cases(
         self_attention_case("sliced", layout="sliced", residual=False),
         self_attention_case("expanded", batch=3, layout="expanded"),
         self_attention_case("norm_eps", norm_eps=0.3),
+        self_attention_case("images", batch=9, tokens=5, key_channels=12, value_channels=10, heads=2),
     ],
     medium=[
         self_attention_case("tiles", batch=1, tokens=301, channels=36, key_channels=70, value_channels=44, heads=2),

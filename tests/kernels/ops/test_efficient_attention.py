@@ -10,14 +10,51 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from tests.kernels.cases import attention_case, cast, require, run
+from tests.kernels.cases import Case, attention_case, cast, require, run
 from tests.kernels.cases.efficient_attention import CASES
-from tests.kernels.ops.shared import OperatorTests
+from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
 
 
 class TestEfficientAttention(OperatorTests):
     OPERATOR = "efficient_attention"
     CASES = CASES
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(
+    ("case", "environment"),
+    [
+        (CASES["tiles"], {"MSFORMER_EMULATE_SHARED_KB": "50"}),
+        (CASES["tiles"], {"MSFORMER_EMULATE_PROCESSORS": "16"}),
+        (
+            attention_case(
+                "wide",
+                query_tokens=70,
+                tokens=90,
+                key_channels=200,
+                value_channels=70,
+                mask="random",
+                query_scale=0.7,
+                key_scale=1.4,
+                output_scale=0.3,
+            ),
+            {"MSFORMER_EMULATE_SHARED_KB": "72"},
+        ),
+        (attention_case("wide_value", tokens=66, key_channels=20, value_channels=150, layout="transposed"), {}),
+        (attention_case("wide_plain", key_channels=130, normalize_query=False, normalization="scaling"), {}),
+        (attention_case("one_tile", key_scale=2.0), {}),
+    ],
+    ids=["little_memory", "many_processors", "wide", "wide_value", "wide_plain", "one_tile"],
+)
+def test_every_form_of_the_cuda_kernels(
+    case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts that do not fit on the chip as a whole, and sums over many splits of the tokens."""
+    require("cuda")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_error_rule(case, dtype, "cuda", most=3)
 
 
 def test_efficient_attention_by_hand() -> None:
@@ -55,7 +92,7 @@ def test_masking_equals_removing(normalization: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
-@pytest.mark.parametrize("backend_name", ["reference", "native"])
+@pytest.mark.parametrize("backend_name", ["reference", "native", "cuda"])
 def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
     require(backend_name)
     case = attention_case("", batch=2, heads=2, mask="random")
@@ -97,6 +134,28 @@ def test_large_logits_do_not_overflow(backend: str) -> None:
     torch.testing.assert_close(context, expected_context)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_infinity_in_a_query_without_softmax_gives_infinity(dtype: str, backend: str) -> None:
+    """Whatever the parts are in which tensor cores take the context."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 9, 4).to(DTYPES[dtype]) for _ in range(3))
+    q[0, 0, 2, 1] = float("inf")
+    output, _ = kernels.efficient_attention(q, k, v, normalize_query=False, backend=backend)
+    expected, _ = kernels.efficient_attention(q, k, v, normalize_query=False, backend="reference")
+    assert expected[0, 0, 2].isinf().all()
+    assert torch.equal(output[0, 0, 2], expected[0, 0, 2])
+
+
+def test_a_feature_of_infinitely_small_logits_gives_nan_as_in_pytorch(backend: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 9, 4) for _ in range(3))
+    k[..., 1] = float("-inf")
+    _, context = kernels.efficient_attention(q, k, v, backend=backend)
+    _, expected = kernels.efficient_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(context, expected, equal_nan=True)
+    assert context[:, :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("channels", [1, 6, 21])
 def test_one_token_gets_exactly_no_key_gradient(channels: int, backend: str) -> None:
     """Its softmax weight is 1 whatever its key."""
@@ -122,6 +181,37 @@ def check_one_token(channels: int, dtype: torch.dtype, backend: str) -> None:
         layer(torch.randn(1, 1, channels, dtype=dtype))[0].square().sum().backward()
     assert layer.keys.weight.grad is not None
     assert not layer.keys.weight.grad.any()
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_key_gradient_where_one_token_has_nearly_all_the_weight(dtype: str) -> None:
+    """Then the gradients of all weights nearly cancel, and so must the errors of what they are made of."""
+    require("cuda")
+    check_error_rule(attention_case("peaked", tokens=150, key_scale=40.0), dtype, "cuda", most=3)
+
+
+@pytest.mark.parametrize("channels", [6, 130])
+def test_one_kept_token_of_many_gets_exactly_no_key_gradient(channels: int) -> None:
+    """Where delta comes from another kernel than the product from which it is subtracted."""
+    require("cuda")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 150, channels, requires_grad=True) for _ in range(3))
+    mask = torch.arange(150)[None] == 70
+    output, context = kernels.efficient_attention(q, k, v, mask=mask, backend="cuda")
+    (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum() + context.square().sum(), k)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("channels", [6, 130])
+def test_masked_tokens_get_no_gradient_whatever_comes_in(channels: int) -> None:
+    require("cuda")
+    q, k, v = (torch.randn(1, 1, 9, channels, requires_grad=True) for _ in range(3))
+    mask = torch.arange(9)[None] % 2 == 0
+    output, _ = kernels.efficient_attention(q, k, v, mask=mask, backend="cuda")
+    for gradient in torch.autograd.grad(output, (k, v), torch.full_like(output, float("inf"))):
+        assert not gradient[:, :, 1::2].any()
+        assert not gradient[:, :, ::2].isfinite().all()
 
 
 def test_forward_mode_and_function_transforms_are_refused(float64_backend: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import msformer_kernels as kernels
-from tests.kernels.cases import Case
+from msformer_kernels.core.operator import OPERATORS
+from tests.kernels.cases import Case, cast, require, self_attention_case
 from tests.kernels.cases.efficient_self_attention import CASES
 from tests.kernels.ops.shared import OperatorTests, check_error_rule
 
@@ -18,8 +22,8 @@ class TestEfficientSelfAttention(OperatorTests):
     CASES = CASES
 
 
-class TestUnfoldedTriton:
-    """Triton's other form, for wide tokens."""
+class TestUnfolded:
+    """The other form of the GPU backends, for wide tokens."""
 
     CASES = CASES
 
@@ -27,6 +31,80 @@ class TestUnfoldedTriton:
     @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
     def test_error_rule(self, tiled: Case, dtype: str, unfolded_backend: str, poisoned: None) -> None:
         check_error_rule(tiled, dtype, unfolded_backend, most=3)
+
+
+FULL = {"channels": 128, "key_channels": 128, "value_channels": 128}
+
+
+@pytest.mark.accuracy
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    ("case", "environment"),
+    [
+        (self_attention_case("full", batch=1, tokens=70, **FULL), {}),
+        (self_attention_case("full", tokens=70, heads=2, mask="random", **FULL), {"MSFORMER_EMULATE_SHARED_KB": "99"}),
+        (CASES["tiles"], {"MSFORMER_EMULATE_PROCESSORS": "16"}),
+        (self_attention_case("odd", tokens=70, channels=33, key_channels=39, value_channels=21, heads=3), {}),
+    ],
+    ids=["full", "little_memory", "many_processors", "odd"],
+)
+def test_every_form_of_the_cuda_kernels(
+    case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widest matrices, on the chip as a whole and in chunks; sums over many splits; rows that are not aligned."""
+    require("cuda")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_error_rule(case, dtype, "cuda", most=2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 2e-2)], ids=["tf32", "bf16"])
+def test_cuda_with_tf32_or_wide_parameters(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under autocast on a GPU: parameters and their gradients are float32 whatever the activations are."""
+    require("cuda")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    operator = OPERATORS["efficient_self_attention"]
+    calls = import_module("msformer_kernels.ops.efficient_self_attention.cuda_calls")
+    tensors = {name: None if x is None else x.float() for name, x in CASES["tiles"].draw().items()}
+    assert tensors["x"] is not None
+    tensors["x"] = tensors["x"].to(dtype)
+    options = {"num_heads": 2, "norm_eps": 1e-5, "residual": True}
+    call = operator.call_type(**tensors, **options)
+    output, *state = calls.forward(call)
+    grads = SimpleNamespace(output=torch.randn_like(output), context=torch.randn_like(state[0]))
+    found = calls.backward(call, namedtuple("saved", operator.kept)(*state), grads)  # type: ignore[misc]
+
+    exact = cast(tensors, torch.float64)
+    expected = kernels.efficient_self_attention(**exact, **options, backend="reference")
+    inputs = [exact[name] for name in operator.differentiable]
+    gradients = torch.autograd.grad(expected, inputs, [grads.output.double(), grads.context.double()])
+    given = [tensors[name] for name in operator.differentiable]
+    for value, truth in zip((output, state[0], *found), (*expected, *gradients), strict=True):
+        assert (value - truth).norm() <= tolerance * truth.norm()
+    for gradient, x in zip(found, given, strict=True):
+        assert x is not None
+        assert gradient.dtype == x.dtype
+
+
+def test_a_feature_of_infinitely_small_logits_gives_nan_as_in_pytorch() -> None:
+    """Unlike an image where no token is kept."""
+    require("cuda")
+    torch.manual_seed(0)
+    x = torch.rand(2, 70, 4) + 1
+    x[..., 1] = float("-inf")
+    weights = [torch.rand(4, 4) + 1 for _ in range(4)]
+    weights[1][2] = 0
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[1] = False
+    arguments = [t for w in weights for t in (w, None)]
+    _, context = kernels.efficient_self_attention(x, *arguments, mask=mask, backend="cuda")
+    _, expected = kernels.efficient_self_attention(x, *arguments, mask=mask, backend="reference")
+    torch.testing.assert_close(context, expected, equal_nan=True)
+    assert context[0].isnan().all()
+    assert not context[1].any()
 
 
 def test_heads_are_contiguous_slices() -> None:

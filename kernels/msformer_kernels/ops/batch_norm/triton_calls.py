@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.gradients import placed
 from msformer_kernels.ops.batch_norm.triton_kernels import (
     batch_norm_combine_statistics_kernel,
     batch_norm_gradient_kernel,
@@ -14,7 +15,7 @@ from msformer_kernels.ops.batch_norm.triton_kernels import (
     batch_norm_normalize_kernel,
     batch_norm_statistics_kernel,
 )
-from msformer_kernels.triton.launch import alignment, block_size, cdiv, placed, split_tokens
+from msformer_kernels.triton.launch import alignment, block_size, cdiv, split_tokens
 from msformer_kernels.triton.table import COMPILED
 
 _TILE = 4096  # values of a program

@@ -115,6 +115,7 @@ class Rules:
         return self.normalize_query and not self.softmax
 
 
+PLAIN = Rules()
 _OPTIONS = itemgetter(*OPERATOR.positions([field.name for field in fields(Rules)]))
 
 
@@ -298,28 +299,56 @@ def key_gradients(
     )
 
 
-def forward(call: Any) -> tuple[Tensor, ...]:
-    query, key, value, mask = call.query, call.key, call.value, call.mask
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor, rules: Rules = PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills the output; -> context, key_max and key_sum."""
     batch, heads, tokens, key_channels = key.shape
+    lengths = kept_tokens(mask, batch, tokens, query.device)
+    context, key_max, key_sum = make_context(key, value, mask, lengths, rules)
+    write_output(query, context, lengths, output, rules)
+    shape = batch, heads, key_channels
+    return context.view(*shape, value.shape[3]), key_max.view(shape), key_sum.view(shape)
+
+
+def attend_context(query: Tensor, context: Tensor, output: Tensor) -> None:
+    """Fills the output from a context that is known."""
+    write_output(query, context.contiguous(), context, output, PLAIN)  # lengths do not count in a softmax
+
+
+def attend_backward(
+    grad_output: Tensor,
+    grad_context: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    state: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    rules: Rules = PLAIN,
+) -> None:
+    """Fills the gradients of query, key and value. `state` is what `attend` returned."""
+    lengths = kept_tokens(mask, key.shape[0], key.shape[2], query.device)
+    context, key_max, key_sum = (x.contiguous() for x in state)
+    total, delta = query_gradients(grad_output, grad_context, query, context, lengths, grads[0], rules)
+    key_gradients(total, delta, key, value, mask, key_max, key_sum, grads[1:], rules)
+
+
+def forward(call: Any) -> tuple[Tensor, ...]:
+    query, key, value = call.query, call.key, call.value
+    batch, heads, _, key_channels = key.shape
     output = query.new_empty(batch, heads, query.shape[2], value.shape[3])
     shape = batch, heads, key_channels, value.shape[3]
     if min(shape) == 0:
         zeros = query.new_zeros(shape, dtype=torch.float32)
         return output.zero_(), zeros, zeros.new_zeros(shape[:3]), zeros.new_zeros(shape[:3])
-    rules, lengths = _rules(call), kept_tokens(mask, batch, tokens, query.device)
-    context, key_max, key_sum = make_context(key, value, mask, lengths, rules)
-    write_output(query, context, lengths, output, rules)
-    return output, context.view(shape), key_max.view(shape[:3]), key_sum.view(shape[:3])
+    return output, *attend(query, key, value, call.mask, output, _rules(call))
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, mask = call.query, call.key, call.value, call.mask
-    batch, _, tokens, _ = key.shape
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    query, key, value = call.query, call.key, call.value
+    found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     if saved.context.numel() == 0:
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    rules, lengths = _rules(call), kept_tokens(mask, batch, tokens, query.device)
-    context, key_max, key_sum = (x.contiguous() for x in saved)
-    total, delta = query_gradients(grads.output, grads.context, query, context, lengths, grad_query, rules)
-    key_gradients(total, delta, key, value, mask, key_max, key_sum, (grad_key, grad_value), rules)
-    return grad_query, grad_key, grad_value
+        return found[0].zero_(), found[1].zero_(), found[2].zero_()
+    attend_backward(grads.output, grads.context, query, key, value, call.mask, saved, found, _rules(call))
+    return found

@@ -2,8 +2,8 @@
 
 Up to 128 channels and key features, in a dtype that tensor cores take, the folded form (triton_kernels.py,
 triton_backward.py). Wider, its tiles no longer fit the registers, nor do they in full float32, of which a product takes
-three terms (measured by `python -m benchmarks.ahead_of_time`); then queries, keys and values are made by the vendor's
-matrix products and go through the kernels of efficient_attention.
+three terms (measured by `python -m benchmarks.ahead_of_time`); then the unfolded form (unfolded.py) on the Triton
+kernels of efficient_attention.
 
 The key bias is not needed: the softmax over tokens cancels it.
 """
@@ -13,18 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from msformer_kernels.ops.efficient_attention.triton_calls import (
-    Rules,
-    combine,
-    kept_tokens,
-    key_gradients,
-    make_context,
-    query_gradients,
-    write_output,
-)
+from msformer_kernels.core.gradients import placed
+from msformer_kernels.ops.efficient_attention import triton_calls as attention
+from msformer_kernels.ops.efficient_attention.triton_calls import combine, kept_tokens
+from msformer_kernels.ops.efficient_self_attention import unfolded
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
 from msformer_kernels.ops.efficient_self_attention.triton_backward import (
     self_attention_fold_backward_kernel,
@@ -37,7 +31,6 @@ from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
     self_attention_key_tokens_kernel,
     self_attention_output_kernel,
 )
-from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.triton.launch import (
     DTYPES,
     alignment,
@@ -46,14 +39,12 @@ from msformer_kernels.triton.launch import (
     dot_precision,
     layer_norm_backward,
     mask_arguments,
-    placed,
     split_tokens,
 )
 from msformer_kernels.triton.table import COMPILED, architecture, launch_options
 
 MOST_FOLDED = 128
 """Channels, key and value features of the folded form; half of it for float32 where shared memory is small (sm_89)."""
-_PLAIN = Rules()
 
 
 class State(NamedTuple):
@@ -62,15 +53,16 @@ class State(NamedTuple):
     key_max: Tensor
     key_sum: Tensor
     key_tokens: Tensor
-    """``[B, Dk, C]``; NaN in the unfolded form: a backward under another tf32 setting is then not wrong in silence."""
+    """``[B, Dk, C]``; NaN if the forward was unfolded, as under another tf32 setting."""
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
     if _is_empty(call):
         return _nothing(call)
-    lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
-    output, state = (_folded_forward if _folds(call) else _unfolded_forward)(call, lengths)
+    if not _folds(call):
+        return unfolded.forward(call, attention)
+    output, state = _folded_forward(call, kept_tokens(call.mask, x.shape[0], x.shape[1], x.device))
     return output, *state
 
 
@@ -79,13 +71,14 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     if _is_empty(call):
         zeros = (x.new_zeros(0, dtype=torch.float32) if p is None else torch.zeros_like(p) for p in given)
         return x.new_zeros(x.shape), *zeros
+    if not _folds(call):
+        return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
     lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
     state = State(*(s.contiguous() for s in saved))
     grad_context = grads.context
     if grad_context is not None:
         grad_context = grad_context.to(torch.float32).contiguous()
-    make = _folded_backward if _folds(call) else _unfolded_backward
-    grad_x, gradients = make(call, grads.output, grad_context, state, lengths)
+    grad_x, gradients = _folded_backward(call, grads.output, grad_context, state, lengths)
     return grad_x, *placed(gradients, given, x)
 
 
@@ -382,87 +375,6 @@ def _folded_backward(
         (grad_context_sum.sum(2) * kept).sum(0),
         grad_output_weight,
         grad_output_bias.sum(0),
-        grad_norm_weight,
-        grad_norm_bias,
-    )
-    return grad_x, gradients
-
-
-def _normed(call: Any) -> Tensor:
-    weight, bias = (None if p is None else p.to(call.x.dtype) for p in (call.norm_weight, call.norm_bias))
-    return layer_norm(call.x, weight, bias, call.norm_eps)
-
-
-def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """`[B, N, C]` -> `[B, heads, N, D / heads]`, a view of contiguous `[B, N, D]`."""
-    out = F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
-    return out.unflatten(-1, (heads, out.shape[-1] // heads)).transpose(1, 2)
-
-
-def _attended(query: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
-    """`[B, N, Dv]`: all heads side by side."""
-    batch, heads, tokens, _ = query.shape
-    output = query.new_empty(batch, tokens, heads, context.shape[-1])
-    write_output(query, context, lengths, output.transpose(1, 2), _PLAIN)
-    return output.flatten(2)
-
-
-def _unfolded_forward(call: Any, lengths: Tensor) -> tuple[Tensor, State]:
-    x, tokens, heads = call.x, _normed(call), call.num_heads
-    query = _project(tokens, call.query_weight, call.query_bias, heads)
-    key = _project(tokens, call.key_weight, None, heads)
-    value = _project(tokens, call.value_weight, call.value_bias, heads)
-    context, key_max, key_sum = make_context(key, value, call.mask, lengths, _PLAIN)
-    attended = _attended(query, context, lengths)
-    bias = None if call.output_bias is None else call.output_bias.to(x.dtype)
-    output = F.linear(attended, call.output_weight.to(x.dtype), bias)
-    if call.residual:
-        output += x
-    batch, keys = x.shape[0], call.query_weight.shape[0]
-    key_tokens = context.new_full((batch, keys, x.shape[2]), float("nan"))
-    context = context.view(batch, heads, keys // heads, value.shape[3])
-    return output, State(context, key_max.view(batch, keys), key_sum.view(batch, keys), key_tokens)
-
-
-def _unfolded_backward(
-    call: Any, grad_output: Tensor, grad_context: Tensor | None, state: State, lengths: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    x, dtype, heads = call.x, call.x.dtype, call.num_heads
-    tokens = _normed(call)
-    query = _project(tokens, call.query_weight, call.query_bias, heads)
-    key = _project(tokens, call.key_weight, None, heads)
-    value = _project(tokens, call.value_weight, call.value_bias, heads)
-    attended = _attended(query, state.context, lengths)
-    grad_attended = grad_output @ call.output_weight.to(dtype)
-    # gradients of queries, keys and values side by side, so that each product with them is one
-    widths = [query.shape[3] * heads, key.shape[3] * heads, value.shape[3] * heads]
-    grad_projected = x.new_empty(*x.shape[:2], sum(widths))
-    grads = [g.unflatten(-1, (heads, -1)).transpose(1, 2) for g in grad_projected.split(widths, -1)]
-    by_head = grad_attended.unflatten(-1, (heads, -1)).transpose(1, 2)
-    total, delta = query_gradients(by_head, grad_context, query, state.context, lengths, grads[0], _PLAIN)
-    key_gradients(total, delta, key, value, call.mask, state.key_max, state.key_sum, (grads[1], grads[2]), _PLAIN)
-    weight = torch.cat([call.query_weight, call.key_weight, call.value_weight]).to(dtype)
-    grad_tokens = grad_projected @ weight
-    flat = grad_projected.flatten(0, 1)
-    grad_weights = (flat.t() @ tokens.flatten(0, 1)).split(widths)
-    grad_biases = flat.sum(0, dtype=torch.float32).split(widths)
-    flat_grad = grad_output.flatten(0, 1)
-    grad_norm_weight = grad_norm_bias = delta
-    if call.norm_weight is not None:
-        added = grad_output if call.residual else None
-        grad_x, grad_norm_weight, grad_norm_bias = layer_norm_backward(
-            grad_tokens, x, call.norm_weight, call.norm_eps, added
-        )
-    else:
-        grad_x = grad_tokens + grad_output if call.residual else grad_tokens
-    gradients = (
-        grad_weights[0],
-        grad_biases[0],
-        grad_weights[1],
-        grad_weights[2],
-        grad_biases[2],
-        flat_grad.t() @ attended.flatten(0, 1),
-        flat_grad.sum(0, dtype=torch.float32),
         grad_norm_weight,
         grad_norm_bias,
     )

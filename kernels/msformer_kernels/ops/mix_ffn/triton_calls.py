@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msformer_kernels.core.gradients import placed
 from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 from msformer_kernels.ops.mix_ffn.triton_kernels import (
@@ -18,7 +19,7 @@ from msformer_kernels.ops.mix_ffn.triton_kernels import (
     mix_ffn_activation_kernel,
     mix_ffn_convolution_backward_kernel,
 )
-from msformer_kernels.triton.launch import block_size, cdiv, layer_norm_backward, placed, processors
+from msformer_kernels.triton.launch import block_size, cdiv, layer_norm_backward, processors
 from msformer_kernels.triton.table import launch_options
 
 
