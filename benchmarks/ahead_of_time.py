@@ -122,13 +122,9 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
         found.setdefault(compiled.hash, (compiled, options))
         return compiled
 
-    active = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with mock.patch.object(JITFunction, "run", compile_only):
-            yield found
-    finally:
-        driver._active = active
+    active = "_active" if "_active" in vars(driver) else "active"  # before Triton 3.5
+    with mock.patch.object(driver, active, _Driver(target)), mock.patch.object(JITFunction, "run", compile_only):
+        yield found
 
 
 def launch_everything(dim: int, dtype: torch.dtype, attention_only: bool) -> None:

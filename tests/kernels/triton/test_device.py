@@ -69,7 +69,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Of an A100 and an H100, with a ptxas of CUDA 12.8."""
     found = Driver(80, 90)
     monkeypatch.setattr(triton_device, "INTERPRETED", SimpleNamespace(value=False))
-    monkeypatch.setattr(triton.runtime.driver, "_active", found)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=found))
     monkeypatch.setattr(triton_device, "ptxas", lambda arch: (12, 8))
     return found
 
