@@ -3,6 +3,7 @@
 #   make demo    segments images that the package makes itself; pictures and scores end up in demo/
 #   make test    the tests; those of accuracy in other environments, too (tests/kernels/test_environments.py)
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
+#   make ahead-of-time   compiles every Triton kernel for GPUs that need not be there; TRITON=3.6.0: with that version
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h" -o -name "*.py")
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench ahead-of-time lint build clean
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -27,6 +28,13 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks
+
+ahead-of-time: $(VENV)/installed-test $(if $(TRITON),$(VENV)/triton/$(TRITON))
+	PYTHONPATH=$(if $(TRITON),$(VENV)/triton/$(TRITON):)kernels $(BIN)/python -m benchmarks.ahead_of_time
+
+# another Triton goes before the installed one, which stays as it is
+$(VENV)/triton/%: $(VENV)/torch
+	$(PIP) install --no-deps --target $@ "triton==$*"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """Compiles every Triton kernel for GPUs that need not be there, and checks what came out.
 
     python -m benchmarks.ahead_of_time [--target sm_90 ...] [--dtype bfloat16 ...] [--dim 100 ...] [--out FILE]
+    make ahead-of-time TRITON=3.6.0     with that Triton in place of the installed one
 
 The operators run on CPU tensors with launches replaced by compilation, so that what is compiled is what would be
 launched: the same tile sizes, constants, and specialisations of sizes and strides. A kernel fails if it does not
-compile, spills more than `SPILL_BUDGET` bytes a thread, wants more shared memory than the device has, or holds a
-product but no matrix instruction. The table has registers, stack (spills) and shared memory of each.
+compile, spills more than `SPILL_BUDGET` bytes a thread, wants more shared memory than the device has, holds a product
+but no matrix instruction, or has wgmma with an operand in registers where ptxas may compile it wrongly (see
+`msformer_kernels.triton.device`). The table has registers, stack (spills) and shared memory of each, and how many
+programs a multiprocessor holds by its registers and by its shared memory.
 """
 
 from __future__ import annotations
@@ -26,15 +29,15 @@ from unittest import mock
 import click
 import torch
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
+from benchmarks.occupancy import MULTIPROCESSORS, programs
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("bfloat16", "float32", "tf32")
 """float32 as PyTorch has it by default, and with tf32 allowed. The latter is for self-attention, whose folded form
 serves float32 only so; other products of one tf32 term need less than those of three, which float32 has."""
 DIMS = (32, 64, 100, 160, 256)
 WITH_MASK = 100
 """The one of them that is compiled with a mask too."""
-SHARED_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "gfx942": 65536}
-"""Bytes of shared memory that one block can have."""
 SPILL_BUDGET = 64
 """Bytes of stack a thread may have, most of which are spilled registers."""
 
@@ -56,15 +59,25 @@ class Compiled:
     """The matrix instructions that it uses."""
     products: int
     """Products in its intermediate code."""
+    unsafe: int
+    """Warpgroup products with an operand in registers, compiled by a ptxas that may overwrite it."""
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """That a multiprocessor holds, by registers and by shared memory."""
+        return programs(self.target, self.warps, self.registers, self.shared)
 
     def faults(self) -> list[str]:
         found = []
         if self.stack > SPILL_BUDGET:
             found.append(f"{self.stack} bytes of stack, {SPILL_BUDGET} allowed")
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append(f"{self.shared} bytes of shared memory, the device has {SHARED_LIMIT[self.target]}")
+        limit = MULTIPROCESSORS[self.target].shared_limit
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, the device has {limit}")
         if self.products and not self.matrix:
             found.append("products without matrix instructions")
+        if self.unsafe:
+            found.append(f"{self.unsafe} wgmma with an operand in registers, which this ptxas may overwrite")
         return found
 
     def __str__(self) -> str:
@@ -101,8 +114,6 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from msformer_kernels.triton.table import architecture
-
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     launch = JITFunction.run
 
@@ -111,28 +122,27 @@ def recorded_launches(target: str) -> Iterator[dict[str, tuple[Any, dict[str, An
         found.setdefault(compiled.hash, (compiled, options))
         return compiled
 
-    active = driver._active
-    driver.set_active(_Driver(target))
-    architecture.cache_clear()
-    try:
-        with mock.patch.object(JITFunction, "run", compile_only):
-            yield found
-    finally:
-        driver._active = active
-        architecture.cache_clear()
+    active = "_active" if "_active" in vars(driver) else "active"  # before Triton 3.5
+    with mock.patch.object(driver, active, _Driver(target)), mock.patch.object(JITFunction, "run", compile_only):
+        yield found
 
 
 def launch_everything(
-    dim: int, dtype: torch.dtype, attention_only: bool = False, backend: str = "triton", side: int = 16
+    dim: int,
+    dtype: torch.dtype,
+    attention_only: bool = False,
+    backend: str = "triton",
+    size: tuple[int, int] = (4, 64),
 ) -> None:
-    """Calls every operator, or self-attention only, forward and backward, on side x side tokens."""
+    """Calls every operator, or self-attention only, forward and backward, on images of `size` tokens down and across:
+    by default so wide that tiles of columns are whole."""
     import msformer_kernels as kernels
     from msformer_kernels.core import backends
 
     heads = {32: 1, 64: 2, 100: 1, 160: 5, 256: 8}.get(dim, 1)
     block = kernels.EfficientTransformerBlock(dim, num_heads=heads).to(dtype)
     mix_ffn = kernels.MixFFN(dim, 4 * dim).to(dtype)
-    tokens = side * side
+    tokens = size[0] * size[1]
     x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
     mask = torch.ones(1, tokens, dtype=torch.bool)
     q = torch.randn(1, heads, tokens, dim // heads, dtype=dtype, requires_grad=True)
@@ -140,9 +150,9 @@ def launch_everything(
         if attention_only:
             sum(y.sum() for y in block.attn(x, norm=block.norm1, residual=True)).backward()
             return
-        output, context = block(x, side, side)
+        output, context = block(x, *size)
         (output.sum() + context.sum()).backward()
-        mix_ffn(x, side, side).sum().backward()
+        mix_ffn(x, *size).sum().backward()
         kernels.efficient_attention(q, q, q)[0].sum().backward()
         kernels.batch_norm(x)[0].sum().backward()
         if dim == WITH_MASK:
@@ -157,7 +167,8 @@ def _tool(name: str) -> str:
 
 
 def _nvidia(compiled: Any, products: int) -> tuple[int, int, str]:
-    """Registers and stack of a cubin, and matrix instructions if there are products."""
+    """Registers and stack of a cubin, and matrix instructions if there are products: HMMA is mma.sync, HGMMA wgmma,
+    UTC.MMA tcgen05."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -167,7 +178,7 @@ def _nvidia(compiled: Any, products: int) -> tuple[int, int, str]:
         disassemble = [_tool("nvdisasm"), "-c", file.name]
         code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout if products else ""
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage.stdout)}
-    return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b[HQ]G?MMA\b", code))))
+    return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b(?:[HQ]G?|UTC[A-Z]?)MMA\b", code))))
 
 
 def _amd(compiled: Any) -> tuple[int, int, str]:
@@ -194,23 +205,37 @@ def compile_all(target: str, dtype: str, dims: tuple[int, ...] = DIMS) -> list[C
     return [_measured(target, dtype, tuple(dims), *rest) for *rest, dims in found.values()]
 
 
+def register_operands(ptx: str) -> int:
+    """Warpgroup products whose left operand comes from registers, not from shared memory."""
+    accumulators_and_left = r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{"
+    return len(re.findall(accumulators_and_left, ptx))
+
+
+def _unsafe(target: str, compiled: Any) -> int:
+    from msformer_kernels.triton.device import ptxas, wgmma_is_safe
+
+    return 0 if target != "sm_90" or wgmma_is_safe(ptxas(90)) else register_operands(compiled.asm["ptx"])
+
+
 def _measured(target: str, dtype: str, dims: tuple[int, ...], compiled: Any, options: dict[str, Any]) -> Compiled:
     products = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
     registers, stack, matrix = _nvidia(compiled, products) if target.startswith("sm_") else _amd(compiled)
     tile = " ".join(f"{k}={v}" for k, v in options.items() if re.fullmatch(r"B[A-Z]", k))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Compiled(target, dtype, dims, compiled.name, tile, warps, registers, stack, shared, matrix, products)
+    unsafe = _unsafe(target, compiled)
+    return Compiled(target, dtype, dims, compiled.name, tile, warps, registers, stack, shared, matrix, products, unsafe)
 
 
 def table(kernels: list[Compiled]) -> str:
     """Markdown."""
     lines = [
-        "| target | dtype | C | kernel | tile | warps | registers | stack | shared | matrix instructions |",
-        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+        "| target | dtype | C | kernel | tile | warps | registers | stack | shared | programs: registers, shared"
+        " | matrix instructions |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     lines += [
         f"| {k.target} | {k.dtype} | {', '.join(map(str, k.dims))} | {k.name} | {k.tile} | {k.warps} | {k.registers}"
-        f" | {k.stack} | {k.shared} | {k.matrix} |"
+        f" | {k.stack} | {k.shared} | {k.programs[0]}, {k.programs[1]} | {k.matrix} |"
         for k in sorted(kernels, key=lambda k: (k.target, k.dtype, k.name, k.dims))
     ]
     return "\n".join(lines) + "\n"

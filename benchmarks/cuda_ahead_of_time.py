@@ -28,6 +28,7 @@ import click
 import torch
 
 from benchmarks.ahead_of_time import DIMS, launch_everything
+from benchmarks.occupancy import MULTIPROCESSORS, programs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 from extensions import CUDA_FLAGS, CUDA_KERNELS, host_compiler_of_nvcc
@@ -38,36 +39,8 @@ SIDE = 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a multiprocessor has, from the tables of the CUDA programming guide, and how many of them there are."""
-
-    processors: int
-    warps: int
-    blocks: int
-    shared: int
-    block_shared: int
-    """What one block may have."""
-    registers: int = 65536
-
-
-GPUS = {
-    "sm_80": Gpu(processors=108, warps=64, blocks=32, shared=167936, block_shared=166912),  # A100
-    "sm_89": Gpu(processors=128, warps=48, blocks=24, shared=102400, block_shared=101376),  # RTX 4090
-    "sm_90": Gpu(processors=132, warps=64, blocks=32, shared=233472, block_shared=232448),  # H100
-    "sm_100": Gpu(processors=148, warps=64, blocks=32, shared=233472, block_shared=232448),  # B200
-    "sm_120": Gpu(processors=170, warps=48, blocks=24, shared=102400, block_shared=101376),  # RTX 5090
-}
-RESERVED_SHARED = 1024
-"""Bytes of shared memory that CUDA takes for each block."""
-
-
-def resident_blocks(gpu: Gpu, threads: int, registers: int, shared: int = 0) -> int:
-    """Blocks that a multiprocessor holds at a time. Registers go to warps in units of 256, in four equal parts."""
-    warps, a_warp = -(-threads // 32), -(-32 * registers // 256) * 256
-    by_registers = gpu.registers // 4 // a_warp * 4 // warps
-    by_shared = gpu.shared // (-(-shared // 128) * 128 + RESERVED_SHARED)
-    return min(by_registers, by_shared, gpu.warps // warps, gpu.blocks)
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+"""Multiprocessors of an A100, RTX 4090, H100, B200 and RTX 5090."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,7 @@ class Kernel:
         found = []
         if self.spills or self.stack:
             found.append(f"{self.spills} bytes of spills, {self.stack} of stack, none allowed")
-        if not resident_blocks(GPUS[self.target], self.threads, self.registers):
+        if not programs(self.target, self.threads // 32, self.registers, 0)[0]:
             found.append(f"{self.registers} registers for each of {self.threads} threads")
         return found
 
@@ -109,7 +82,7 @@ class Launch:
     shared: int
 
     def faults(self) -> list[str]:
-        most = GPUS[self.target].block_shared
+        most = MULTIPROCESSORS[self.target].shared_limit
         return [f"{self.shared} bytes of shared memory, a block may have {most}"] if self.shared > most else []
 
     def __str__(self) -> str:
@@ -167,16 +140,16 @@ def launches(target: str, dtype: str, dim: int) -> list[Launch]:
     """What calls of every operator launch, each once; needs the emulation."""
     from msformer_kernels.core.backends import cuda_library
 
-    gpu, library, allow_tf32 = GPUS[target], cuda_library("cpu"), torch.backends.cuda.matmul.allow_tf32
+    library, allow_tf32 = cuda_library("cpu"), torch.backends.cuda.matmul.allow_tf32
     environment = {
-        "MSFORMER_EMULATE_SHARED_KB": str(gpu.block_shared // 1024),
-        "MSFORMER_EMULATE_PROCESSORS": str(gpu.processors),
+        "MSFORMER_EMULATE_SHARED_KB": str(MULTIPROCESSORS[target].shared_limit // 1024),
+        "MSFORMER_EMULATE_PROCESSORS": str(PROCESSORS[target]),
     }
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     library.record_launches(True)
     try:
         with mock.patch.dict(os.environ, environment):
-            launch_everything(dim, DTYPES[dtype], backend="cuda", side=SIDE)
+            launch_everything(dim, DTYPES[dtype], backend="cuda", size=(SIDE, SIDE))
     finally:
         recorded = library.record_launches(False)
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
@@ -202,7 +175,7 @@ def report(kernels: list[Kernel], launched: list[Launch]) -> str:
         "target kernel engine threads registers spills stack blocks",
         [
             (k.target, k.name, k.engine, k.threads, k.registers, k.spills, k.stack,
-             resident_blocks(GPUS[k.target], k.threads, k.registers))
+             programs(k.target, k.threads // 32, k.registers, 0)[0])
             for k in kernels
         ],
     )  # fmt: skip
@@ -210,7 +183,7 @@ def report(kernels: list[Kernel], launched: list[Launch]) -> str:
         "target dtype C kernel engine threads shared blocks",
         [
             (x.target, x.dtype, x.dim, x.name, x.engine, x.threads, x.shared,
-             resident_blocks(GPUS[x.target], x.threads, registers[x.target, x.name, x.engine], x.shared))
+             min(programs(x.target, x.threads // 32, registers[x.target, x.name, x.engine], x.shared)))
             for x in launched
         ],
     )  # fmt: skip
@@ -218,7 +191,7 @@ def report(kernels: list[Kernel], launched: list[Launch]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--target", "targets", type=click.Choice(tuple(GPUS)), multiple=True, default=tuple(GPUS))
+@click.option("--target", "targets", type=click.Choice(tuple(PROCESSORS)), multiple=True, default=tuple(PROCESSORS))
 @click.option("--dim", "dims", type=click.IntRange(1), multiple=True, default=DIMS, show_default=True, help="Channels.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark-results/cuda-ahead-of-time.md"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from msformer_kernels.triton.table import TABLE, Options, architecture, entry_name, table_entry, trial
+from msformer_kernels.triton.device import architecture
+from msformer_kernels.triton.table import TABLE, Options, entry_name, table_entry, trial
 
 CHOICES = {
     "BN": (16, 32, 64, 128),

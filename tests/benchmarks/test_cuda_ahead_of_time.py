@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import cuda_ahead_of_time
-from benchmarks.cuda_ahead_of_time import GPUS, Kernel, Launch, main, name_and_engine, resident_blocks
+from benchmarks.cuda_ahead_of_time import Kernel, Launch, main, name_and_engine
+from benchmarks.occupancy import MULTIPROCESSORS
 from tests.kernels.cases import require
 
 
@@ -26,26 +27,12 @@ def test_names_of_kernels(function: str, expected: str) -> None:
     assert name_and_engine(function) == ("a_kernel", expected)
 
 
-def test_resident_blocks() -> None:
-    """As NVIDIA's occupancy calculator has it."""
-    h100, ada = GPUS["sm_90"], GPUS["sm_89"]
-    assert resident_blocks(h100, 256, 32) == 8
-    assert resident_blocks(ada, 256, 32) == 6
-    assert resident_blocks(h100, 512, 128) == 1
-    assert resident_blocks(h100, 512, 129) == 0
-    assert resident_blocks(h100, 256, 72) == 3, "warps go to four equal parts"
-    assert resident_blocks(h100, 32, 16) == 32
-    assert resident_blocks(h100, 256, 32, shared=100_000) == 2
-    assert resident_blocks(h100, 256, 32, shared=h100.block_shared) == 1
-    assert resident_blocks(ada, 256, 32, shared=ada.block_shared + 1) == 0
-
-
 def test_faults() -> None:
     good = Kernel("sm_90", "a_kernel", "Bf16", threads=512, registers=128, spills=0, stack=0)
     assert good.faults() == []
     assert Kernel("sm_90", "a_kernel", "Bf16", 512, 128, spills=4, stack=8).faults()
     assert Kernel("sm_90", "a_kernel", "Bf16", 512, 129, spills=0, stack=0).faults()
-    most = GPUS["sm_89"].block_shared
+    most = MULTIPROCESSORS["sm_89"].shared_limit
     assert Launch("sm_89", "float32", 64, "a_kernel", "Tf32", 256, most).faults() == []
     assert Launch("sm_89", "float32", 64, "a_kernel", "Tf32", 256, most + 1).faults()
 

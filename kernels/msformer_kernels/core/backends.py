@@ -332,7 +332,7 @@ def explain_call(
     reasons = {}
     for name in BACKENDS:
         reason = why_not(name, device_type, dtype, operator, call)
-        reasons[name] = f"not usable: {reason}" if reason else "usable" + _details(name)
+        reasons[name] = f"not usable: {reason}" if reason else "usable" + _details(name, device_type)
     chosen: str | None
     try:
         chosen = resolve(argument, device_type, dtype, operator, call)
@@ -350,12 +350,16 @@ def _rule(argument: str | None, chosen: str) -> str:
     return "the fastest for the device"
 
 
-def _details(name: str) -> str:
+def _details(name: str, device_type: str) -> str:
     if name == "cuda":
         return ", not measured on a GPU yet"
-    if name != "native":
-        return ""
-    from msformer_kernels import _native
+    if name == "native":
+        from msformer_kernels import _native
 
-    isas = ", ".join(_native.available_isas())
-    return f", instruction set {_native.isa()} (of {isas}), {torch.get_num_threads()} threads"
+        isas = ", ".join(_native.available_isas())
+        return f", instruction set {_native.isa()} (of {isas}), {torch.get_num_threads()} threads"
+    if name == "triton" and device_type == "cuda" and torch.cuda.is_available():
+        from msformer_kernels.triton import device
+
+        return f", {device.details()}" if device.details() else ""
+    return ""

@@ -13,8 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from msformer_kernels.triton.table import COMPILED, architecture
-from msformer_kernels.triton.tiles import layer_norm_backward_kernel
+from msformer_kernels.triton.device import architecture, compile_options
+from msformer_kernels.triton.tiles import layer_norm_backward_kernel, round_to_tf32_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,6 +46,17 @@ def dot_precision(dtype: torch.dtype, exact: bool = False) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
+def rounded_weight(weight: Tensor, precision: str) -> Tensor:
+    """A contiguous weight as products of this precision take it."""
+    if weight.dtype != torch.float32 or precision != "tf32":
+        return weight
+    rounded = torch.empty_like(weight)
+    round_to_tf32_kernel[(cdiv(weight.numel(), 1024),)](
+        weight, rounded, weight.numel(), BLOCK=1024, **compile_options()
+    )
+    return rounded
+
+
 @lru_cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -60,9 +71,10 @@ def split_tokens(tokens: int, block: int, others: int, device: torch.device) -> 
 
 
 def alignment(*tensors: Tensor) -> int:
-    """The largest power of two, up to 16 bytes, that divides every stride but those of the last dims, in elements."""
+    """The largest power of two, up to 16 bytes, that divides every stride but those of the last dims, and of dims of
+    size 1, which are never stepped over; in elements."""
     largest = 16 // max(t.element_size() for t in tensors)
-    return math.gcd(largest, *(s for t in tensors for s in t.stride()[:-1]))
+    return math.gcd(largest, *(s for t in tensors for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1))
 
 
 def mask_arguments(mask: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
@@ -102,7 +114,7 @@ def layer_norm_backward(
         BN=rows,
         BC=columns,
         num_warps=4,
-        **COMPILED,
+        **compile_options(),
     )
     grad_weight, grad_bias = partial.sum(0)
     return grad_x, grad_weight, grad_bias

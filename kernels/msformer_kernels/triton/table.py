@@ -14,31 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import triton
 from torch import Tensor
 
-from msformer_kernels.triton.tiles import INTERPRETED
+from msformer_kernels.triton.device import MMA_SYNC, architecture, compile_options
 
 Options = dict[str, int]
-
-COMPILED: Options = {"enable_fp_fusion": True}
-"""How every kernel is compiled: with fused multiply-adds, whatever the default of this version of Triton is."""
-
-
-@lru_cache
-def architecture() -> str:
-    """The family of the current GPU that kernels are tuned for: sm_80, sm_90 (and sm_100), gfx942; sm_89 for those with
-    99 KiB of shared memory (sm_86, sm_89, sm_120); cpu when interpreted."""
-    if INTERPRETED.value:
-        return "cpu"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "hip":
-        return "gfx942"
-    if target.arch in (86, 89) or target.arch >= 120:
-        return "sm_89"
-    return "sm_90" if target.arch >= 90 else "sm_80"
-
 
 # How each kernel is launched, by class of width (the power of two that covers the channels) and bytes of an element:
 # tokens of a tile (BN), warps, and stages of the software pipeline. Never by the number of tokens.
@@ -58,8 +40,8 @@ TABLE: dict[str, dict[tuple[int, int], Options]] = {
     "key_tokens": {
         (64, 2): {"BN": 64, "BD": 64, "num_warps": 4, "num_stages": 3},
         (64, 4): {"BN": 64, "BD": 64, "num_warps": 4, "num_stages": 2},
-        (128, 2): {"BN": 64, "BD": 64, "num_warps": 4, "num_stages": 2},
-        (128, 4): {"BN": 32, "BD": 64, "num_warps": 8, "num_stages": 2},
+        (128, 2): {"BN": 32, "BD": 128, "num_warps": 8, "num_stages": 2},
+        (128, 4): {"BN": 32, "BD": 128, "num_warps": 8, "num_stages": 2},
     },
     "self_output": {
         (64, 2): {"BN": 64, "num_warps": 4, "num_stages": 2},
@@ -69,15 +51,15 @@ TABLE: dict[str, dict[tuple[int, int], Options]] = {
     },
     "query_backward": {
         (64, 2): {"BN": 64, "num_warps": 4, "num_stages": 2},
-        (64, 4): {"BN": 32, "num_warps": 4, "num_stages": 2},
+        (64, 4): {"BN": 16, "num_warps": 4, "num_stages": 2},
         (128, 2): {"BN": 32, "num_warps": 8, "num_stages": 2},
-        (128, 4): {"BN": 32, "num_warps": 8, "num_stages": 1},
+        (128, 4): {"BN": 16, "num_warps": 8, "num_stages": 1},
     },
     "token_backward": {
         (64, 2): {"BN": 64, "BD": 64, "num_warps": 4, "num_stages": 2},
         (64, 4): {"BN": 32, "BD": 32, "num_warps": 4, "num_stages": 2},
-        (128, 2): {"BN": 64, "BD": 32, "num_warps": 8, "num_stages": 1},
-        (128, 4): {"BN": 32, "BD": 32, "num_warps": 8, "num_stages": 1},
+        (128, 2): {"BN": 32, "BD": 64, "num_warps": 8, "num_stages": 1},
+        (128, 4): {"BN": 16, "BD": 32, "num_warps": 8, "num_stages": 1},
     },
     "weight_gradient": {
         (64, 2): {"BN": 64, "BD": 64, "num_warps": 4, "num_stages": 2},
@@ -87,16 +69,16 @@ TABLE: dict[str, dict[tuple[int, int], Options]] = {
     },
     # of values a program holds (tile), and features of them where a program need not hold all (BH)
     "activation": {
-        (2048, 2): {"tile": 4096, "BH": 64, "num_warps": 8, "num_stages": 2},
-        (2048, 4): {"tile": 4096, "BH": 64, "num_warps": 8, "num_stages": 2},
+        (2048, 2): {"tile": 2048, "BH": 64, "num_warps": 4, "num_stages": 1},
+        (2048, 4): {"tile": 2048, "BH": 64, "num_warps": 4, "num_stages": 1},
     },
     "activation_backward": {
-        (2048, 2): {"tile": 2048, "BH": 64, "num_warps": 8, "num_stages": 2},
-        (2048, 4): {"tile": 2048, "BH": 64, "num_warps": 8, "num_stages": 2},
+        (2048, 2): {"tile": 2048, "BH": 64, "num_warps": 8, "num_stages": 1},
+        (2048, 4): {"tile": 2048, "BH": 64, "num_warps": 8, "num_stages": 1},
     },
     "convolution_backward": {
-        (2048, 2): {"tile": 1024, "BH": 64, "num_warps": 4, "num_stages": 1},
-        (2048, 4): {"tile": 1024, "BH": 64, "num_warps": 4, "num_stages": 1},
+        (2048, 2): {"tile": 512, "BH": 64, "num_warps": 4, "num_stages": 1},
+        (2048, 4): {"tile": 512, "BH": 64, "num_warps": 4, "num_stages": 1},
     },
 }
 
@@ -105,15 +87,23 @@ TABLE: dict[str, dict[tuple[int, int], Options]] = {
 _ON: dict[tuple[str, str, int, int], Options] = {
     ("sm_80", "attention_output", 64, 2): {"BN": 32, "num_warps": 4, "num_stages": 2},
     ("sm_80", "attention_output", 64, 4): {"BN": 32, "num_warps": 4, "num_stages": 2},
+    ("sm_80", "key_tokens", 128, 2): {"BN": 32, "BD": 64, "num_warps": 4, "num_stages": 2},
+    ("sm_80", "key_tokens", 128, 4): {"BN": 32, "BD": 64, "num_warps": 4, "num_stages": 2},
+    ("sm_80", "query_backward", 128, 2): {"BN": 32, "num_warps": 8, "num_stages": 1},
     ("sm_80", "token_backward", 64, 2): {"BN": 32, "BD": 32, "num_warps": 4, "num_stages": 1},
     ("sm_80", "token_backward", 128, 2): {"BN": 32, "BD": 32, "num_warps": 8, "num_stages": 1},
-    ("sm_80", "token_backward", 128, 4): {"BN": 16, "BD": 32, "num_warps": 8, "num_stages": 1},
+    ("sm_120", "self_output", 128, 2): {"BN": 64, "num_warps": 8, "num_stages": 2},
+    ("sm_100", "key_tokens", 64, 2): {"BN": 32, "BD": 64, "num_warps": 4, "num_stages": 2},
+    ("sm_100", "key_tokens", 64, 4): {"BN": 32, "BD": 64, "num_warps": 4, "num_stages": 2},
+    ("sm_100", "self_output", 128, 2): {"BN": 64, "num_warps": 8, "num_stages": 2},
+    ("sm_100", "token_backward", 64, 2): {"BN": 64, "BD": 64, "num_warps": 8, "num_stages": 1},
+    ("gfx942", "key_tokens", 128, 2): {"BN": 32, "BD": 64, "num_warps": 4, "num_stages": 2},
     ("gfx942", "token_backward", 64, 2): {"BN": 64, "BD": 32, "num_warps": 4, "num_stages": 1},
     ("gfx942", "token_backward", 128, 2): {"BN": 64, "BD": 32, "num_warps": 4, "num_stages": 1},
     ("gfx942", "query_backward", 128, 2): {"BN": 16, "num_warps": 4, "num_stages": 1},
 }
 
-_LIKE = {"sm_89": "sm_80"}
+_LIKE = {"sm_89": "sm_80", MMA_SYNC: "sm_80", "sm_120": "sm_80"}
 """Whose entries an architecture takes where it has none of its own."""
 
 
@@ -167,6 +157,6 @@ def table_entry(kernel: str, width: int, like: Tensor) -> Options:
     return dict(options or TABLE[kernel][limit, size])
 
 
-def launch_options(kernel: str, width: int, like: Tensor) -> Options:
+def launch_options(kernel: str, width: int, like: Tensor) -> dict[str, Any]:
     """`table_entry`, and how every kernel is compiled."""
-    return COMPILED | table_entry(kernel, width, like)
+    return compile_options() | table_entry(kernel, width, like)

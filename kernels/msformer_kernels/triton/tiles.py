@@ -38,14 +38,41 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, dtype: tl.constexpr, precision: tl.constexpr):
-    """a @ b of operands rounded to `dtype`, summed in float32."""
-    a = narrow(a, dtype)
-    b = narrow(b, dtype)
+def round_to_tf32(x):
+    """float32 rounded to the nearest of tf32's values; infinity and NaN stay what they are."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def round_to_tf32_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Of a weight that every tile of tokens is multiplied with: rounded there, it would pass the registers, and stay in
+    them."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, round_to_tf32(tl.load(x_ptr + at, mask=at < size, other=0.0)), mask=at < size)
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, precision: tl.constexpr):
+    """x as a product takes it. Tensor cores cut a float32 operand to tf32, so it is rounded before."""
+    x = narrow(x, dtype)
+    if dtype == tl.float32 and precision == "tf32":
+        x = round_to_tf32(x)
+    return x
+
+
+@triton.jit
+def dot(a, b, dtype: tl.constexpr, precision: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """a @ b of operands as `operand` makes them, summed in float32. `ROUNDED`: b is one already, in memory, from which
+    it can go to the product without passing registers."""
+    a = operand(a, dtype, precision)
+    if not ROUNDED:
+        b = operand(b, dtype, precision)
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, input_precision=precision)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=precision)
 
 
 @triton.jit
@@ -57,7 +84,7 @@ def aligned(stride, ALIGN: tl.constexpr):
 @triton.jit
 def load_operand(pointer, rows, columns, row_stride, column_stride, row_count, column_count):
     """Rows and columns of a matrix as they are, zeros outside: an operand can go to a product without passing
-    registers."""
+    registers, unless it is to be rounded (see `round_to_tf32_kernel`)."""
     offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     return tl.load(pointer + offsets, mask=inside, other=0.0)

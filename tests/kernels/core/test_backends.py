@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -301,3 +302,21 @@ def test_extension_shares_the_openmp_of_torch(backend: str) -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     assert int(_run(code).stdout) <= 1
+
+
+def test_a_call_that_a_backend_cannot_serve_is_refused_and_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("native")
+    require("triton")
+    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
+
+    def too_wide(call: Any) -> str | None:
+        return f"width is {call.width}, its kernels take at most 8" if call.width > 8 else None
+
+    monkeypatch.setattr(OPERATORS["mix_ffn"], "limits", {"triton": too_wide})
+    one, tap = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
+    arguments = (torch.randn(1, 9, 1), 1, 9, one, None, tap, None, one, None)
+    with pytest.raises(kernels.BackendError, match=r"width is 9, its kernels take at most 8; usable here"):
+        kernels.mix_ffn(*arguments, backend="triton")
+    explanation = kernels.mix_ffn.explain(*arguments)  # type: ignore[attr-defined]
+    assert "not usable: width is 9" in explanation.reasons["triton"]
+    assert explanation.chosen == "native"

@@ -6,7 +6,9 @@ The arguments `small`, `smooth`, `tiled` (small and medium), `large`, `any_nativ
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,10 +29,24 @@ EFFORT = float(os.environ.get("MSFORMER_TEST_EFFORT", "1"))
 """By how much the number of draws is multiplied."""
 
 
-def draw_once(case: Case, dtype: torch.dtype, backend: str, seed: int, rule: Rule) -> None:
-    """One draw of the error rule: ours, eager and the exact results, on the same rounded inputs."""
+def draw_once(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    seed: int,
+    rule: Rule,
+    eager_mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    eps: float | None = None,
+) -> None:
+    """One draw of the error rule: ours, eager and the exact results, on the same rounded inputs.
+
+    `eager_mode` is what eager runs in, `eps` the relative spacing of the values that operations round to, by default
+    that of `dtype`.
+    """
     rounded = cast(case.draw(seed), dtype)
-    eager, ours = run(case, rounded, "reference", seed=seed), run(case, rounded, backend, seed=seed)
+    with eager_mode():
+        eager = run(case, rounded, "reference", seed=seed)
+    ours = run(case, rounded, backend, seed=seed)
     dtypes = {name: x.dtype for name, x in ours.items()}
     wide = cast(rounded, torch.float64)
 
@@ -42,7 +58,7 @@ def draw_once(case: Case, dtype: torch.dtype, backend: str, seed: int, rule: Rul
         return exact({n: x if x is None or x.dtype == torch.bool else x.requires_grad_() for n, x in inputs.items()})
 
     truth = exact(wide)
-    rule.add(ours, eager, truth, uncertainty(perturbed, truth, torch.finfo(dtype).eps))
+    rule.add(ours, eager, truth, uncertainty(perturbed, truth, eps or torch.finfo(dtype).eps))
 
 
 def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100) -> None:

@@ -52,16 +52,17 @@ def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
         assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
 
 
-def test_an_image_that_is_too_wide_for_a_launch_grid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the capability rule, so that a default call goes elsewhere."""
-    monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
-    one, tap = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
-    arguments = (torch.randn(1, 65536, 1), 1, 65536, one, None, tap, None, one, None)
-    with pytest.raises(kernels.BackendError, match=r"width is 65536, its kernels take at most 65535; usable here"):
-        kernels.mix_ffn(*arguments, backend="triton")
-    explanation = kernels.mix_ffn.explain(*arguments)  # type: ignore[attr-defined]
-    assert "not usable: width is 65536" in explanation.reasons["triton"]
-    assert explanation.chosen == "native"
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_image_of_any_width_fits_a_launch_grid(whole: bool) -> None:
+    """CUDA has at most 65535 programs along the axes of a grid after the first."""
+    pytest.importorskip("triton")
+    from msformer_kernels.ops.mix_ffn.triton_calls import _walk
+
+    walk = _walk("activation", torch.empty(1, 0, 2048), 1, 1 << 20, whole)
+    assert max(walk.grid[1:]) <= 65535
+    bands, _, column_tiles = walk.cuts
+    assert walk.grid[0] == bands * column_tiles
+    assert column_tiles * walk.blocks["BW"] >= 1 << 20
 
 
 def mix_ffn(**changes: Any) -> None:

@@ -31,7 +31,7 @@ def test_options_depend_on_width_and_dtype() -> None:
 def test_a_smaller_architecture_has_entries_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sm_80", "sm_89"):
         monkeypatch.setattr(triton_table, "architecture", lambda name=name: name)
-        assert table_entry("token_backward", 100, BF16)["BN"] < TABLE["token_backward"][128, 2]["BN"]
+        assert table_entry("key_tokens", 100, BF16)["BD"] < TABLE["key_tokens"][128, 2]["BD"]
 
 
 def test_a_file_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

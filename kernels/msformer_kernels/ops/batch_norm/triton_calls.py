@@ -15,15 +15,15 @@ from msformer_kernels.ops.batch_norm.triton_kernels import (
     batch_norm_normalize_kernel,
     batch_norm_statistics_kernel,
 )
+from msformer_kernels.triton.device import compile_options
 from msformer_kernels.triton.launch import alignment, block_size, cdiv, split_tokens
-from msformer_kernels.triton.table import COMPILED
 
 _TILE = 4096  # values of a program
 
 
 def _blocks(channels: int) -> dict[str, int]:
     columns = block_size(channels, most=128)
-    return {"BN": _TILE // columns, "BC": columns, "num_warps": 4, **COMPILED}
+    return {"BN": _TILE // columns, "BC": columns, "num_warps": 4, **compile_options()}
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     batch_norm_combine_statistics_kernel[(cdiv(channels, 16),)](
-        partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4, **COMPILED
+        partials, mean, variance, batch * splits, channels, BS=64, BC=16, num_warps=4, **compile_options()
     )
     output = x.new_empty(x.shape)
     batch_norm_normalize_kernel[(batch * cdiv(tokens, blocks["BN"]), tiles)](

@@ -24,8 +24,9 @@ from msformer_kernels.ops.efficient_attention.triton_kernels import (
     attention_context_kernel,
     attention_output_kernel,
 )
+from msformer_kernels.triton.device import compile_options
 from msformer_kernels.triton.launch import alignment, block_size, cdiv, dot_precision, mask_arguments, split_tokens
-from msformer_kernels.triton.table import COMPILED, launch_options
+from msformer_kernels.triton.table import launch_options
 
 
 def _blocks(kernel: str, key_channels: int, value: Tensor) -> dict[str, int]:
@@ -64,7 +65,7 @@ def combine(
         BS=16,
         BV=block_size(value_channels),
         num_warps=4,
-        **COMPILED,
+        **compile_options(),
     )
     return result, largest, total
 
@@ -87,7 +88,7 @@ def combine_gradient(partials: Tensor, added: Tensor | None, context: Tensor) ->
         BS=16,
         BV=block_size(value_channels),
         num_warps=4,
-        **COMPILED,
+        **compile_options(),
     )
     return total, delta
 

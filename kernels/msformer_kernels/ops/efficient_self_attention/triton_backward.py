@@ -23,9 +23,9 @@ from msformer_kernels.triton.tiles import (
     load_operand,
     load_tile,
     load_vector,
-    narrow,
     normalize_rows,
     normalize_rows_backward,
+    operand,
     softmax_rows_backward,
     store_tile,
 )
@@ -85,11 +85,12 @@ def self_attention_query_backward_kernel(
         rows = start + tl.arange(0, BN)
         x, _, _ = load_tokens(x_ptr, norm_weight_ptr, norm_bias_ptr, rows, columns, x_stride_n, x_stride_c, tokens,
                               channels, eps, NORM, NORM_BIAS)  # fmt: skip
-        grad_output = load_tile(grad_output_ptr, rows, columns, grad_stride_n, grad_stride_c, tokens, channels)
         weights = head_softmax(x, query_weight_ptr, query_bias_ptr, head, features, columns, head_keys, channels,
                                   QUERY_BIAS, OPERAND, PRECISION)  # fmt: skip
+        # loaded not before it is needed: as an operand, every warp holds it
+        grad_output = load_tile(grad_output_ptr, rows, columns, grad_stride_n, grad_stride_c, tokens, channels)
         grad_folded += dot(tl.trans(weights), grad_output, OPERAND, PRECISION)
-        grad_weights = dot(grad_output, folded, OPERAND, PRECISION)  # [BN, BD]
+        grad_weights = dot(grad_output, folded, OPERAND, PRECISION, True)  # [BN, BD]
         grad_query = softmax_rows_backward(weights, grad_weights)
         store_tile(grad_projected_ptr, grad_query, rows, features, 2 * keys, 1, tokens, head_keys)
         grad_output_bias += tl.sum(grad_output, 0)
@@ -119,6 +120,7 @@ def self_attention_fold_backward_kernel(
     BC: tl.constexpr,
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOKEN_PRECISION: tl.constexpr,  # of the products with dA
 ):
     """Some rows of one head: dG = dM W_o^T + the gradient of the returned context, dA = dG W_v^T, delta = <A, dA>."""
     batch = tl.program_id(0).to(tl.int64)
@@ -144,7 +146,7 @@ def self_attention_fold_backward_kernel(
         value_weight = load_tile(value_weight_ptr, values, columns, channels, 1, head_values, channels)  # [BV, BC]
         grad_key_tokens += dot(grad_context, value_weight, tl.float32, PRECISION)
     # delta is subtracted from products with these rows, most of which it cancels: both must see the same rounding
-    grad_key_tokens = narrow(grad_key_tokens, grad_key_tokens_ptr.dtype.element_ty).to(tl.float32)
+    grad_key_tokens = operand(grad_key_tokens, grad_key_tokens_ptr.dtype.element_ty, TOKEN_PRECISION).to(tl.float32)
     key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
     at = grad_key_tokens_ptr + row * channels
     store_tile(at, grad_key_tokens, rows, columns, channels, 1, head_keys, channels)
@@ -227,7 +229,7 @@ def self_attention_token_backward_kernel(
             total = tl.load(sum_ptr + statistics, mask=features < keys, other=1.0)
             inverse = tl.where(features < keys, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)
             key_weight = load_operand(key_weight_ptr, features, columns, channels, 1, keys, channels)  # [BD, BC]
-            logits = dot(x, tl.trans(key_weight), OPERAND, PRECISION)  # [BN, BD]
+            logits = dot(x, tl.trans(key_weight), OPERAND, PRECISION, True)  # [BN, BD]
             if ONE_TILE:  # the softmax of the tile itself: rounding errors cancel, one token has exactly all the weight
                 logits = tl.where(kept[:, None], logits, float("-inf"))
                 largest = tl.max(logits, 0)
@@ -237,16 +239,16 @@ def self_attention_token_backward_kernel(
             else:
                 weights = tl.where(kept[:, None], tl.exp(logits - shift[None, :]) * inverse[None, :], 0.0)
             grad_key_tokens = load_operand(grad_key_tokens_ptr, features, columns, channels, 1, keys, channels)
-            grad_weights = dot(x, tl.trans(grad_key_tokens), SUM_OPERAND, PRECISION)
+            grad_weights = dot(x, tl.trans(grad_key_tokens), SUM_OPERAND, PRECISION, True)
             if ONE_TILE:
                 delta = tl.sum(weights * grad_weights, 0)
             grad_key = weights * (grad_weights - delta[None, :])
             store_tile(grad_projected_ptr + keys, grad_key, rows, features, 2 * keys, 1, tokens, keys)
-            grad_x += dot(weights, grad_key_tokens, SUM_OPERAND, PRECISION)
-            grad_x += dot(grad_key, key_weight, OPERAND, PRECISION)
+            grad_x += dot(weights, grad_key_tokens, SUM_OPERAND, PRECISION, True)
+            grad_x += dot(grad_key, key_weight, OPERAND, PRECISION, True)
             grad_query = load_tile(grad_projected_ptr, rows, features, 2 * keys, 1, tokens, keys)
             query_weight = load_operand(query_weight_ptr, features, columns, channels, 1, keys, channels)
-            grad_x += dot(grad_query, query_weight, OPERAND, PRECISION)
+            grad_x += dot(grad_query, query_weight, OPERAND, PRECISION, True)
         if NORM:  # made again: kept from above, it would cost the registers of the products
             x = load_tile(x_ptr, rows, columns, x_stride_n, x_stride_c, tokens, channels)
             normalized, rstd = normalize_rows(x, columns, channels, eps)

@@ -31,6 +31,7 @@ from msformer_kernels.ops.efficient_self_attention.triton_kernels import (
     self_attention_key_tokens_kernel,
     self_attention_output_kernel,
 )
+from msformer_kernels.triton.device import architecture, compile_options
 from msformer_kernels.triton.launch import (
     DTYPES,
     alignment,
@@ -39,12 +40,17 @@ from msformer_kernels.triton.launch import (
     dot_precision,
     layer_norm_backward,
     mask_arguments,
+    rounded_weight,
     split_tokens,
 )
-from msformer_kernels.triton.table import COMPILED, architecture, launch_options
+from msformer_kernels.triton.table import launch_options
 
 MOST_FOLDED = 128
-"""Channels, key and value features of the folded form; half of it for float32 where shared memory is small (sm_89)."""
+"""Channels, key and value features of the folded form; half of it for float32 on `SMALL_SHARED`."""
+SMALL_SHARED = ("sm_89", "sm_120")
+"""Architectures with 99 KiB of shared memory for a program."""
+FOLDED_PRECISIONS = ("tf32",)
+"""Of float32 products, with which the folded form fits the registers."""
 
 
 class State(NamedTuple):
@@ -88,10 +94,10 @@ def _is_empty(call: Any) -> bool:
 
 def _folds(call: Any) -> bool:
     x = call.x
-    if x.dtype == torch.float32 and dot_precision(x.dtype) != "tf32":
+    if x.dtype == torch.float32 and dot_precision(x.dtype) not in FOLDED_PRECISIONS:
         return False
     keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
-    most = MOST_FOLDED // 2 if x.element_size() == 4 and architecture() == "sm_89" else MOST_FOLDED
+    most = MOST_FOLDED // 2 if x.element_size() == 4 and architecture() in SMALL_SHARED else MOST_FOLDED
     return max(x.shape[2], keys, values) <= most
 
 
@@ -106,10 +112,13 @@ def _nothing(call: Any) -> tuple[Tensor, ...]:
 
 
 def _prepared(call: Any) -> Any:
-    """The parameters contiguous and in the dtype of x, as the kernels take them."""
-    dtype = call.x.dtype
+    """The parameters contiguous and in the dtype of x, as the kernels take them; rounded those that tiles of tokens are
+    multiplied with."""
+    dtype, precision = call.x.dtype, dot_precision(call.x.dtype)
     given = zip(OPERATOR.parameters, OPERATOR.parameters_of(call), strict=True)
-    return call._replace(**{name: p.to(dtype).contiguous() for name, p in given if p is not None})
+    found = {name: p.to(dtype).contiguous() for name, p in given if p is not None}
+    found |= {name: rounded_weight(found[name], precision) for name in ("query_weight", "key_weight")}
+    return call._replace(**found)
 
 
 def _norm_arguments(call: Any) -> tuple[Tensor, Tensor, dict[str, bool]]:
@@ -124,7 +133,8 @@ def _fold(call: Any, state: State, lengths: Tensor, make_context: bool) -> Tenso
     batch, heads, head_keys, head_values = state.context.shape
     channels = x.shape[2]
     folded = x.new_empty(batch, heads * head_keys, channels)
-    self_attention_fold_kernel[(batch, heads, cdiv(head_keys, 16))](
+    columns = block_size(channels, most=32)
+    self_attention_fold_kernel[(batch, heads, cdiv(head_keys, 16) * cdiv(channels, columns))](
         state.key_tokens,
         call.value_weight,
         lengths if call.value_bias is None else call.value_bias,
@@ -139,10 +149,12 @@ def _fold(call: Any, state: State, lengths: Tensor, make_context: bool) -> Tenso
         VALUE_BIAS=call.value_bias is not None,
         BR=16,
         BC=block_size(channels),
+        BO=columns,
         BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
+        TOKEN_PRECISION=dot_precision(x.dtype),
         num_warps=4,
-        **COMPILED,
+        **compile_options(),
     )
     return folded
 
@@ -292,8 +304,9 @@ def _folded_backward(
         BC=block_size(channels),
         BV=block_size(head_values, most=32),
         PRECISION=dot_precision(x.dtype, exact=True),
+        TOKEN_PRECISION=dot_precision(x.dtype),
         num_warps=4,
-        **COMPILED,
+        **compile_options(),
     )
 
     blocks = launch_options("token_backward", channels, x)

@@ -10,8 +10,8 @@ With X the layer-normed tokens of an image:
 `self_attention_output_kernel` reads x again and writes Y. 3NC values are moved, 8NC^2 flop done. Queries, keys and both
 softmaxes live in registers.
 
-Operands of products are rounded to the dtype of x (float32: see `dot_precision`); sums, statistics, A and G are
-float32.
+Operands of products are rounded to the dtype of x (float32: see `dot_precision`), weights and M before these kernels;
+sums, statistics, A and G are float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msformer_kernels.triton.tiles import aligned, dot, load_operand, load_tile, load_vector, normalize_rows, store_tile
+from msformer_kernels.triton.tiles import (
+    aligned,
+    dot,
+    load_operand,
+    load_tile,
+    load_vector,
+    normalize_rows,
+    operand,
+    store_tile,
+)
 
 
 @triton.jit
@@ -63,7 +72,7 @@ def head_softmax(x, weight_ptr, bias_ptr, head, features, columns, head_keys, ch
     """rho_q of one head: [BN, BD], zeros in the padding."""
     weight_ptr += head * head_keys * channels
     weight = load_operand(weight_ptr, features, columns, channels, 1, head_keys, channels)
-    logits = dot(x, tl.trans(weight), OPERAND, PRECISION)
+    logits = dot(x, tl.trans(weight), OPERAND, PRECISION, True)
     logits += load_vector(bias_ptr + head * head_keys, features, head_keys, BIAS, 0.0)[None, :]
     logits = tl.where((features < head_keys)[None, :], logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -120,7 +129,7 @@ def self_attention_key_tokens_kernel(
         kept = load_kept(mask_ptr, rows, mask_stride_n, tokens, MASKED)
         if MASKED:
             x = tl.where(kept[:, None], x, 0.0)
-        logits = dot(x, key_weight, OPERAND, PRECISION)  # [BN, BD]
+        logits = dot(x, key_weight, OPERAND, PRECISION, True)  # [BN, BD]
         logits = tl.where(kept[:, None], logits, float("-inf"))
         before = largest
         largest = tl.maximum(before, tl.max(logits, 0))
@@ -151,22 +160,28 @@ def self_attention_fold_kernel(
     VALUE_BIAS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    BO: tl.constexpr,
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOKEN_PRECISION: tl.constexpr,  # of the products with M
 ):
-    """Some rows of one head: G = A W_v + b_v and M = G W_o."""
+    """Some rows and BO columns of one head: G = A W_v + b_v and M = G W_o. G is made for every tile of columns: more
+    products, but four times as many programs, each of which waits for less."""
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    rows = tl.program_id(2) * BR + tl.arange(0, BR)
+    row_tiles = tl.cdiv(head_keys, BR)
+    rows = tl.program_id(2) % row_tiles * BR + tl.arange(0, BR)
     columns = tl.arange(0, BC)
+    outputs = tl.program_id(2) // row_tiles * BO + tl.arange(0, BO)
     row = (batch * heads + head) * head_keys
     context_ptr += row * head_values
-    key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
+    if MAKE_CONTEXT:
+        key_tokens = load_tile(key_tokens_ptr + row * channels, rows, columns, channels, 1, head_keys, channels)
     value_weight_ptr += head * head_values * channels
     output_weight_ptr += head * head_values
     any_kept = tl.load(length_ptr + batch) > 0
-    folded = tl.zeros([BR, BC], tl.float32)
+    folded = tl.zeros([BR, BO], tl.float32)
     for first in range(0, head_values, BV):
         values = first + tl.arange(0, BV)
         if MAKE_CONTEXT:
@@ -175,12 +190,14 @@ def self_attention_fold_kernel(
             bias = load_vector(value_bias_ptr + head * head_values, values, head_values, VALUE_BIAS, 0.0)
             # the columns of S sum to 1, or, without tokens, to 0
             context += tl.where(any_kept, bias, 0.0)[None, :]
-            store_tile(context_ptr, context, rows, values, head_values, 1, head_keys, head_values)
+            if tl.program_id(2) < row_tiles:
+                store_tile(context_ptr, context, rows, values, head_values, 1, head_keys, head_values)
         else:
             context = load_tile(context_ptr, rows, values, head_values, 1, head_keys, head_values)
-        output_weight = load_tile(output_weight_ptr, values, columns, 1, heads * head_values, head_values, channels)
+        output_weight = load_tile(output_weight_ptr, values, outputs, 1, heads * head_values, head_values, channels)
         folded += dot(context, output_weight, tl.float32, PRECISION)
-    store_tile(folded_ptr + row * channels, folded, rows, columns, channels, 1, head_keys, channels)
+    folded = operand(folded, folded_ptr.dtype.element_ty, TOKEN_PRECISION)
+    store_tile(folded_ptr + row * channels, folded, rows, outputs, channels, 1, head_keys, channels)
 
 
 @triton.jit
@@ -229,7 +246,7 @@ def self_attention_output_kernel(
                                   QUERY_BIAS, OPERAND, PRECISION)  # fmt: skip
         folded = folded_ptr + (batch * heads + head) * head_keys * channels
         folded = load_operand(folded, features, columns, channels, 1, head_keys, channels)  # [BD, BC]
-        output += dot(weights, folded, OPERAND, PRECISION)
+        output += dot(weights, folded, OPERAND, PRECISION, True)
     if RESIDUAL:  # read again: the tile need not stay in registers
         output += load_tile(x_ptr, rows, columns, x_stride_n, x_stride_c, tokens, channels)
     store_tile(output_ptr + batch * tokens * channels, output, rows, columns, channels, 1, tokens, channels)

@@ -26,14 +26,11 @@ from msformer_kernels.triton.table import launch_options
 class Walk(NamedTuple):
     """How an image is cut into programs: bands of rows, tiles of columns and of hidden features."""
 
-    bands: int
-    band_rows: int
-    grid: tuple[int, int, int]
-    blocks: dict[str, int]
-
-    @property
-    def partials(self) -> int:
-        return self.grid[0] * self.grid[1]
+    cuts: tuple[int, int, int]
+    """Bands, rows of each, tiles of columns."""
+    grid: tuple[int, int]
+    """Bands and tiles of columns of every image (of which there may be more than 65535), tiles of features."""
+    blocks: dict[str, Any]
 
 
 def _walk(kernel: str, hidden: Tensor, height: int, width: int, whole: bool) -> Walk:
@@ -49,7 +46,7 @@ def _walk(kernel: str, hidden: Tensor, height: int, width: int, whole: bool) -> 
     wanted = cdiv(4 * processors(hidden.device), batch * columns * tiles)
     band_rows = max(8, cdiv(height, wanted))
     bands = cdiv(height, band_rows)
-    return Walk(bands, band_rows, (batch * bands, columns, tiles), blocks)
+    return Walk((bands, band_rows, columns), (batch * bands * columns, tiles), blocks)
 
 
 def _normed(call: Any) -> Tensor:
@@ -59,8 +56,10 @@ def _normed(call: Any) -> Tensor:
 
 
 def _mixing(call: Any, like: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What the kernels that make Z take: pointers (`like` stands for an absent one) and constants."""
-    given = call.dw_weight, call.dw_bias, call.hidden_norm_weight, call.hidden_norm_bias
+    """What the kernels that make Z take: pointers (`like` stands for an absent one) and constants. The taps come as
+    `[9, hidden]`, for their loads to be of whole vectors."""
+    taps = call.dw_weight.flatten(1).t()
+    given = taps, call.dw_bias, call.hidden_norm_weight, call.hidden_norm_bias
     _, bias, norm, norm_bias = (p is not None for p in given)
     constants = {"BIAS": bias, "NORM": norm, "NORM_BIAS": norm_bias, "SKIP": call.skip, "ACTIVATION": call.activation}
     return tuple(like if p is None else p.contiguous() for p in given), constants
@@ -85,8 +84,7 @@ def forward(call: Any) -> Tensor:
         height,
         width,
         hidden.shape[2],
-        walk.bands,
-        walk.band_rows,
+        *walk.cuts,
         call.norm_eps,
         **constants,
         **walk.blocks,
@@ -109,7 +107,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     grad_activated = grad_output @ call.fc2_weight.to(x.dtype)
     activated, grad_mixed = torch.empty_like(hidden), torch.empty_like(hidden)
     walk = _walk("activation_backward", hidden, height, width, constants["NORM"])
-    norm_partials = hidden.new_empty(walk.partials, 2, features, dtype=torch.float32)
+    norm_partials = hidden.new_empty(walk.grid[0], 2, features, dtype=torch.float32)
     mix_ffn_activation_backward_kernel[walk.grid](
         hidden,
         grad_activated,
@@ -120,8 +118,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         height,
         width,
         features,
-        walk.bands,
-        walk.band_rows,
+        *walk.cuts,
         call.norm_eps,
         **constants,
         **walk.blocks,
@@ -131,7 +128,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
 
     grad_hidden = activated  # its values are not needed any more
     walk = _walk("convolution_backward", hidden, height, width, whole=False)
-    partials = hidden.new_empty(walk.partials, 11, features, dtype=torch.float32)
+    partials = hidden.new_empty(walk.grid[0], 11, features, dtype=torch.float32)
     mix_ffn_convolution_backward_kernel[walk.grid](
         grad_mixed,
         hidden,
@@ -141,8 +138,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         height,
         width,
         features,
-        walk.bands,
-        walk.band_rows,
+        *walk.cuts,
         SKIP=call.skip,
         **walk.blocks,
     )
