@@ -190,18 +190,16 @@ def _amd(compiled: Any) -> tuple[int, int, str]:
 
 def compile_all(target: str, dtype: str, dims: tuple[int, ...] = DIMS) -> list[Compiled]:
     """Every kernel that the operators launch for these channels, each once."""
+    from msformer_kernels.core.precision import float32_products
+
     torch.set_num_threads(1)
     found: dict[str, tuple[Any, dict[str, Any], list[int]]] = {}
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
+    with float32_products("high" if dtype == "tf32" else "highest"):
         for dim in dims:
             with recorded_launches(target) as launches:
                 launch_everything(dim, torch.bfloat16 if dtype == "bfloat16" else torch.float32, dtype == "tf32")
             for key, (compiled, options) in launches.items():
                 found.setdefault(key, (compiled, options, []))[2].append(dim)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
     return [_measured(target, dtype, tuple(dims), *rest) for *rest, dims in found.values()]
 
 

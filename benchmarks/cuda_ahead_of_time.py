@@ -139,20 +139,20 @@ def compiled(source: Path, target: str) -> list[Kernel]:
 def launches(target: str, dtype: str, dim: int) -> list[Launch]:
     """What calls of every operator launch, each once; needs the emulation."""
     from msformer_kernels.core.backends import cuda_library
+    from msformer_kernels.core.precision import float32_products
 
-    library, allow_tf32 = cuda_library("cpu"), torch.backends.cuda.matmul.allow_tf32
+    library = cuda_library("cpu")
     environment = {
         "MSFORMER_EMULATE_SHARED_KB": str(MULTIPROCESSORS[target].shared_limit // 1024),
         "MSFORMER_EMULATE_PROCESSORS": str(PROCESSORS[target]),
     }
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    precision = "high" if dtype == "tf32" else "highest"
     library.record_launches(True)
     try:
-        with mock.patch.dict(os.environ, environment):
+        with mock.patch.dict(os.environ, environment), float32_products(precision):
             launch_everything(dim, DTYPES[dtype], backend="cuda", size=(SIDE, SIDE))
     finally:
         recorded = library.record_launches(False)
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     found: dict[Launch, None] = {}
     for function, threads, shared in recorded:
         kernel = re.search(r"\bkernel = &?(.*?)[;,] Arguments = ", function)

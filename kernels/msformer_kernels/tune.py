@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
+from msformer_kernels.core.precision import float32_products
 from msformer_kernels.triton.device import architecture
 from msformer_kernels.triton.table import TABLE, Options, entry_name, table_entry, trial
 
@@ -92,9 +93,7 @@ def _measured(name: str, options: Options, run: Callable[[], Any], measure: Meas
 def tune(names: list[str], side: int, device: str, measure: Measure) -> dict[str, Options]:
     """Entries of a table, by name."""
     found = {}
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with float32_products("high"):
         for kernel in names:
             for limit, size in TABLE[kernel]:
                 dtype = torch.bfloat16 if size == 2 else torch.float32
@@ -102,8 +101,6 @@ def tune(names: list[str], side: int, device: str, measure: Measure) -> dict[str
                 name = entry_name(architecture(), kernel, limit, size)
                 found[name] = tune_entry(kernel, limit, dtype, run, measure)
                 print(name, found[name], flush=True)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     return found
 
 

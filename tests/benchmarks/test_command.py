@@ -73,7 +73,7 @@ def test_an_interruption_writes_what_was_measured(tmp_path: Path, monkeypatch: p
     [
         (["--shape", "big"], "'--shape': 'big' is not a shape; expected BATCHxHEIGHTxWIDTHxDIM"),
         (["--op", "conv"], "'--op': 'conv' is not one of"),
-        (["--rival", "cuda"], "'--rival': 'cuda' is not one of 'published', 'eager', 'compile'"),
+        (["--rival", "jax"], "'--rival': 'jax' is not one of 'published', 'eager', 'compile'"),
         (["--dtype", "int8"], "'--dtype': 'int8' is not one of"),
         (["--rounds", "0"], "'--rounds': 0 is not in the range x>=1"),
         (["--op", "step", "--shape", "1x9x9x8"], "step needs images of at least 33 x 33"),

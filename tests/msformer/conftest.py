@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 import msformer_kernels as kernels
 
-# all that are not run by an interpreter
-FAST_BACKENDS = [name for name in kernels.available_backends() if name != "triton"]
+# those whose kernels are not interpreted or emulated
+FAST_BACKENDS = [name for name in kernels.available_backends() if name not in ("triton", "cuda")]
 QUICK: dict[str, Any] = {"size": 33, "max_steps": 3, "embed_dim": 6, "depth": 1}
 QUICK_OPTIONS = ["--size", "33", "--max-steps", "2", "--embed-dim", "6", "--depth", "1"]
 

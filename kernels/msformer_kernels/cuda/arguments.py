@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.core.backends import cuda_library
+from msformer_kernels.core.precision import tf32_allowed
 
 BFLOAT16, FLOAT16, TF32, TF32X3, FP32 = range(5)
 """Engines: the dtype of the activations and how their products are done."""
@@ -31,7 +32,7 @@ def engine(dtype: torch.dtype, *lengths: int) -> int:
         return BFLOAT16
     if dtype is torch.float16:
         return FLOAT16
-    if torch.backends.cuda.matmul.allow_tf32:
+    if tf32_allowed():
         return TF32
     return FP32 if min(lengths) < _SHORT else TF32X3
 

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from msformer_kernels.core.precision import tf32_allowed
 from msformer_kernels.triton.device import architecture, compile_options
 from msformer_kernels.triton.tiles import layer_norm_backward_kernel, round_to_tf32_kernel
 
@@ -41,9 +42,7 @@ def dot_precision(dtype: torch.dtype, exact: bool = False) -> str:
         return "ieee"
     if dtype != torch.float32:
         return "tf32x3" if exact else "tf32"
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
-    return "tf32" if tf32 else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def rounded_weight(weight: Tensor, precision: str) -> Tensor:

@@ -31,17 +31,18 @@ def load(path: str) -> None:
 def run_operators() -> None:
     """Prints each case; with tf32, too, where that makes a difference."""
     from msformer_kernels.core.operator import OPERATORS
+    from msformer_kernels.core.precision import float32_products
     from tests.kernels.cases import cast, run
 
     for name, operator in OPERATORS.items():
         if "cuda" not in operator.served_by:
             continue
         cases = import_module(f"tests.kernels.cases.{name}").CASES
-        for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, True)):
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+        for dtype, precision in (*((dtype, "highest") for dtype in DTYPES), (torch.float32, "high")):
             for case in cases.small:
-                run(case, cast(case.draw(), dtype), "cuda")
-                print(name, case, dtype, "tf32" if tf32 else "")
+                with float32_products(precision):
+                    run(case, cast(case.draw(), dtype), "cuda")
+                print(name, case, dtype, precision)
 
 
 def read_beyond_a_tensor() -> None:

@@ -12,6 +12,7 @@ import torch
 
 import msformer_kernels as kernels
 from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.core.precision import float32_products
 from tests.kernels.cases import Case, cast, require, self_attention_case
 from tests.kernels.cases.efficient_self_attention import CASES
 from tests.kernels.ops.shared import OperatorTests, check_error_rule
@@ -60,12 +61,9 @@ def test_every_form_of_the_cuda_kernels(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 2e-2)], ids=["tf32", "bf16"])
-def test_cuda_with_tf32_or_wide_parameters(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_with_tf32_or_wide_parameters(dtype: torch.dtype, tolerance: float) -> None:
     """As under autocast on a GPU: parameters and their gradients are float32 whatever the activations are."""
     require("cuda")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     operator = OPERATORS["efficient_self_attention"]
     calls = import_module("msformer_kernels.ops.efficient_self_attention.cuda_calls")
     tensors = {name: None if x is None else x.float() for name, x in CASES["tiles"].draw().items()}
@@ -73,9 +71,11 @@ def test_cuda_with_tf32_or_wide_parameters(
     tensors["x"] = tensors["x"].to(dtype)
     options = {"num_heads": 2, "norm_eps": 1e-5, "residual": True}
     call = operator.call_type(**tensors, **options)
-    output, *state = calls.forward(call)
+    with float32_products("high"):
+        output, *state = calls.forward(call)
     grads = SimpleNamespace(output=torch.randn_like(output), context=torch.randn_like(state[0]))
-    found = calls.backward(call, namedtuple("saved", operator.kept)(*state), grads)  # type: ignore[misc]
+    with float32_products("high"):
+        found = calls.backward(call, namedtuple("saved", operator.kept)(*state), grads)  # type: ignore[misc]
 
     exact = cast(tensors, torch.float64)
     expected = kernels.efficient_self_attention(**exact, **options, backend="reference")

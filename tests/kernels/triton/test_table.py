@@ -15,6 +15,7 @@ from tests.kernels.cases import require
 
 pytest.importorskip("triton")
 from msformer_kernels import tune
+from msformer_kernels.core.precision import float32_products
 from msformer_kernels.triton import table as triton_table
 from msformer_kernels.triton.table import TABLE, entry_name, launch_options, limit_of, table_entry
 
@@ -66,10 +67,8 @@ def test_the_tuner_keeps_the_fastest_of_each_option(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with float32_products("high"):
+        yield
 
 
 @pytest.mark.parametrize("kernel", sorted(TABLE))

@@ -26,6 +26,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from msformer_kernels.core.precision import float32_products
 from msformer_kernels.triton.tiles import round_to_tf32
 
 TF32_EPS = 2.0**-10
@@ -69,10 +70,8 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return multiply(self, a, b, d, input_precision, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield products
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with float32_products("high"):
+        yield products
 
 
 TF32_CASES = [SELF_ATTENTION["tiles"], SELF_ATTENTION["norm_residual"], SELF_ATTENTION["heads"], ATTENTION["cross"]]
