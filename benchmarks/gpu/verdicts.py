@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 AS_IT_IS = "as it is"
+WITH_WGMMA = "with wgmma"
+"""Even where ptxas is one that may compile it wrongly."""
 
 
 def compare_variant(cases: list[dict[str, Any]], backend: str, device: str, variant: str) -> list[dict[str, Any]]:
@@ -15,10 +17,14 @@ def compare_variant(cases: list[dict[str, Any]], backend: str, device: str, vari
 
     from benchmarks.gpu.checks import compare
     from benchmarks.gpu.toolchain import ptxas_in_use
+    from msformer_kernels.triton import device as triton_device
 
+    if variant == WITH_WGMMA:
+        triton_device.wgmma_is_safe = lambda release: True
     used = ptxas_in_use(os.environ)
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     head = {"variant": variant, "ptxas": used[1] if used else "none", "architecture": f"sm_{capability}"}
+    head["tuned as"] = triton_device.architecture()
     return [head | compare(case, backend, device) for case in cases]
 
 

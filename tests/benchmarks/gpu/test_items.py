@@ -145,6 +145,16 @@ def test_a_variant_says_how_it_was_compiled() -> None:
     (row,) = verdicts.compare_variant([case()], "triton", "cpu", "as it is")
     assert (row["variant"], row["architecture"], row["ok"]) == ("as it is", "sm_90", True)
     assert row["ptxas"]
+    assert row["tuned as"] == "cpu"
+
+
+def test_the_guard_of_hopper_is_off_in_one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    from msformer_kernels.triton import device
+
+    monkeypatch.setattr(device, "wgmma_is_safe", device.wgmma_is_safe)
+    assert device.family("cuda", 90, (12, 8)) == device.MMA_SYNC
+    verdicts.compare_variant([case()], "triton", "cpu", verdicts.WITH_WGMMA)
+    assert device.family("cuda", 90, (12, 8)) == "sm_90"
 
 
 def test_results_that_are_not_finite_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

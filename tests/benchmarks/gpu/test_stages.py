@@ -89,7 +89,7 @@ def test_graphs_are_captured_of_the_folded_form_too() -> None:
 def test_the_variants_of_the_folded_attention(recorded: RecordingSession) -> None:
     stages.miscompilation(recorded, StageResult("miscompilation"))
     environments = [item.environment for item in recorded.items]
-    assert environments == [{}, {"DISABLE_MMA_V3": "1"}, {"TRITON_PTXAS_PATH": "/new/ptxas"}]
+    assert environments == [{}, {}, {"DISABLE_MMA_V3": "1"}, {"TRITON_PTXAS_PATH": "/new/ptxas"}]
     recorded.items.clear()
     recorded.results.machine = {"capability": "8.0"}
     stage = StageResult("miscompilation")
