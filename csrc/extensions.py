@@ -98,10 +98,10 @@ def code_flags(architectures: tuple[int, ...]) -> list[str]:
 
 
 def build_cuda(output: Path, folder: Path) -> None:
-    """The CUDA kernels, architectures at a time. nvcc links, for it knows where its runtime is."""
+    """The CUDA kernels, two architectures at a time. nvcc links, for it knows where its runtime is."""
     nvcc, compiler = find_nvcc(), find_compiler()
     command = [nvcc, *host_compiler_of_nvcc(compiler)]
-    compile_kernels = [*command, *CUDA_FLAGS, "--threads=0", *code_flags(cuda_architectures(nvcc))]
+    compile_kernels = [*command, *CUDA_FLAGS, "--threads=2", *code_flags(cuda_architectures(nvcc))]
     objects = [Object(f"{path.stem}.o", path, compile_kernels) for path in CUDA_KERNELS]
     objects.append(Object("module.o", CUDA_MODULE, [*compiler, *CUDA_HOST_FLAGS, *python_includes()]))
     run_ninja(output, folder, objects, [*command, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"])

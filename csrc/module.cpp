@@ -15,7 +15,6 @@ void read_fields(Reader& r, Activation& a) {
   r.fill(a.data, a.dtype, a.batch_stride, a.head_stride, a.token_stride, a.channel_stride);
 }
 
-
 namespace {
 
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {

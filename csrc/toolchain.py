@@ -16,6 +16,8 @@ from pathlib import Path
 CUDA_ARCHITECTURES = (80, 89, 90, 100, 120)
 """What is compiled for, where nvcc knows it. Code of 80 also runs on 86, of 100 on 103, of 120 on 121; for what is
 newer there is PTX of the first."""
+DEFAULT_TOOLKIT = "/usr/local/cuda/bin"
+"""Where a CUDA toolkit lies that is not on PATH."""
 OLDEST_CUDA_ARCHITECTURE = 80
 """The kernels use cp.async and tensor cores for bfloat16 and tf32."""
 
@@ -39,7 +41,8 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """nvcc: that of CUDACXX, CUDA_HOME, CUDA_PATH, PATH, or the Python package nvidia-cuda-nvcc, the first there is.
+    """nvcc: that of CUDACXX, CUDA_HOME, CUDA_PATH, PATH, the usual folder of the toolkit, or the Python package
+    nvidia-cuda-nvcc, the first there is.
 
     The package is looked for without an import, beside the interpreter, too, as an isolated build of pip hides it.
     """
@@ -48,14 +51,15 @@ def find_nvcc() -> str:
             return found
         raise BuildFailed(f"CUDACXX names {wanted}, which is no program")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [str(Path(home, "bin")) for home in homes] + [os.environ.get("PATH", os.defpath)]
+    folders = [str(Path(home, "bin")) for home in homes] + [os.environ.get("PATH", os.defpath), DEFAULT_TOOLKIT]
     sites = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     folders += [str(folder) for site in sites for folder in sorted(Path(site, "nvidia").glob("*/bin"), reverse=True)]
     if found := shutil.which("nvcc", path=os.pathsep.join(folders)):
         return found
     raise NotBuilt(
-        "no nvcc, which compiles the CUDA kernels: it is neither in CUDACXX, CUDA_HOME, CUDA_PATH nor PATH, nor is the "
-        "package nvidia-cuda-nvcc installed (pip install nvidia-cuda-nvcc, then install msformer again)"
+        f"no nvcc, which compiles the CUDA kernels: it is neither in CUDACXX, CUDA_HOME, CUDA_PATH, PATH nor "
+        f"{DEFAULT_TOOLKIT}, nor is the package nvidia-cuda-nvcc installed (pip install nvidia-cuda-nvcc, then "
+        "pip install --force-reinstall --no-deps --no-cache-dir msformer)"
     )
 
 

@@ -69,11 +69,11 @@ struct Attention {               // what a pass gets
 };
 
 // Where a block works: tokens [first, last) of a group, and which of `tiles` things it makes of them.
-struct Place {
+struct Share {
   std::int64_t group, split, first, last;
   int tile;
 
-  DEV static Place of(const Attention& a, std::int64_t tokens, int tile_of_tokens, int tiles) {
+  DEV static Share of(const Attention& a, std::int64_t tokens, int tile_of_tokens, int tiles) {
     const std::int64_t block = blockIdx.x, at = block / tiles, split = at % a.split.count;
     const std::int64_t size = a.split.tiles * tile_of_tokens, first = split * size;
     return {at / a.split.count, split, first, first + size < tokens ? first + size : tokens,
@@ -105,7 +105,7 @@ struct Rows {
 // For every tile of a block's tokens: prepare(token, rows) works on what load(token, rows) fetched; work(token, rows)
 // does while the tile after it is on its way. The block waits before both.
 template <class S, class Load, class Prepare, class Work>
-DEV void walk(const Place& place, Load load, Prepare prepare, Work work) {
+DEV void walk(const Share& place, Load load, Prepare prepare, Work work) {
   auto rows_of = [&](std::int64_t token) {
     return static_cast<int>(place.last - token < S::TOKENS ? place.last - token : S::TOKENS);
   };

@@ -88,7 +88,7 @@ attention_reduction_kernel(const Attention a) {
 
   const int column_tiles = ceil_div(a.arguments.value_channels, S::SIDE);
   const int tiles = column_tiles * ceil_div(a.arguments.key_channels, S::SIDE);
-  const Place place = Place::of(a, KEYS ? a.arguments.tokens : a.arguments.queries, S::TOKENS, tiles);
+  const Share place = Share::of(a, KEYS ? a.arguments.tokens : a.arguments.queries, S::TOKENS, tiles);
   const int feature = place.tile / column_tiles * S::SIDE, column = place.tile % column_tiles * S::SIDE;
   const int features = min(S::SIDE, a.arguments.key_channels - feature);
   const int columns = min(S::SIDE, a.arguments.value_channels - column);

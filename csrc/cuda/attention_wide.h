@@ -92,7 +92,7 @@ KERNEL(Wide::THREADS, Wide::BLOCKS)
 attention_wide_output_kernel(const Attention a) {
   DYNAMIC_SHARED(memory);
   const WideTiles tiles(memory);
-  const Place place = Place::of(a, a.arguments.queries, Wide::TOKENS, ceil_div(a.arguments.value_channels, Wide::SIDE));
+  const Share place = Share::of(a, a.arguments.queries, Wide::TOKENS, ceil_div(a.arguments.value_channels, Wide::SIDE));
   const int rows = static_cast<int>(place.last - place.first), column = place.tile * Wide::SIDE;
   const int columns = min(Wide::SIDE, a.arguments.value_channels - column);
   const Rows<T> queries(a.arguments.query, a, place.group), outputs(a.arguments.output, a, place.group);
@@ -118,7 +118,7 @@ KERNEL(Wide::THREADS, Wide::BLOCKS)
 attention_wide_query_kernel(const Attention a) {
   DYNAMIC_SHARED(memory);
   const WideTiles tiles(memory);
-  const Place place = Place::of(a, a.arguments.queries, Wide::TOKENS, 1);
+  const Share place = Share::of(a, a.arguments.queries, Wide::TOKENS, 1);
   const int rows = static_cast<int>(place.last - place.first);
   const Rows<T> queries(a.arguments.query, a, place.group), grad_outputs(a.arguments.grad_output, a, place.group),
       grad_queries(a.arguments.grad_query, a, place.group);
@@ -170,8 +170,8 @@ attention_wide_key_kernel(const Attention a) {
   const WideTiles tiles(memory);
   bool* kept = reinterpret_cast<bool*>(tiles.mean);
   const int feature_tiles = ceil_div(a.arguments.key_channels, Wide::SIDE);
-  const Place place =
-      Place::of(a, a.arguments.tokens, Wide::TOKENS, feature_tiles + ceil_div(a.arguments.value_channels, Wide::SIDE));
+  const Share place =
+      Share::of(a, a.arguments.tokens, Wide::TOKENS, feature_tiles + ceil_div(a.arguments.value_channels, Wide::SIDE));
   const int rows = static_cast<int>(place.last - place.first);
   const Rows<T> keys(a.arguments.key, a, place.group), values(a.arguments.value, a, place.group),
       grad_keys(a.arguments.grad_key, a, place.group), grad_values(a.arguments.grad_value, a, place.group);

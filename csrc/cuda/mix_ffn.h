@@ -7,19 +7,20 @@
 // of x, as they are between the layers of the unfused network.
 #pragma once
 
-#include "tiles.h"
+#include "tokens.h"
 
 namespace msformer::gpu {
 
 // What the passes of the backward hand on (mix_ffn_backward.cu), for all tokens in order.
 struct MixFFNScratch {
-  void*
-      grad_normalized;  // [tokens, hidden] in the dtype of x: the gradient of LayerNorm(Z), or of Z where there is none
-  void* grad_hidden;    // [tokens, hidden]: of U
-  float* statistics;    // [tokens, 2]: mean and 1 / deviation of Z
-  float* row_sums;      // [chunks, tokens, 2]: sums over the channels of a chunk that the gradient of a LayerNorm needs
+  void* grad_normalized;  // [tokens, hidden] in the dtype of x: the gradient of LayerNorm(Z), or of Z without a norm
+  void* grad_hidden;      // [tokens, hidden]: of U
+  float* statistics;      // [tokens, 2]: mean and 1 / deviation of Z
+  float* row_sums;  // [chunks, tokens, 2]: sums over the channels of a chunk that the gradient of a LayerNorm needs
   float *second_partials, *first_partials, *token_partials;  // sums over a split: of fc2, of fc1, of what is by token
   std::int64_t second_size, first_size, token_size;          // of a split
+  float* token_gradients;  // where the pass over tokens has no room on the chip: a tile's gradients of LayerNorm(x)
+  ExactSum* token_sums;    // and its sums over tokens, of each split
   int splits, token_splits;
 };
 
@@ -51,7 +52,7 @@ struct Config {
   static constexpr int HEIGHT = 8, WIDTH = NARROW ? 16 : 8, PIXELS = HEIGHT * WIDTH;
   static constexpr int CHUNK = NARROW ? 64 : 32, WARPS = 8, THREADS = 32 * WARPS;
   static constexpr int OUT = 128;  // output channels of a block
-  static constexpr int STRIDE = round_up(CHUNK, 16) + 16 / static_cast<int>(sizeof(typename E::Store));
+  static constexpr int STRIDE = tile_stride<typename E::Store>(CHUNK);
 };
 
 // The tile with HALO pixels around it; rows of its tiles in shared memory are its pixels, row by row.
@@ -90,55 +91,106 @@ BOTH std::int64_t count_tiles(const MixFFN& a) {
   return a.arguments.batch * ceil_div(a.arguments.width, C::WIDTH) * ceil_div(a.arguments.height, C::HEIGHT);
 }
 
-// Mean and 1 / deviation of x over the channels, for the region; 0 and 1 without a norm.
+// Where things lie in the shared memory of a block that makes U of a tile with HALO pixels around it. A pass takes more
+// from the carver. The tile of tokens may also hold `columns` channels of the tile's pixels, and that of weights
+// `weight_values`.
 template <class E, int HALO>
-DEV void input_statistics(const MixFFN& a, const Place& place, float* mean, float* rstd) {
+struct HiddenMemory {
+  using C = Config<E>;
   using R = Region<E, HALO>;
   using T = typename E::Store;
-  if (!a.arguments.parameters.norm.weight.data) {
-    for (int r = threadIdx.x; r < R::ROWS; r += Config<E>::THREADS) {
-      mean[r] = 0;
-      rstd[r] = 1;
-    }
-    return;
+  Carver carver;
+  int token_stride;  // of the tile of tokens
+  int pixel_stride;  // of the same, if it holds pixels
+  int mean, rstd, tokens, hidden, weights;
+
+  BOTH explicit HiddenMemory(const MixFFN& a, int columns = 0, int weight_values = 0) {
+    token_stride = tile_stride<T>(a.channel_chunk);
+    pixel_stride = tile_stride<T>(columns);
+    mean = floats(R::ROWS);
+    rstd = floats(R::ROWS);
+    tokens = values(max(R::ROWS * token_stride, C::PIXELS * pixel_stride));
+    hidden = values(R::ROWS * C::STRIDE);
+    weights = values(max(C::CHUNK * token_stride, weight_values));
   }
-  row_statistics(
-      mean, rstd, R::ROWS, a.arguments.channels, a.arguments.eps, Config<E>::WARPS,
-      [&](int r, int c) {
-        return to_float(read(address<T>(a.arguments.x, place.image, place.template token<R>(a, r), c)));
-      },
-      [&](int r) { return place.template token<R>(a, r) >= 0; });
-}
+  BOTH int floats(int count) { return carver.take(count * 4); }
+  BOTH int values(int count) { return carver.take(count * static_cast<int>(sizeof(T))); }
+  BOTH int all() const { return carver.used; }
+};
 
 // Channels [first, first + columns) of tokens of the region, `change(value, row, channel)`, in a tile of a multiple of
-// 16 columns; zeros outside the image and in the padding.
+// 16 columns; zeros outside the image and in the padding. Four neighbouring channels at a time.
 template <class E, int HALO, class Change>
 DEV void load_region(const MixFFN& a, const Place& place, const Tokens& from, typename E::Store* tile, int stride,
                      int first, int columns, Change change) {
   using R = Region<E, HALO>;
   using T = typename E::Store;
-  const int wide = round_up(columns, 16);
+  const ImageTokens<T> image(from, place.image, a.arguments.channels);
+  const int groups = round_up(columns, 16) / 4;
   const bool along_tokens = from.channel_stride != 1 && from.token_stride == 1;
-  for (int i = threadIdx.x; i < R::ROWS * wide; i += Config<E>::THREADS) {
-    const int r = along_tokens ? i % R::ROWS : i / wide, c = along_tokens ? i / R::ROWS : i % wide;
+  for (int i = threadIdx.x; i < R::ROWS * groups; i += Config<E>::THREADS) {
+    const int r = along_tokens ? i % R::ROWS : i / groups, c = 4 * (along_tokens ? i / R::ROWS : i % groups);
     const std::int64_t token = place.template token<R>(a, r);
-    const bool exists = token >= 0 && c < columns;
-    const float x = exists ? to_float(read(address<T>(from, place.image, token, first + c))) : 0.0f;
-    tile[r * stride + c] = from_float<T>(exists ? change(x, r, first + c) : 0.0f);
+    float x[4] = {};
+    if (token >= 0 && c < columns) widen(x, image.load(token, first + c));
+    Four<T> four;
+#pragma unroll
+    for (int q = 0; q < 4; q++)
+      four.value[q] = from_float<T>(token >= 0 && c + q < columns ? change(x[q], r, first + c + q) : 0.0f);
+    *reinterpret_cast<Four<T>*>(tile + r * stride + c) = four;
   }
 }
 
-// LayerNorm(x) of the region; row_of(r) says which statistics belong to a row.
+template <class E>
+DEV float normalize_token(const MixFFN& a, float x, float mean, float rstd, int channel) {
+  const auto& norm = a.arguments.parameters.norm;
+  if (!norm.weight.data) return x;
+  x = (x - mean) * rstd * element<typename E::Store>(norm.weight, channel);
+  return norm.bias.data ? x + element<typename E::Store>(norm.bias, channel) : x;
+}
+
+// LayerNorm(x) of channels [first, first + columns) of the region; row_of(r) says which statistics belong to a row.
 template <class E, int HALO, class RowOf>
 DEV void load_tokens(const MixFFN& a, const Place& place, const float* mean, const float* rstd, RowOf row_of,
                      typename E::Store* tile, int stride, int first, int columns) {
-  using T = typename E::Store;
-  const Parameter &weight = a.arguments.parameters.norm.weight, &bias = a.arguments.parameters.norm.bias;
   load_region<E, HALO>(a, place, a.arguments.x, tile, stride, first, columns, [&](float x, int r, int c) {
-    if (!weight.data) return x;
-    x = (x - mean[row_of(r)]) * rstd[row_of(r)] * element<T>(weight, c);
-    return bias.data ? x + element<T>(bias, c) : x;
+    return normalize_token<E>(a, x, mean[row_of(r)], rstd[row_of(r)], c);
   });
+}
+
+// Mean and 1 / deviation over the channels of each token of the region, where there is a norm; and LayerNorm(x) in the
+// tile of tokens, if it holds all channels. All threads of the block wait here.
+template <class E, int HALO>
+DEV void prepare_tokens(const MixFFN& a, const Place& place, float* mean, float* rstd, typename E::Store* tile,
+                        int stride) {
+  using C = Config<E>;
+  using R = Region<E, HALO>;
+  using T = typename E::Store;
+  const int channels = a.arguments.channels;
+  const bool norm = a.arguments.parameters.norm.weight.data, whole = a.channel_chunk >= channels;
+  auto exists = [&](int r) { return place.template token<R>(a, r) >= 0; };
+  if (whole) {
+    load_region<E, HALO>(a, place, a.arguments.x, tile, stride, 0, channels, [](float x, int, int) { return x; });
+    __syncthreads();
+    if (!norm) return;
+    row_statistics(
+        mean, rstd, R::ROWS, channels, a.arguments.eps, C::WARPS,
+        [&](int r, int c) { return to_float(tile[r * stride + c]); }, exists);
+    __syncthreads();
+    for (int i = threadIdx.x; i < R::ROWS * channels; i += C::THREADS) {
+      const int r = i / channels, c = i % channels;
+      T& x = tile[r * stride + c];
+      if (exists(r)) x = from_float<T>(normalize_token<E>(a, to_float(x), mean[r], rstd[r], c));
+    }
+  } else if (norm) {
+    row_statistics(
+        mean, rstd, R::ROWS, channels, a.arguments.eps, C::WARPS,
+        [&](int r, int c) {
+          return to_float(read(address<T>(a.arguments.x, place.image, place.template token<R>(a, r), c)));
+        },
+        exists);
+  }
+  __syncthreads();
 }
 
 // U of hidden channels [first, first + CHUNK), for the region, in a tile of stride Config::STRIDE. `tokens` holds
@@ -241,12 +293,12 @@ DEV void join_statistics(float* mean, float* squares, const T* tile, int stride,
   }
 }
 
-// The largest chunk of channels with which a pass fits into shared memory; 0 if none does. `bytes(chunk)` is what it
-// needs.
-template <class Bytes>
-int largest_channel_chunk(int channels, Bytes bytes) {
-  for (int chunk = round_up(channels, 16); chunk > 0; chunk -= 16)
-    if (bytes(chunk) <= most_shared()) return chunk;
+// Gives a pass the largest chunk of channels with which it fits into shared memory; returns the bytes that it needs
+// then, 0 if none fits.
+template <class Memory>
+int choose_chunk(MixFFN& a) {
+  for (a.channel_chunk = round_up(a.arguments.channels, 16); a.channel_chunk > 0; a.channel_chunk -= 16)
+    if (const int bytes = Memory(a).all(); bytes <= most_shared()) return bytes;
   return 0;
 }
 

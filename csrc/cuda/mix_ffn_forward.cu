@@ -9,26 +9,16 @@ namespace msformer::gpu {
 namespace {
 
 template <class E>
-struct ForwardMemory {
+struct ForwardMemory : HiddenMemory<E, 1> {
   using C = Config<E>;
-  using R = Region<E, 1>;
-  int mean, rstd, z_mean, z_squares, tokens, hidden, z, fc1, fc2, all, z_stride;
+  int z_mean, z_squares, fc2, z, z_stride;
 
-  BOTH explicit ForwardMemory(const MixFFN& a) {
-    constexpr int SIZE = sizeof(typename E::Store);
-    Carver m;
-    mean = m.take(R::ROWS * 4);
-    rstd = m.take(R::ROWS * 4);
-    z_mean = m.take(C::PIXELS * 4);
-    z_squares = m.take(C::PIXELS * 4);
-    const int stride = tile_stride<typename E::Store>(a.channel_chunk);
-    tokens = m.take(R::ROWS * stride * SIZE);
-    hidden = m.take(R::ROWS * C::STRIDE * SIZE);
-    fc1 = m.take(C::CHUNK * stride * SIZE);
-    fc2 = m.take(C::OUT * C::STRIDE * SIZE);
+  BOTH explicit ForwardMemory(const MixFFN& a) : HiddenMemory<E, 1>(a) {
+    z_mean = this->floats(C::PIXELS);
+    z_squares = this->floats(C::PIXELS);
+    fc2 = this->values(C::OUT * C::STRIDE);
     z_stride = a.keep ? tile_stride<typename E::Store>(round_up(a.arguments.hidden, C::CHUNK)) : C::STRIDE;
-    z = m.take(C::PIXELS * z_stride * SIZE);
-    all = m.used;
+    z = this->values(C::PIXELS * z_stride);
   }
 };
 
@@ -39,34 +29,29 @@ mix_ffn_forward_kernel(const MixFFN a) {
   using T = typename E::Store;
   DYNAMIC_SHARED(memory);
   const ForwardMemory<E> m(a);
-  auto floats = [&](int at) { return reinterpret_cast<float*>(memory + at); };
-  auto tile = [&](int at) { return reinterpret_cast<T*>(memory + at); };
-  float *mean = floats(m.mean), *rstd = floats(m.rstd), *z_mean = floats(m.z_mean), *z_squares = floats(m.z_squares);
-  T *tokens = tile(m.tokens), *hidden = tile(m.hidden), *fc1 = tile(m.fc1), *fc2 = tile(m.fc2);
+  const Shared<T> shared{memory};
+  float *mean = shared.floats(m.mean), *rstd = shared.floats(m.rstd);
+  float *z_mean = shared.floats(m.z_mean), *z_squares = shared.floats(m.z_squares);
+  T *tokens = shared.tile(m.tokens), *hidden = shared.tile(m.hidden), *fc2 = shared.tile(m.fc2);
 
   const Place place = Place::of<C>(a, blockIdx.x);
   const int out = blockIdx.y * C::OUT, outs = min(C::OUT, a.arguments.channels - out);
   const bool norm = a.arguments.parameters.hidden_norm.weight.data != nullptr;
-  input_statistics<E, 1>(a, place, mean, rstd);
-  __syncthreads();
-  if (a.channel_chunk >= a.arguments.channels)
-    load_tokens<E, 1>(
-        a, place, mean, rstd, [](int r) { return r; }, tokens, tile_stride<T>(a.channel_chunk), 0,
-        a.arguments.channels);
+  prepare_tokens<E, 1>(a, place, mean, rstd, tokens, m.token_stride);
 
   Product<E, C::PIXELS, C::OUT, 4, C::WARPS> y;
   y.clear();
   for (int pass = norm ? 0 : 1; pass < 2; pass++)
     for (int first = 0; first < a.arguments.hidden; first += C::CHUNK) {
       const int channels = min(C::CHUNK, a.arguments.hidden - first);
-      T* z = tile(m.z) + (a.keep ? first : 0);
+      T* z = shared.tile(m.z) + (a.keep ? first : 0);
       if (pass == 1) {
         stage(fc2, C::STRIDE, C::OUT, C::CHUNK, a.arguments.parameters.fc2_weight, a.arguments.hidden, out, first, outs,
               channels, C::THREADS);
         commit();
       }
       if (pass == 0 || !norm || !a.keep) {
-        make_hidden<E, 1>(a, place, mean, rstd, tokens, tile_stride<T>(a.channel_chunk), fc1, hidden, first);
+        make_hidden<E, 1>(a, place, mean, rstd, tokens, m.token_stride, shared.tile(m.weights), hidden, first);
         convolve<E, 0, false>(a, hidden, first,
                               [&](int p, int c, float value) { z[p * m.z_stride + c] = from_float<T>(value); });
         __syncthreads();
@@ -105,18 +90,13 @@ mix_ffn_forward_kernel(const MixFFN a) {
 template <class E>
 int forward(const MixFFNArguments& arguments, void* stream) {
   using C = Config<E>;
-  MixFFN a{arguments, 0, arguments.parameters.hidden_norm.weight.data != nullptr, {}};
-  auto bytes = [&](int chunk) {
-    a.channel_chunk = chunk;
-    return ForwardMemory<E>(a).all;
-  };
-  int chunk = round_up(arguments.channels, 16);
-  if (!a.keep || bytes(chunk) > most_shared()) {
+  MixFFN a{arguments, round_up(arguments.channels, 16), arguments.parameters.hidden_norm.weight.data != nullptr, {}};
+  int shared = ForwardMemory<E>(a).all();
+  if (!a.keep || shared > most_shared()) {
     a.keep = false;
-    chunk = largest_channel_chunk(arguments.channels, bytes);
+    shared = choose_chunk<ForwardMemory<E>>(a);
   }
-  if (!chunk) return OUT_OF_SHARED_MEMORY;
-  const int shared = bytes(chunk);
+  if (!shared) return OUT_OF_SHARED_MEMORY;
   const dim3 grid(static_cast<unsigned>(count_tiles<C>(a)), ceil_div(arguments.channels, C::OUT));
   return launch<mix_ffn_forward_kernel<E>>(grid, C::THREADS, shared, stream, a);
 }

@@ -33,6 +33,15 @@ struct Carver {
   }
 };
 
+// Things in shared memory by their offsets; tiles hold values of type T.
+template <class T>
+struct Shared {
+  unsigned char* memory;
+
+  DEV float* floats(int at) const { return reinterpret_cast<float*>(memory + at); }
+  DEV T* tile(int at) const { return reinterpret_cast<T*>(memory + at); }
+};
+
 // Scratch memory, given out piece by piece; without memory it only counts.
 struct Scratch {
   char* memory;
@@ -315,6 +324,10 @@ struct ExactSum {
     const float next = total + x;
     lost += (total < 0 ? -total : total) >= (x < 0 ? -x : x) ? (total - next) + x : (x - next) + total;
     total = next;
+  }
+  DEV void join(const ExactSum& other) {
+    add(other.total);
+    lost += other.lost;
   }
   DEV float value() const { return lost == lost ? total + lost : total; }  // infinite sums have no error
 };

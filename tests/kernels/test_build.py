@@ -30,13 +30,14 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "path", ["/nowhere"])
+    monkeypatch.setattr(toolchain, "DEFAULT_TOOLKIT", "/nowhere")
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: "/nowhere")
 
 
 @pytest.mark.usefixtures("nowhere")
 def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each place comes before those that were added earlier."""
-    with pytest.raises(NotBuilt, match=r"no nvcc.*CUDACXX, CUDA_HOME, CUDA_PATH nor PATH.*install nvidia-cuda-nvcc"):
+    with pytest.raises(NotBuilt, match=r"no nvcc.*CUDACXX, CUDA_HOME, CUDA_PATH, PATH nor .*install nvidia-cuda-nvcc"):
         find_nvcc()
     hidden = program(tmp_path / "real/nvidia/cu13/bin/nvcc")
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path / "real"))
@@ -46,6 +47,9 @@ def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     assert Path(older).exists()
     assert find_nvcc() == package
+    usual = program(tmp_path / "cuda/nvcc")
+    monkeypatch.setattr(toolchain, "DEFAULT_TOOLKIT", str(tmp_path / "cuda"))
+    assert find_nvcc() == usual
     on_path = program(tmp_path / "path/nvcc")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert find_nvcc() == on_path

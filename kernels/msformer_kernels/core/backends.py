@@ -41,7 +41,6 @@ from typing import Any, Protocol
 import torch
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CUDA_SHARED_MEMORY = 160 << 10
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,7 +86,7 @@ _override = threading.local()
 _warned = threading.Event()
 
 
-def _why_not_native(device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not_native(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, these are on {device_type}"
     if _native_reason:
@@ -95,44 +94,58 @@ def _why_not_native(device_type: str, dtype: torch.dtype) -> str | None:
     return None if dtype in _FLOATING else f"it has no kernels for {dtype}"
 
 
-def _why_not_cuda(device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not_cuda(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     if device_type not in _cuda_reasons:
         here = f"these are on {device_type} (its emulation serves the CPU: MSFORMER_CUDA_EMULATE=1)"
         return f"it serves GPU tensors, {here}"
-    if _cuda_reasons[device_type]:
-        return _cuda_reasons[device_type]
-    if device_type == "cuda" and (reason := _why_not_this_gpu()):
+    if reason := _cuda_reasons[device_type] or _why_not_this_gpu(device_type, index):
         return reason
     return None if dtype in _GPU_DTYPES else f"it has no kernels for {dtype}"
 
 
+@torch.compiler.assume_constant_result
+def _why_not_this_gpu(device_type: str, index: int | None) -> str:
+    """Why the compiled kernels do not run with the driver or on the GPU that is here, the current one without an index;
+    empty if they do. A compiler that traces a call takes the answer, and does not look into this."""
+    return _ask_gpu(device_type, index)
+
+
 @functools.cache
-def _why_not_this_gpu() -> str:
-    """Why the compiled kernels do not run with the driver or on the GPU that is here; empty if they do."""
+def _ask_gpu(device_type: str, index: int | None) -> str:
+    library = cuda_library(device_type)
+    if library.is_emulated():
+        return ""
     if torch.version.hip:
         return "it serves NVIDIA GPUs, this is PyTorch for AMD"
-    library = cuda_library("cuda")
     if reason := library.why_not_this_driver():
         return reason
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     oldest = min(library.compiled_for())
     if 10 * major + minor < oldest:
         served = f"{oldest // 10}.{oldest % 10} and newer"
         return f"it is compiled for compute capability {served}, this GPU has {major}.{minor}"
-    if 0 < (found := library.shared_memory()) < _CUDA_SHARED_MEMORY:
-        needed = _CUDA_SHARED_MEMORY >> 10
-        return f"its blocks need {needed} KiB of shared memory (A100, H100, B200), this GPU has {found >> 10}"
     return ""
 
 
+@functools.cache
 def cuda_library(device_type: str) -> ModuleType:
     """The compiled CUDA kernels for tensors of this device; `why_not` has said that they are there."""
     return import_module(f"msformer_kernels.{_CUDA_LIBRARIES[device_type]}")
 
 
-def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+@torch.compiler.assume_constant_result
+def cuda_shared_memory(device_type: str, index: int | None) -> int:
+    """Bytes of shared memory that a block may have on a device that the CUDA kernels serve."""
+    library = cuda_library(device_type)
+    if library.is_emulated():
+        return int(library.shared_memory())
+    with torch.cuda.device(index):
+        return int(library.shared_memory())
+
+
+def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     if device_type != "cuda" and not (device_type == "cpu" and _interpreted):
         here = f"these are on {device_type} (its interpreter serves the CPU: TRITON_INTERPRET=1)"
         return f"it serves GPU tensors, {here}"
@@ -141,8 +154,8 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     return None if dtype in _GPU_DTYPES else f"it has no kernels for {dtype}"
 
 
-_WHY_NOT: dict[str, Callable[[str, torch.dtype], str | None]] = {
-    "reference": lambda device_type, dtype: None,
+_WHY_NOT: dict[str, Callable[[str, int | None, torch.dtype], str | None]] = {
+    "reference": lambda device_type, index, dtype: None,
     "native": _why_not_native,
     "cuda": _why_not_cuda,
     "triton": _why_not_triton,
@@ -158,7 +171,8 @@ def why_not(
     name: str, device_type: str, dtype: torch.dtype, operator: Served | None = None, call: Any = None
 ) -> str | None:
     """Why backend `name` cannot serve this device and dtype, this operator, this call; None if it can."""
-    reason = _WHY_NOT[name](device_type, dtype)
+    index = None if call is None else call[0].device.index
+    reason = _WHY_NOT[name](device_type, index, dtype)
     return reason if reason is not None or operator is None else operator.why_not(name, call)
 
 

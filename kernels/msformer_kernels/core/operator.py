@@ -112,7 +112,7 @@ class Operator(Generic[R]):
         kinds = [p.kind is p.KEYWORD_ONLY for p in signature.parameters.values()]
         self._by_position = kinds.index(True) if True in kinds else len(kinds)
         self._returned = len(self.outputs) + len(self.statistics)
-        self._checked: dict[tuple[str, str, torch.dtype], Any] = {}
+        self._checked: dict[tuple[str, torch.device, torch.dtype], Any] = {}
         self.op = Registration(self, autocast).op
         OPERATORS[self.name] = self
 
@@ -147,7 +147,7 @@ class Operator(Generic[R]):
         Raises ValueError for an unknown backend and BackendError for one that cannot serve the call.
         """
         first = call[0]
-        key = (backend, first.device.type, first.dtype)
+        key = (backend, first.device, first.dtype)
         found = self._checked.get(key)  # type: ignore[arg-type]
         limit = self.limits.get(backend) if backend is not None else None
         if found is None or (limit is not None and limit(call) is not None):

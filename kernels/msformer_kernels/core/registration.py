@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from msformer_kernels.core.autograd import register_autograd
 from msformer_kernels.core.precision import arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Registration:
         self._define(backward, schema, self._backward, self._backward_fake)
         self.op = getattr(torch.ops.msformer, name).default
         self._backward_op = getattr(torch.ops.msformer, backward).default
-        torch.library.register_autograd(f"msformer::{name}", self._differentiate, setup_context=self._keep, lib=LIBRARY)
+        register_autograd(LIBRARY, name, self._keep, self._differentiate)
         refuse_second_derivative(backward, name)
         if autocast is not None:
             self._define_autocast(name, autocast)
@@ -130,7 +131,7 @@ class Registration:
         grad_output = given[0]
         if grad_output is None:
             grad_output = arguments[0].new_zeros(1).expand(ctx.output_shape)
-        needs = ctx.needs_input_grad if self._skippable else ()
+        needs = ctx.needs_input_grad[1:] if self._skippable else ()  # the first one is not of the op
         wanted = [needs[i] for i in self._skippable]
         grads = given[1 : self._not_differentiable]
         found = self._backward_op(grad_output, *grads, *wanted, *arguments[:-1], *saved[count:], arguments[-1])
@@ -193,13 +194,16 @@ def _with_first(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def refuse_second_derivative(name: str, operator: str) -> None:
     """Makes differentiating the op ``<name>``, itself a backward, an error that says what to do."""
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
+    def keep(ctx: Any, arguments: tuple[Any, ...], outputs: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
             f"{operator}: second derivatives are not supported by the compiled kernels; "
             'use backend="reference" (or use_backend("reference")), which is differentiable any number of times'
         )
 
-    torch.library.register_autograd(f"msformer::{name}", backward, lib=LIBRARY)
+    register_autograd(LIBRARY, name, keep, backward)
 
 
 def refuse_transforms(operator: str) -> None:

@@ -72,7 +72,7 @@ def scratch(size: int, like: Tensor) -> Tensor:
     return like.new_empty(size, dtype=torch.uint8)
 
 
-def contiguous(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+def handed_over(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
     """Parameters as the kernels take them; the caller keeps the list alive while they are launched."""
     return [
         p
@@ -83,8 +83,14 @@ def contiguous(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor | 
 
 
 def empty_gradients(parameters: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
-    """Room for the gradients; zero-size and float32 for an absent parameter."""
+    """Room for the gradients of parameters that are `handed_over`, in their dtypes; zero-size and float32 for an absent
+    one."""
     return [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters]
+
+
+def as_given(gradients: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients in the dtypes of the parameters of the call."""
+    return [g if p is None or g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
 
 
 def with_width(tensors: Sequence[Tensor | None]) -> list[Any]:

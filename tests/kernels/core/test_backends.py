@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,19 +115,23 @@ def test_triton_serves_the_gpu_where_the_cuda_kernels_are_missing(monkeypatch: p
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A GPU that is not there, which the CUDA kernels serve until a test takes something away from it."""
-    found = SimpleNamespace(driver="", compiled=[80, 90], capability=(8, 6), seen=True)
+    found = SimpleNamespace(driver="", compiled=[80, 90], capability=(8, 6), seen=True, shared_memory=227 << 10)
     library = SimpleNamespace(
-        why_not_this_driver=lambda: found.driver, compiled_for=lambda: found.compiled, shared_memory=lambda: 227 << 10
+        is_emulated=lambda: False,
+        why_not_this_driver=lambda: found.driver,
+        compiled_for=lambda: found.compiled,
+        shared_memory=lambda: found.shared_memory,
     )
     monkeypatch.delenv("MSFORMER_BACKEND", raising=False)
     monkeypatch.setitem(backends._cuda_reasons, "cuda", "")
     monkeypatch.setattr(backends, "cuda_library", lambda device_type: library)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found.seen)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found.capability)
-    backends._why_not_this_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found.capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    backends._ask_gpu.cache_clear()
     yield found
-    backends._why_not_this_gpu.cache_clear()
+    backends._ask_gpu.cache_clear()
 
 
 def test_cuda_serves_the_gpu(gpu: SimpleNamespace) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from msformer_kernels.cuda.arguments import (
     address,
-    contiguous,
+    as_given,
     empty_gradients,
     engine,
+    handed_over,
     library,
     mask_argument,
     scratch,
@@ -61,7 +62,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if not _folds(call):
         return unfolded.forward(call, attention)
     output, *state = OPERATOR.fake(call)
-    parameters, how, kernels = contiguous(OPERATOR.parameters_of(call), x), engine(x.dtype, *_sizes(call)), library(x)
+    parameters, how, kernels = handed_over(OPERATOR.parameters_of(call), x), engine(x.dtype, *_sizes(call)), library(x)
     inputs = _inputs(call, parameters)
     memory = scratch(kernels.self_attention_forward_scratch(how, inputs), x)
     kernels.self_attention_forward(
@@ -72,13 +73,14 @@ def forward(call: Any) -> tuple[Tensor, ...]:
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    grad_x, gradients = x.new_empty(x.shape), empty_gradients(given, x)
+    parameters = handed_over(given, x)
+    grad_x, gradients = x.new_empty(x.shape), empty_gradients(parameters, x)
     if x.numel() == 0:
-        return grad_x, *(g.zero_() for g in gradients)
+        return grad_x, *as_given([g.zero_() for g in gradients], given)
     if not _folds(call):
         return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
-    parameters, how, kernels = contiguous(given, x), engine(x.dtype, *_sizes(call)), library(x)
-    inputs, state = _inputs(call, parameters), [s.contiguous() for s in saved]
+    how, kernels, inputs = engine(x.dtype, *_sizes(call)), library(x), _inputs(call, parameters)
+    state = [s.contiguous() for s in saved]
     grad_context = None if grads.context is None else grads.context.to(torch.float32).contiguous()
     memory = scratch(kernels.self_attention_backward_scratch(how, inputs), x)
     kernels.self_attention_backward(
@@ -94,4 +96,4 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
             memory.data_ptr(),
         ),
     )
-    return grad_x, *gradients
+    return grad_x, *as_given(gradients, given)

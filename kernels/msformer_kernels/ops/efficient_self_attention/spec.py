@@ -31,6 +31,13 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _needs_features(call: Any) -> str | None:
+    """Why the kernels of a GPU do not take a call; None if they do."""
+    if min(call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]) > 0:
+        return None
+    return "its kernels take at least one channel, key feature and value feature"
+
+
 OPERATOR = Operator(
     efficient_self_attention,
     outputs=("output", "context"),
@@ -40,4 +47,5 @@ OPERATOR = Operator(
     without_gradient=("mask",),
     zero_gradient=("key_bias",),
     autocast=cast_output,
+    limits={"cuda": _needs_features, "triton": _needs_features},
 )

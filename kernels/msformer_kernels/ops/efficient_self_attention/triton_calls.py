@@ -64,7 +64,7 @@ class State(NamedTuple):
 
 def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
-    if _is_empty(call):
+    if x.shape[0] == 0:
         return _nothing(call)
     if not _folds(call):
         return unfolded.forward(call, attention)
@@ -74,7 +74,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    if _is_empty(call):
+    if x.shape[0] == 0:
         zeros = (x.new_zeros(0, dtype=torch.float32) if p is None else torch.zeros_like(p) for p in given)
         return x.new_zeros(x.shape), *zeros
     if not _folds(call):
@@ -86,10 +86,6 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         grad_context = grad_context.to(torch.float32).contiguous()
     grad_x, gradients = _folded_backward(call, grads.output, grad_context, state, lengths)
     return grad_x, *placed(gradients, given, x)
-
-
-def _is_empty(call: Any) -> bool:
-    return min(call.x.shape[0], call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]) == 0
 
 
 def _folds(call: Any) -> bool:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msformer_kernels.cuda.arguments import (
-    contiguous,
+    as_given,
     empty_gradients,
     engine,
+    handed_over,
     library,
+    scratch,
     stream,
     tokens,
     with_width,
@@ -50,22 +51,22 @@ def forward(call: Any) -> Tensor:
     output = x.new_empty(x.shape)
     if x.numel() == 0:
         return output
-    parameters = contiguous(OPERATOR.parameters_of(call), x)
+    parameters = handed_over(OPERATOR.parameters_of(call), x)
     library(x).mix_ffn_forward(_engine(call), stream(x), (*_inputs(call, parameters), *tokens(output)))
     return output
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    grad_x, gradients = x.new_empty(x.shape), empty_gradients(given, x)
+    parameters = handed_over(given, x)
+    grad_x, gradients = x.new_empty(x.shape), empty_gradients(parameters, x)
     if x.numel() == 0:
-        return grad_x, *(g.zero_() for g in gradients)
-    parameters, how, kernels = contiguous(given, x), _engine(call), library(x)
-    inputs = _inputs(call, parameters)
-    scratch = x.new_empty(kernels.mix_ffn_backward_scratch(how, inputs), dtype=torch.uint8)
+        return grad_x, *as_given([g.zero_() for g in gradients], given)
+    how, kernels, inputs = _engine(call), library(x), _inputs(call, parameters)
+    memory = scratch(kernels.mix_ffn_backward_scratch(how, inputs), x)
     kernels.mix_ffn_backward(
         how,
         stream(x),
-        (*inputs, *tokens(grads.output), *tokens(grad_x), *with_width(gradients), scratch.data_ptr()),
+        (*inputs, *tokens(grads.output), *tokens(grad_x), *with_width(gradients), memory.data_ptr()),
     )
-    return grad_x, *gradients
+    return grad_x, *as_given(gradients, given)

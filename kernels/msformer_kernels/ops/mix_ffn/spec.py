@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from msformer_kernels.core.backends import cuda_shared_memory
 from msformer_kernels.core.operator import Operator
 from msformer_kernels.core.registration import cast_output
 from msformer_kernels.ops.mix_ffn.reference import mix_ffn
@@ -15,10 +17,23 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     return (call.x.new_empty(call.x.shape),)
 
 
+_NARROW_MEMORY = 128 << 10
+
+
+def _needs_memory(call: Any) -> str | None:
+    """Why the CUDA kernels do not take a call; None if they do."""
+    found = cuda_shared_memory(call.x.device.type, call.x.device.index)
+    if call.x.dtype == torch.float32 or found >= _NARROW_MEMORY:
+        return None
+    needed, kind = _NARROW_MEMORY >> 10, str(call.x.dtype).removeprefix("torch.")
+    return f"its kernels for {kind} need {needed} KiB of shared memory (A100, H100, B200), this GPU has {found >> 10}"
+
+
 OPERATOR = Operator(
     mix_ffn,
     outputs=("output",),
     fake=_fake,
     served_by=("native", "cuda", "triton"),
     autocast=cast_output,
+    limits={"cuda": _needs_memory},
 )

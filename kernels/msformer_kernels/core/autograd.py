@@ -1,0 +1,52 @@
+"""How an op is differentiated: its kernel for PyTorch's Autograd key.
+
+`torch.library.register_autograd` does the same, but asks the schema for its arguments once for each of them in every
+differentiable call, which costs an op of twenty arguments some 50 us of host time. Ops here have no arguments with
+defaults, so there is nothing to ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def register_autograd(
+    library: torch.library.Library,
+    name: str,
+    keep: Callable[[Any, tuple[Any, ...], Any], None],
+    differentiate: Callable[..., tuple[Any, ...]],
+) -> None:
+    """Makes the op `name` of a library differentiable.
+
+    ``keep(ctx, arguments, outputs)`` saves what ``differentiate(ctx, *gradients)`` needs, which returns a gradient or
+    None for each argument, as `forward` and `backward` of a `torch.autograd.Function` do.
+    """
+    op = getattr(getattr(torch.ops, library.ns), name).default
+
+    def below(keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        outputs = below(keys, arguments)
+        keep(ctx, arguments, outputs)
+        return outputs
+
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return None, *differentiate(ctx, *gradients)
+
+    function: Any = type(
+        f"{library.ns}_{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(keys, *arguments)
+        return below(keys, arguments)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
