@@ -18,7 +18,7 @@ namespace msformer::gpu {
 constexpr int OUT_OF_SHARED_MEMORY = -1;
 
 // The dtype of the activations and how their products are done.
-enum class Engine : int { bf16 = 0, f16 = 1, tf32 = 2, tf32x3 = 3, fp32 = 4 };
+enum class Engine : int { bf16 = 0, f16 = 1, tf32 = 2, fp32 = 3 };
 
 // A contiguous parameter: in the dtype of the activations, or float32 (`wide`); no data if it is absent.
 struct Parameter {

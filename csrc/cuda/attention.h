@@ -41,18 +41,6 @@ BOTH constexpr int stride_of_columns(int columns) {
   return round_up(columns, 16) + (E::INNER == 16 ? 4 : 8);
 }
 
-// How the tokens of a group are shared out: `count` blocks, each `tiles` tiles.
-struct Split {
-  std::int64_t count, tiles;
-};
-
-inline Split split_tokens(std::int64_t tokens, int tile, std::int64_t other_blocks, int blocks_per_processor) {
-  const std::int64_t tiles = tokens > tile ? ceil_div(tokens, tile) : 1;
-  const std::int64_t wanted = std::int64_t(processors()) * blocks_per_processor / (other_blocks ? other_blocks : 1);
-  const std::int64_t each = ceil_div(tiles, wanted ? wanted : 1);
-  return {ceil_div(tiles, each), each};
-}
-
 struct Attention {               // what a pass gets
   AttentionArguments arguments;  // see api.h
   Split split;                   // of the tokens that it walks over
@@ -73,10 +61,10 @@ struct Share {
   std::int64_t group, split, first, last;
   int tile;
 
-  DEV static Share of(const Attention& a, std::int64_t tokens, int tile_of_tokens, int tiles) {
+  DEV static Share of(const Attention& a, std::int64_t tokens, int tiles) {
     const std::int64_t block = blockIdx.x, at = block / tiles, split = at % a.split.count;
-    const std::int64_t size = a.split.tiles * tile_of_tokens, first = split * size;
-    return {at / a.split.count, split, first, first + size < tokens ? first + size : tokens,
+    const std::int64_t first = split * a.split.size;
+    return {at / a.split.count, split, first, first + a.split.size < tokens ? first + a.split.size : tokens,
             static_cast<int>(block % tiles)};
   }
 };
@@ -314,7 +302,7 @@ int with_products(Engine engine, F f) {
     case Engine::tf32:
       return f(float{}, Tf32{});
     default:
-      return f(float{}, Bf16Parts<3, 3>{});
+      return f(float{}, Fp32{});
   }
 }
 

@@ -46,7 +46,7 @@ attention_query_kernel(const Attention a) {
   auto floats = [&](int at) { return reinterpret_cast<float*>(memory + at); };
   auto raw = [&](int at) { return reinterpret_cast<T*>(memory + at); };
   float *context = floats(m.context), *weights = floats(m.weights), *grad = floats(m.grad), *mean = floats(m.mean);
-  const Share place = Share::of(a, a.arguments.queries, S::TOKENS, 1);
+  const Share place = Share::of(a, a.arguments.queries, 1);
   const int features = a.arguments.key_channels, columns = a.arguments.value_channels;
   const Rows<T> queries(a.arguments.query, a, place.group), grad_outputs(a.arguments.grad_output, a, place.group),
       grad_queries(a.arguments.grad_query, a, place.group);
@@ -162,7 +162,7 @@ attention_key_kernel(const Attention a) {
   auto raw = [&](int at) { return reinterpret_cast<T*>(memory + at); };
   float *grad_context = floats(m.grad_context), *weights = floats(m.weights), *value = floats(m.value);
   KeySoftmax* softmax = reinterpret_cast<KeySoftmax*>(memory + m.softmax);
-  const Share place = Share::of(a, a.arguments.tokens, S::TOKENS, 1);
+  const Share place = Share::of(a, a.arguments.tokens, 1);
   const int features = a.arguments.key_channels, columns = a.arguments.value_channels;
   const Rows<T> keys(a.arguments.key, a, place.group), values(a.arguments.value, a, place.group),
       grad_keys(a.arguments.grad_key, a, place.group), grad_values(a.arguments.grad_value, a, place.group);
@@ -259,7 +259,7 @@ template <class T, class E, class S>
 int of_keys(Attention a, void* stream) {
   if (a.arguments.tokens == 0) return 0;
   if (keys_fit<T, E, S>(a.arguments)) {
-    a.split = split_tokens(a.arguments.tokens, S::TOKENS, a.groups(), 2 * S::BLOCKS);
+    a.split = split_tokens(a.arguments.tokens, S::TOKENS, a.groups(), 2 * S::BLOCKS * processors());
     return launch<attention_key_kernel<T, E, S>>(grid_of(a), S::THREADS, KeyMemory<T, E, S>(a.arguments).all, stream,
                                                  a);
   }

@@ -72,7 +72,7 @@ attention_output_kernel(const Attention a) {
   float *context = reinterpret_cast<float*>(memory + m.context),
         *weights = reinterpret_cast<float*>(memory + m.weights);
   T* raw = reinterpret_cast<T*>(memory + m.raw);
-  const Share place = Share::of(a, a.arguments.queries, S::TOKENS, ceil_div(a.arguments.value_channels, S::SIDE));
+  const Share place = Share::of(a, a.arguments.queries, ceil_div(a.arguments.value_channels, S::SIDE));
   const int column = place.tile * S::SIDE, columns = min(S::SIDE, a.arguments.value_channels - column);
   const int features = a.arguments.key_channels, inner = round_up(features, 16);
   const Rows<T> queries(a.arguments.query, a, place.group), outputs(a.arguments.output, a, place.group);
@@ -138,7 +138,7 @@ int make_output(const AttentionArguments& arguments, void* stream) {
                                                       Wide::THREADS, WideMemory().all, stream, a);
   }
   const int tiles = ceil_div(arguments.value_channels, S::SIDE);
-  a.split = split_tokens(arguments.queries, S::TOKENS, a.groups() * tiles, 2 * S::BLOCKS);
+  a.split = split_tokens(arguments.queries, S::TOKENS, a.groups() * tiles, 2 * S::BLOCKS * processors());
   return launch<attention_output_kernel<T, E, S>>(grid_of(a, tiles), S::THREADS, m.all, stream, a);
 }
 

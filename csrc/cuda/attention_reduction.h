@@ -88,7 +88,7 @@ attention_reduction_kernel(const Attention a) {
 
   const int column_tiles = ceil_div(a.arguments.value_channels, S::SIDE);
   const int tiles = column_tiles * ceil_div(a.arguments.key_channels, S::SIDE);
-  const Share place = Share::of(a, KEYS ? a.arguments.tokens : a.arguments.queries, S::TOKENS, tiles);
+  const Share place = Share::of(a, KEYS ? a.arguments.tokens : a.arguments.queries, tiles);
   const int feature = place.tile / column_tiles * S::SIDE, column = place.tile % column_tiles * S::SIDE;
   const int features = min(S::SIDE, a.arguments.key_channels - feature);
   const int columns = min(S::SIDE, a.arguments.value_channels - column);
@@ -166,7 +166,7 @@ attention_reduction_kernel(const Attention a) {
 template <class S>
 Split split_reduction(const AttentionArguments& a, std::int64_t tokens) {
   const std::int64_t tiles = ceil_div(a.key_channels, S::SIDE) * ceil_div(a.value_channels, S::SIDE);
-  return split_tokens(tokens, S::TOKENS, a.batch * a.heads * tiles, S::BLOCKS);
+  return split_tokens(tokens, S::TOKENS, a.batch * a.heads * tiles, S::BLOCKS * processors());
 }
 
 template <class T, class E, class S, bool KEYS>

@@ -92,7 +92,7 @@ KERNEL(Wide::THREADS, Wide::BLOCKS)
 attention_wide_output_kernel(const Attention a) {
   DYNAMIC_SHARED(memory);
   const WideTiles tiles(memory);
-  const Share place = Share::of(a, a.arguments.queries, Wide::TOKENS, ceil_div(a.arguments.value_channels, Wide::SIDE));
+  const Share place = Share::of(a, a.arguments.queries, ceil_div(a.arguments.value_channels, Wide::SIDE));
   const int rows = static_cast<int>(place.last - place.first), column = place.tile * Wide::SIDE;
   const int columns = min(Wide::SIDE, a.arguments.value_channels - column);
   const Rows<T> queries(a.arguments.query, a, place.group), outputs(a.arguments.output, a, place.group);
@@ -118,7 +118,7 @@ KERNEL(Wide::THREADS, Wide::BLOCKS)
 attention_wide_query_kernel(const Attention a) {
   DYNAMIC_SHARED(memory);
   const WideTiles tiles(memory);
-  const Share place = Share::of(a, a.arguments.queries, Wide::TOKENS, 1);
+  const Share place = Share::of(a, a.arguments.queries, 1);
   const int rows = static_cast<int>(place.last - place.first);
   const Rows<T> queries(a.arguments.query, a, place.group), grad_outputs(a.arguments.grad_output, a, place.group),
       grad_queries(a.arguments.grad_query, a, place.group);
@@ -171,7 +171,7 @@ attention_wide_key_kernel(const Attention a) {
   bool* kept = reinterpret_cast<bool*>(tiles.mean);
   const int feature_tiles = ceil_div(a.arguments.key_channels, Wide::SIDE);
   const Share place =
-      Share::of(a, a.arguments.tokens, Wide::TOKENS, feature_tiles + ceil_div(a.arguments.value_channels, Wide::SIDE));
+      Share::of(a, a.arguments.tokens, feature_tiles + ceil_div(a.arguments.value_channels, Wide::SIDE));
   const int rows = static_cast<int>(place.last - place.first);
   const Rows<T> keys(a.arguments.key, a, place.group), values(a.arguments.value, a, place.group),
       grad_keys(a.arguments.grad_key, a, place.group), grad_values(a.arguments.grad_value, a, place.group);
@@ -207,6 +207,8 @@ attention_wide_key_kernel(const Attention a) {
 }
 
 // One tile of tokens a block.
-inline Split split_wide(std::int64_t tokens) { return {ceil_div(tokens, static_cast<std::int64_t>(Wide::TOKENS)), 1}; }
+inline Split split_wide(std::int64_t tokens) {
+  return {ceil_div(tokens, static_cast<std::int64_t>(Wide::TOKENS)), Wide::TOKENS};
+}
 
 }  // namespace msformer::gpu

@@ -22,19 +22,6 @@ using WideProduct = WarpProduct<MOST_FEATURES / 8>;
 template <class E>
 using SumEngine = std::conditional_t<std::is_same_v<E, F16>, Tf32, E>;
 
-// The tokens of an image in `count` parts of `size`, a multiple of a tile; parts for about as many blocks as there are
-// processors.
-struct Splits {
-  int count;
-  std::int64_t size;
-
-  static Splits of(std::int64_t batch, std::int64_t tokens, int tile) {
-    const std::int64_t tiles = ceil_div(tokens, tile), wanted = ceil_div<std::int64_t>(processors(), batch);
-    const std::int64_t size = tiles > wanted ? ceil_div(tiles, wanted) : 1;
-    return {static_cast<int>(tiles > size ? ceil_div(tiles, size) : 1), size * tile};
-  }
-};
-
 inline std::int64_t state_rows(const SelfAttentionArguments& a) { return a.batch * a.keys; }
 
 // M = G W_o; with partial sums over tokens (forward) first the state and G from them. M, W_q and W_k are written as
@@ -177,9 +164,9 @@ DEV void softmax_heads(WideProduct& p, int heads, int head_keys) {
       x = expf(x - largest[q / 2]);
       total[q / 2] += x;
     });
-    for (float& t : total) t = quad_sum(t);
+    for (float& t : total) t = 1 / quad_sum(t);
     p.each(from, to, [&](int j, int q, float& x) {
-      if (inside(j, q)) x /= total[q / 2];
+      if (inside(j, q)) x *= total[q / 2];
     });
   }
 }

@@ -30,7 +30,7 @@ DEV void softmax_heads_backward(WideProduct& grad, Weight weight, int heads, int
 // dM over the tile.
 struct QueryPass {
   SelfAttentionArguments arguments;
-  Splits splits;
+  Split splits;
   int warps, at_once;                 // see OutputPass
   const void *query_weight, *folded;  // see Fold
   void* grad_query;                   // [batch, tokens, keys rounded up to 16]
@@ -196,7 +196,7 @@ struct Backward {
       bytes = OUT_OF_SHARED_MEMORY;
       return;
     }
-    query.splits = Splits::of(a.batch, a.tokens, 16 * query.warps);
+    query.splits = split_tokens(a.tokens, 16 * query.warps, a.batch, processors());
     const std::int64_t tiles = a.batch * token.tiles_of_image();
     blocks = static_cast<int>(tiles < processors() ? tiles : processors());
     groups = static_cast<int>(a.batch < 32 ? a.batch : 32);
@@ -271,8 +271,8 @@ struct Backward {
             launch<self_attention_query_backward_kernel<E>>(dim3(static_cast<unsigned>(a.batch * query.splits.count)),
                                                             THREADS, QueryMemory<E>(query).all, stream, query))
       return error;
-    const FoldBackward back{a, query.partials, query.splits.count, grad_folded, grad_context, grad_key_tokens, delta,
-                            0};
+    const FoldBackward back{
+        a, query.partials, static_cast<int>(query.splits.count), grad_folded, grad_context, grad_key_tokens, delta, 0};
     if (int error = fold_backward(engine, back, stream)) return error;
     if (int error = value_gradients({a, grad_folded, grad_context, value_partials, value_size, groups}, stream))
       return error;

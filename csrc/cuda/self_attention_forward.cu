@@ -10,7 +10,7 @@ namespace {
 // features, with their logits, weights and part of A in its registers.
 struct ContextPass {
   SelfAttentionArguments arguments;
-  Splits splits;
+  Split splits;
   int features;  // of a block, a multiple of 16
   float *maxima, *sums, *key_tokens, *kept;
 };
@@ -20,8 +20,6 @@ struct ContextMemory {
   using T = typename E::Store;
   static constexpr int TOKENS = sizeof(T) == 2 ? 64 : 32;
   int stride, weights, tokens, tile, kept, all;  // two tiles of tokens, `tile` bytes apart, and whether they are kept
-  int own;                                       // 16 rows of TOKENS for each warp, where an engine needs them
-  static constexpr int OWN_STRIDE = TOKENS + 16 / static_cast<int>(sizeof(T));
 
   BOTH ContextMemory(int channels, int features) {
     Carver m;
@@ -31,7 +29,6 @@ struct ContextMemory {
     for (int i = 0; i < 2; i++) m.take(TOKENS * stride * static_cast<int>(sizeof(T)));
     tile = (m.used - tokens) / 2;
     kept = m.take(2 * TOKENS * 4);
-    own = m.take(E::PARTS ? 0 : WARPS * 16 * OWN_STRIDE * static_cast<int>(sizeof(T)));
     all = m.used;
   }
 };
@@ -77,7 +74,6 @@ self_attention_context_kernel(const ContextPass pass) {
   wait<0>();
   __syncthreads();
 
-  T* own = reinterpret_cast<T*>(memory + m.own) + warp * 16 * m.OWN_STRIDE;
   const bool works = 16 * warp < features;
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
   WarpProduct<MOST_CHANNELS / 8> key_tokens;
@@ -111,8 +107,7 @@ self_attention_context_kernel(const ContextPass pass) {
       key_tokens.each(0, channels, [&](int, int q, float& sum) { sum *= rescale[q / 2]; });
     }
     if (more) put(token + TOKENS, buffer ^ 1);
-    if (works)
-      key_tokens.template add_product<E>(p, tokens_of(buffer), m.stride, 0, TOKENS, channels, own, m.OWN_STRIDE);
+    if (works) key_tokens.template add_product<E>(p, tokens_of(buffer), m.stride, 0, TOKENS, channels);
     __syncthreads();
   }
 
@@ -153,18 +148,17 @@ struct OutputPass {
 template <class E>
 struct OutputMemory {
   using T = typename E::Store;
-  int stride, wide_stride, query_weight, folded, query_bias, output_bias, tokens, all;
+  int stride, query_weight, folded, query_bias, output_bias, tokens, all;
 
   BOTH explicit OutputMemory(const OutputPass& p) {
     const SelfAttentionArguments& a = p.arguments;
     Carver m;
     stride = tile_stride<T>(a.channels);
-    wide_stride = tile_stride<T>(E::PARTS ? a.channels : max(a.channels, a.keys));
     query_bias = m.take(MOST_FEATURES * 4);
     output_bias = m.take(MOST_CHANNELS * 4);
     query_weight = folded = m.take(p.at_once * stride * static_cast<int>(sizeof(T)));
     if (p.at_once >= a.keys) folded = m.take(p.at_once * stride * static_cast<int>(sizeof(T)));
-    tokens = m.take(16 * p.warps * wide_stride * static_cast<int>(sizeof(T)));
+    tokens = m.take(16 * p.warps * stride * static_cast<int>(sizeof(T)));
     all = m.used;
   }
 };
@@ -179,7 +173,7 @@ self_attention_output_kernel(const OutputPass pass) {
   const int warp = threadIdx.x / 32, channels = round_up(a.channels, 16), keys = round_up(a.keys, 16);
   float* query_bias = reinterpret_cast<float*>(memory + m.query_bias);
   float* output_bias = reinterpret_cast<float*>(memory + m.output_bias);
-  T* tokens = reinterpret_cast<T*>(memory + m.tokens) + 16 * warp * m.wide_stride;
+  T* tokens = reinterpret_cast<T*>(memory + m.tokens) + 16 * warp * m.stride;
   const std::int64_t image = blockIdx.x / pass.blocks, block = blockIdx.x % pass.blocks;
   const ImageTokens<T> x(a.x, image, a.channels), output(a.output, image, a.channels);
   const LaneNorm<T> norm(a.parameters.norm.weight, a.parameters.norm.bias, a.channels, a.eps);
@@ -209,7 +203,7 @@ self_attention_output_kernel(const OutputPass pass) {
     for (int half = 0; half < 16; half += 8) {
       rows.fetch(x, token + half, 1, a.tokens);
       rows.put(
-          norm, tokens + half * m.wide_stride, m.wide_stride, 1, [&](int i) { return token + half + i < a.tokens; },
+          norm, tokens + half * m.stride, m.stride, 1, [&](int i) { return token + half + i < a.tokens; },
           [](int, const float (&)[4]) {});
     }
     __syncwarp();
@@ -217,20 +211,18 @@ self_attention_output_kernel(const OutputPass pass) {
     WideProduct p;  // logits, then weights
     p.clear();
     query_weight.each([&](int first, int last) {
-      p.template add<E, false, true>(tokens, m.wide_stride, 0, query_weight.tile, m.stride, -first, channels, first,
-                                     last);
+      p.template add<E, false, true>(tokens, m.stride, 0, query_weight.tile, m.stride, -first, channels, first, last);
     });
     p.each(0, keys, [&](int j, int q, float& logit) { logit += query_bias[p.column(j, q)]; });
     softmax_heads(p, a.heads, a.keys / a.heads);
     WarpProduct<MOST_CHANNELS / 8> y;
     y.clear();
-    folded.each([&](int first, int last) {
-      y.template add_product<E>(p, folded.tile, m.stride, first, last, channels, tokens, m.wide_stride);
-    });
+    folded.each(
+        [&](int first, int last) { y.template add_product<E>(p, folded.tile, m.stride, first, last, channels); });
     y.each(0, channels, [&](int j, int q, float& sum) { sum += output_bias[y.column(j, q)]; });
     constexpr int FLOATS = 4 / sizeof(T);  // how many of a tile's values a float32 takes
-    store_rows<T, MOST_CHANNELS / 8>(y, reinterpret_cast<float*>(tokens), m.wide_stride / FLOATS, channels / FLOATS,
-                                     output, token, a.tokens, [&](std::int64_t t, int channel, float (&values)[4]) {
+    store_rows<T, MOST_CHANNELS / 8>(y, reinterpret_cast<float*>(tokens), m.stride / FLOATS, channels / FLOATS, output,
+                                     token, a.tokens, [&](std::int64_t t, int channel, float (&values)[4]) {
                                        if (!a.residual) return;
                                        float added[4];
                                        widen(added, x.load(t, channel));
@@ -244,7 +236,7 @@ struct Forward {
   using T = typename E::Store;
   const SelfAttentionArguments& a;
   const int tile = ContextMemory<E>::TOKENS;
-  const Splits splits = Splits::of(a.batch, a.tokens, tile);
+  const Split splits = split_tokens(a.tokens, tile, a.batch, processors());
   float *maxima, *sums, *key_tokens, *kept;
   T *folded, *query_weight;
   std::int64_t bytes;
@@ -282,16 +274,15 @@ struct Forward {
     const int all = round_up(a.keys, 16), some = min(all, 32);
     if (!fits(WARPS, all) && !fits(WARPS / 2, all) && !fits(WARPS, some) && !fits(WARPS / 2, some))
       return OUT_OF_SHARED_MEMORY;
-    const std::int64_t tiles = ceil_div(a.tokens, 16 * pass.warps);
-    const std::int64_t wanted = ceil_div<std::int64_t>(2 * processors(), a.batch);
-    pass.blocks = static_cast<int>(tiles < wanted ? tiles : wanted);
+    const Split split = split_tokens(a.tokens, 16 * pass.warps, a.batch, processors());
+    pass.blocks = static_cast<int>(split.count);
     const dim3 grid(static_cast<unsigned>(a.batch * pass.blocks));
     return launch<self_attention_output_kernel<E>>(grid, 32 * pass.warps, OutputMemory<E>(pass).all, stream, pass);
   }
 
   int run(void* stream) const {
     if (int error = make_context(stream)) return error;
-    const Fold f{a, maxima, sums, key_tokens, kept, splits.count, folded, query_weight, nullptr};
+    const Fold f{a, maxima, sums, key_tokens, kept, static_cast<int>(splits.count), folded, query_weight, nullptr};
     if (int error = fold<T>(f, stream)) return error;
     return make_output(stream);
   }

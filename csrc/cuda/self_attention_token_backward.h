@@ -238,9 +238,12 @@ struct TokenBlock {
     const LaneNorm<T> lane_norm = norm();
     float weight_sums[4] = {}, bias_sums[4] = {};
     for (int r = warp; r < pass.rows && first + r < a.tokens; r += WARPS) {
-      float g[4];
+      float g[4] = {};
+      if (lane_channel() < a.channels)
+        widen(g, *reinterpret_cast<const Four<float>*>(grad_x + r * m.grad_stride + lane_channel()));
+#pragma unroll
       for (int i = 0; i < 4; i++)
-        g[i] = lane_channel() + i < a.channels ? grad_x[r * m.grad_stride + lane_channel() + i] : 0.0f;
+        if (lane_channel() + i >= a.channels) g[i] = 0;
       if (lane_norm.on) {
         float normalized[4];
         widen(normalized, x.load(first + r, lane_channel()));

@@ -55,6 +55,18 @@ struct Scratch {
   }
 };
 
+// Tokens in `count` parts of `size`, a multiple of a tile: as many as there is room for at a time on the processors,
+// and at least one. Blocks beyond that would wait for the others to end.
+struct Split {
+  std::int64_t count, size;
+};
+
+inline Split split_tokens(std::int64_t tokens, int tile, std::int64_t others, int room) {
+  const std::int64_t tiles = tokens > tile ? ceil_div(tokens, static_cast<std::int64_t>(tile)) : 1;
+  const std::int64_t wanted = others && others < room ? room / others : 1, each = ceil_div(tiles, wanted);
+  return {ceil_div(tiles, each), each * tile};
+}
+
 // How products are done: what the tiles hold, how much of the inner dimension an instruction takes, and in how many
 // parts an operand goes. Sums are float32.
 struct Bf16 {
@@ -69,14 +81,6 @@ struct Tf32 {  // operands rounded to the nearest tf32
   using Store = float;
   static constexpr int INNER = 8, PARTS = 1;
 };
-struct Tf32x3 {  // operands in two tf32 parts, three products: of the 24 bits of a float32 one or two are lost
-  using Store = float;
-  static constexpr int INNER = 8, PARTS = 2;
-};
-struct Fp32 {  // without tensor cores, for sums so short that they round less than the above loses
-  using Store = float;
-  static constexpr int INNER = 16, PARTS = 0;
-};
 
 // Operands in parts of bf16, LEFT of the left one and RIGHT of the right one: 8 bits each, 24 in three. Products of
 // three orders count: six instructions for the accuracy of float32, and they take twice as much of the inner dimension
@@ -86,6 +90,7 @@ struct Bf16Parts {
   using Store = float;
   static constexpr int INNER = 16, LEFT = LEFT_, RIGHT = RIGHT_, PARTS = LEFT > RIGHT ? LEFT : RIGHT;
 };
+using Fp32 = Bf16Parts<3, 3>;
 
 // f(engine) for the type of an engine.
 template <class F>
@@ -97,8 +102,6 @@ auto with_engine(Engine engine, F f) {
       return f(F16{});
     case Engine::tf32:
       return f(Tf32{});
-    case Engine::tf32x3:
-      return f(Tf32x3{});
     default:
       return f(Fp32{});
   }
@@ -106,17 +109,9 @@ auto with_engine(Engine engine, F f) {
 
 template <class E>
 struct Fragment {  // of the left operand, 16 rows; or of the right one, 16 columns: [column / 8 * 2 + inner / half]
-  unsigned r[E::PARTS > 0 ? E::PARTS : 1][4];
+  unsigned r[E::PARTS][4];
 
-  DEV void split(int q, float x) {
-#pragma unroll
-    for (int part = 0; part < E::PARTS; part++) {
-      const float upper = round_to_tf32(x);
-      r[part][q] = bits_of(upper);
-      x -= upper;
-      if (x != x) x = 0;  // it was not finite, and has no rest
-    }
-  }
+  DEV void round(int q, float x) { r[0][q] = bits_of(round_to_tf32(x)); }
   DEV void split(int q, float x, float y) {
     for (int p = 0; p < E::PARTS; p++) {
       r[p][q] = pack_bf16(x, y);
@@ -167,7 +162,7 @@ DEV void load_left(Fragment<E>& f, const Tile* tile, int stride, int row, int in
   } else {
     for (int q = 0; q < 4; q++) {
       const int i = row + lane / 4 + q % 2 * 8, k = inner + lane % 4 + q / 2 * 4;
-      f.split(q, to_float(TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]));
+      f.round(q, to_float(TRANSPOSED ? tile[k * stride + i] : tile[i * stride + k]));
     }
   }
 }
@@ -193,7 +188,7 @@ DEV void load_right(Fragment<E>& f, const Tile* tile, int stride, int inner, int
     for (int q = 0; q < 4; q++) {
       const int j = column + lane / 4 + q / 2 * 8;
       const int k = inner + (IN_PAIRS ? lane % 4 * 2 + q % 2 : lane % 4 + q % 2 * 4);
-      f.split(q, to_float(TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]));
+      f.round(q, to_float(TRANSPOSED ? tile[j * stride + k] : tile[k * stride + j]));
     }
   }
 }
@@ -219,21 +214,8 @@ DEV void multiply_add(float (&sum)[4], const Fragment<Bf16Parts<LEFT, RIGHT>>& l
 
 template <class E>
 DEV void multiply_add(float (&sum)[4], const Fragment<E>& left, const Fragment<E>& right, int half) {
-  using Store = typename E::Store;
   const int b = half * 2;
-  if constexpr (E::PARTS == 1) {
-    multiply_add(Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
-  } else {
-    float product[4] = {}, small[4] = {};  // as above
-    multiply_add(Store{}, product, left.r[0], right.r[0][b], right.r[0][b + 1]);
-#pragma unroll
-    for (int order = E::PARTS - 1; order > 0; order--)
-#pragma unroll
-      for (int part = 0; part <= order; part++)
-        multiply_add(Store{}, small, left.r[part], right.r[order - part][b], right.r[order - part][b + 1]);
-    // infinity times the rest of the other operand, zero or of either sign, is no part of the product
-    for (int q = 0; q < 4; q++) sum[q] += product[q] + (small[q] - small[q] == 0 ? small[q] : 0.0f);
-  }
+  multiply_add(typename E::Store{}, sum, left.r[0], right.r[0][b], right.r[0][b + 1]);
 }
 
 // Sums of a product of ROWS x COLUMNS, spread over the warps of a block in units of 16 x 8 NJ. NJ is even.
@@ -263,41 +245,19 @@ struct Product {
     for (int u = 0; u < UNITS; u++) {
       const int unit = warp + u * WARPS, row = unit % ROW_UNITS * 16, column = unit / ROW_UNITS * (8 * NJ);
       if (unit >= ALL || row >= rows || column >= columns) continue;
-      if constexpr (E::PARTS == 0) {
-        add_plainly<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>(sum[u], left, left_stride, right, right_stride, inner, row,
-                                                       column);
-      } else {
-        for (int k = 0; k < inner; k += E::INNER) {
-          Fragment<E> a;
-          load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
+      for (int k = 0; k < inner; k += E::INNER) {
+        Fragment<E> a;
+        load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
 #pragma unroll
-          for (int j = 0; j < NJ; j += 2) {
-            if (column + 8 * j >= columns) break;
-            Fragment<E> b;
-            load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
-            multiply_add(sum[u][j], a, b, 0);
-            multiply_add(sum[u][j + 1], a, b, 1);
-          }
+        for (int j = 0; j < NJ; j += 2) {
+          if (column + 8 * j >= columns) break;
+          Fragment<E> b;
+          load_right<E, RIGHT_TRANSPOSED>(b, right, right_stride, k, column + 8 * j);
+          multiply_add(sum[u][j], a, b, 0);
+          multiply_add(sum[u][j + 1], a, b, 1);
         }
       }
     }
-  }
-
-  template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-  DEV static void add_plainly(float (&sums)[NJ][4], const Store* left, int left_stride, const Store* right,
-                              int right_stride, int inner, int row, int column) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < NJ; j++)
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        const int r = row + lane / 4 + q / 2 * 8, c = column + 8 * j + lane % 4 * 2 + q % 2;
-        float total = sums[j][q];
-        for (int k = 0; k < inner; k++)
-          total = fmaf(LEFT_TRANSPOSED ? left[k * left_stride + r] : left[r * left_stride + k],
-                       RIGHT_TRANSPOSED ? right[c * right_stride + k] : right[k * right_stride + c], total);
-        sums[j][q] = total;
-      }
   }
 
   // f(row, column, sum) for every sum of this thread.

@@ -159,10 +159,9 @@ DEV void store_rows(const Sums& sums, float* tile, int stride, int columns, cons
     for (int r = lane / LANES; r < 16; r += 32 / LANES) {
       const int c = lane % LANES * 4, channel = first + c;
       if (c >= columns || channel >= to.channels || token + r >= end) continue;
-      float values[4];
-      for (int i = 0; i < 4; i++) values[i] = tile[r * stride + c + i];
-      change(token + r, channel, values);
-      to.store(token + r, channel, values);
+      Four<float> four = *reinterpret_cast<const Four<float>*>(tile + r * stride + c);
+      change(token + r, channel, four.value);
+      to.store(token + r, channel, four.value);
     }
   }
   __syncwarp();

@@ -55,26 +55,7 @@ struct WarpProduct {
   template <class E, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, class Left, class Right>
   DEV void add(const Left* left, int left_stride, int row, const Right* right, int right_stride, int column, int inner,
                int from, int to) {
-    if constexpr (E::PARTS == 0) {
-      const int r = row + WarpProduct::row(0);
-#pragma unroll
-      for (int j = 0; j < NJ; j++) {
-        if (8 * j < from || 8 * j >= to) continue;
-        const int c = column + WarpProduct::column(j, 0);
-        float total[4] = {};
-#pragma unroll 1
-        for (int k = 0; k < inner; k++)
-          for (int q = 0; q < 4; q++) {
-            const int i = r + q / 2 * 8, o = c + q % 2;
-            total[q] =
-                fmaf(to_float(LEFT_TRANSPOSED ? left[k * left_stride + i] : left[i * left_stride + k]),
-                     to_float(RIGHT_TRANSPOSED ? right[o * right_stride + k] : right[k * right_stride + o]), total[q]);
-          }
-        for (int q = 0; q < 4; q++) sum[j][q] += total[q];
-      }
-      return;
-    }
-#pragma unroll(E::PARTS == 2 ? 1 : 2)  // registers
+#pragma unroll(E::PARTS == 1 ? 2 : 1)  // registers
     for (int k = 0; k < inner; k += E::INNER) {
       Fragment<E> a;
       load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
@@ -91,18 +72,9 @@ struct WarpProduct {
   }
 
   // Columns [0, to) += left right, where the columns [first, last) of `left` are the inner values, and those of the
-  // right tile begin with `first`. An engine without tensor cores takes them through `own`, 16 rows for this warp
-  // alone.
+  // right tile begin with `first`.
   template <class E, int K, class Right>
-  DEV void add_product(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last, int to,
-                       typename E::Store* own, int own_stride) {
-    if constexpr (E::PARTS == 0) {
-      __syncwarp();
-      left.put(own, own_stride, 0, first, last);
-      __syncwarp();
-      add<E, false, false>(own, own_stride, 0, right, right_stride, 0, last - first, 0, to);
-      return;
-    }
+  DEV void add_product(const WarpProduct<K>& left, const Right* right, int right_stride, int first, int last, int to) {
 #pragma unroll
     for (int k = 0; k < 8 * K; k += E::INNER) {
       if (k < first || k >= last) continue;
@@ -127,11 +99,14 @@ struct WarpProduct {
     if constexpr (sizeof(typename E::Store) == 2) {
       for (int half = 0; half < 2; half++)
         for (int q = 0; q < 2; q++) f.r[0][half * 2 + q] = packed<E>(sum[j + half][2 * q], sum[j + half][2 * q + 1]);
+    } else if constexpr (E::INNER == 16) {
+      for (int half = 0; half < 2; half++)
+        for (int q = 0; q < 2; q++) f.split(half * 2 + q, sum[j + half][2 * q], sum[j + half][2 * q + 1]);
     } else {
-      f.split(0, sum[j][0]);
-      f.split(1, sum[j][2]);
-      f.split(2, sum[j][1]);
-      f.split(3, sum[j][3]);
+      f.round(0, sum[j][0]);
+      f.round(1, sum[j][2]);
+      f.round(2, sum[j][1]);
+      f.round(3, sum[j][3]);
     }
   }
 

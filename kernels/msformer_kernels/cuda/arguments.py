@@ -16,25 +16,16 @@ from torch import Tensor
 from msformer_kernels.core.backends import cuda_library
 from msformer_kernels.core.precision import tf32_allowed
 
-BFLOAT16, FLOAT16, TF32, TF32X3, FP32 = range(5)
-"""Engines: the dtype of the activations and how their products are done."""
-_SHORT = 32
+_ENGINES = {torch.bfloat16: 0, torch.float16: 1}
+_TF32, _FLOAT32 = 2, 3
 NO_HEADS = (0,) * 5
 
 
-def engine(dtype: torch.dtype, *lengths: int) -> int:
-    """float32 goes through tf32 where PyTorch allows it for products of matrices, else through parts in tf32.
-
-    Three products of parts lose one or two of the 24 bits of a float32, less than a long sum loses by rounding. Where
-    one of the `lengths`, over which products sum, is short, they go without tensor cores.
-    """
-    if dtype is torch.bfloat16:
-        return BFLOAT16
-    if dtype is torch.float16:
-        return FLOAT16
-    if tf32_allowed():
-        return TF32
-    return FP32 if min(lengths) < _SHORT else TF32X3
+def engine(dtype: torch.dtype) -> int:
+    """How products are done for activations of a dtype (`Engine` in csrc/cuda/api.h): float32 ones in tf32 where
+    PyTorch allows it for products of matrices, else in three parts of bfloat16, with the accuracy of float32."""
+    found = _ENGINES.get(dtype)
+    return found if found is not None else _TF32 if tf32_allowed() else _FLOAT32
 
 
 def library(x: Tensor) -> ModuleType:

@@ -343,7 +343,7 @@ int run(const std::vector<std::string>& words) {
     if (words[1] == "bf16") return gemm<Bf16>(words[2], bug);
     if (words[1] == "f16") return gemm<F16>(words[2], bug);
     if (words[1] == "tf32") return gemm<Tf32>(words[2], bug);
-    if (words[1] == "tf32x3") return gemm<Tf32x3>(words[2], bug);
+    if (words[1] == "fp32") return gemm<Fp32>(words[2], bug);
   }
   if (words.size() == 1 && SMALL.count(words[0])) return SMALL.at(words[0])();
   if (words.size() == 1 && PROGRAMS.count(words[0])) return PROGRAMS.at(words[0])();

@@ -25,7 +25,7 @@ from toolchain import NotBuilt, find_compiler  # noqa: E402
 
 ORDERS = ("0", "1", "7")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-BOUNDS = {"bf16": 3e-7, "f16": 3e-7, "tf32": 1e-3, "tf32x3": 3e-7}
+BOUNDS = {"bf16": 3e-7, "f16": 3e-7, "tf32": 1e-3, "fp32": 3e-7}
 """Of errors relative to the sizes of the terms; those of tf32 are the rounding of the operands."""
 
 Program = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -126,7 +126,7 @@ def test_threads_that_have_ended_are_not_waited_for(program: Program) -> None:
         assert program("early_end", order=order).stdout.split() == [b"1"] * 40 + [b"0"] * 24
 
 
-@pytest.mark.parametrize("engine", ["bf16", "tf32x3"])
+@pytest.mark.parametrize("engine", ["bf16", "fp32"])
 def test_fibers_of_the_c_library(engine: str, tmp_path: Path) -> None:
     """Those of processors other than x86-64."""
     other = compiled(tmp_path, "-DMSFORMER_EMULATE_WITH_UCONTEXT")

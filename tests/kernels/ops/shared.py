@@ -20,7 +20,7 @@ from tests.kernels.cases import Case, Cases, cast, run
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DRAWS = {
     "native": {"f32": 12, "bf16": 8, "f16": 6},
-    "cuda": {"f32": 4, "bf16": 4, "f16": 4},
+    "cuda": {"f32": 12, "bf16": 8, "f16": 6},
     "triton": {"f32": 4, "bf16": 3, "f16": 2},
 }
 """Of a small case; Triton's interpreter and the emulation of CUDA are slow."""

@@ -42,10 +42,6 @@ def _inputs(
     )
 
 
-def _engine(query: Tensor) -> int:
-    return engine(query.dtype, query.shape[3])
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -57,7 +53,7 @@ def attend(
     """Fills the output; -> context, key_max and key_sum."""
     context = query.new_empty(*key.shape[:2], key.shape[3], value.shape[3], dtype=torch.float32)
     key_max, key_sum = context.new_empty(context.shape[:3]), context.new_empty(context.shape[:3])
-    kernels, how, inputs = library(query), _engine(query), _inputs(query, key, value, mask, options)
+    kernels, how, inputs = library(query), engine(query.dtype), _inputs(query, key, value, mask, options)
     memory = scratch(kernels.attention_forward_scratch(how, inputs), query)
     state = context.data_ptr(), key_max.data_ptr(), key_sum.data_ptr()
     kernels.attention_forward(how, stream(query), (*inputs, *state, *heads(output), memory.data_ptr()))
@@ -70,7 +66,8 @@ def attend_context(query: Tensor, context: Tensor, output: Tensor) -> None:
     sizes = batch, num_heads, queries, 0, key_channels, output.shape[3]
     inputs = (*sizes, *_PLAIN, *heads(query), *NO_HEADS, *NO_HEADS, *mask_argument(None))
     contiguous = context.contiguous()
-    library(query).attention_output(_engine(query), stream(query), (*inputs, contiguous.data_ptr(), *heads(output)))
+    arguments = (*inputs, contiguous.data_ptr(), *heads(output))
+    library(query).attention_output(engine(query.dtype), stream(query), arguments)
 
 
 def attend_backward(
@@ -85,7 +82,7 @@ def attend_backward(
     options: tuple[Any, ...] = _PLAIN,
 ) -> None:
     """Fills the gradients of query, key and value. `state` is what `attend` returned."""
-    kernels, how, inputs = library(query), _engine(query), _inputs(query, key, value, mask, options)
+    kernels, how, inputs = library(query), engine(query.dtype), _inputs(query, key, value, mask, options)
     context, key_max, key_sum = (x.contiguous() for x in state)
     if grad_context is not None:
         grad_context = grad_context.to(torch.float32).contiguous()

@@ -62,7 +62,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if not _folds(call):
         return unfolded.forward(call, attention)
     output, *state = OPERATOR.fake(call)
-    parameters, how, kernels = handed_over(OPERATOR.parameters_of(call), x), engine(x.dtype, *_sizes(call)), library(x)
+    parameters, how, kernels = handed_over(OPERATOR.parameters_of(call), x), engine(x.dtype), library(x)
     inputs = _inputs(call, parameters)
     memory = scratch(kernels.self_attention_forward_scratch(how, inputs), x)
     kernels.self_attention_forward(
@@ -79,7 +79,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         return grad_x, *as_given([g.zero_() for g in gradients], given)
     if not _folds(call):
         return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
-    how, kernels, inputs = engine(x.dtype, *_sizes(call)), library(x), _inputs(call, parameters)
+    how, kernels, inputs = engine(x.dtype), library(x), _inputs(call, parameters)
     state = [s.contiguous() for s in saved]
     grad_context = None if grads.context is None else grads.context.to(torch.float32).contiguous()
     memory = scratch(kernels.self_attention_backward_scratch(how, inputs), x)

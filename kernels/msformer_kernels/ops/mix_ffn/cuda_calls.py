@@ -25,10 +25,6 @@ from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 
-def _engine(call: Any) -> int:
-    return engine(call.x.dtype, call.x.shape[2], call.fc1_weight.shape[0])
-
-
 def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
     """Sizes, options and inputs, as every entry point takes them first."""
     return (
@@ -52,7 +48,7 @@ def forward(call: Any) -> Tensor:
     if x.numel() == 0:
         return output
     parameters = handed_over(OPERATOR.parameters_of(call), x)
-    library(x).mix_ffn_forward(_engine(call), stream(x), (*_inputs(call, parameters), *tokens(output)))
+    library(x).mix_ffn_forward(engine(x.dtype), stream(x), (*_inputs(call, parameters), *tokens(output)))
     return output
 
 
@@ -62,7 +58,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     grad_x, gradients = x.new_empty(x.shape), empty_gradients(parameters, x)
     if x.numel() == 0:
         return grad_x, *as_given([g.zero_() for g in gradients], given)
-    how, kernels, inputs = _engine(call), library(x), _inputs(call, parameters)
+    how, kernels, inputs = engine(x.dtype), library(x), _inputs(call, parameters)
     memory = scratch(kernels.mix_ffn_backward_scratch(how, inputs), x)
     kernels.mix_ffn_backward(
         how,
