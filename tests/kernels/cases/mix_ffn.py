@@ -32,7 +32,7 @@ def mix_ffn_case(
             "fc1_bias": bias(hidden),
             "dw_weight": random(hidden, 1, 3, 3, scale=0.5),
             "dw_bias": bias(hidden),
-            "fc2_weight": random(channels, hidden, scale=hidden**-0.5),
+            "fc2_weight": random(channels, hidden, scale=max(1, hidden) ** -0.5),
             "fc2_bias": bias(channels),
             "hidden_norm_weight": random(hidden) + 1 if hidden_norm else None,
             "hidden_norm_bias": bias(hidden) if hidden_norm else None,

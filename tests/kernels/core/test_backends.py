@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +155,31 @@ def test_explain_says_what_the_cuda_kernels_lack(missing: dict[str, object], rea
     explanation = kernels.explain("cuda", torch.float16, "mix_ffn")
     assert explanation.chosen != "cuda"
     assert explanation.reasons["cuda"] == f"not usable: {reason}"
+
+
+def test_each_gpu_of_a_machine_is_asked(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be too old; another has too little shared memory for one operator alone, and the call goes elsewhere."""
+    asked: list[int | None] = []
+
+    @contextmanager
+    def current(index: int | None) -> Iterator[None]:
+        asked.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if index == 1 else (8, 6))
+    gpu.shared_memory = 99 << 10
+
+    def reason(index: int, operator: str, dtype: torch.dtype) -> str | None:
+        x = SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, shape=(1, 4, 8))
+        call = [x if n == "x" else SimpleNamespace(shape=(8, 8)) for n in OPERATORS[operator].names]
+        return backends.why_not("cuda", "cuda", dtype, OPERATORS[operator], call)
+
+    assert "this GPU has 7.5" in str(reason(1, "mix_ffn", torch.float32))
+    assert reason(0, "mix_ffn", torch.float32) is None
+    assert "this GPU has 99" in str(reason(0, "mix_ffn", torch.bfloat16))
+    assert reason(0, "efficient_self_attention", torch.bfloat16) is None
+    assert set(asked) == {0}
 
 
 def test_explain_names_the_dtype_that_the_cuda_kernels_lack(gpu: SimpleNamespace) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import msformer_kernels as kernels
+from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import (
     Case,
     attention_case,
@@ -284,6 +285,32 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
 
 
 @pytest.mark.usefixtures("in_use")
+@pytest.mark.parametrize("name", ["mix_ffn", "efficient_self_attention"])
+@pytest.mark.parametrize(
+    ("dtype", "of_parameters"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float64)],
+)
+def test_gradients_of_parameters_have_their_dtype_under_autocast(
+    name: str, dtype: torch.dtype, of_parameters: torch.dtype, backend: str
+) -> None:
+    """Which need not be that of the activations, nor float32."""
+    operator, case = OPERATORS[name], CASES[name][0]
+    inputs = {
+        n: None if x is None else x.to(of_parameters if n in operator.parameters else dtype).requires_grad_()
+        for n, x in case.draw().items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(case, inputs, backend)
+    rounding = {n: x.dtype for n, x in found.items()}
+    expected = run(case, cast(inputs, torch.float64), "reference", rounding)
+    for n in operator.parameters:
+        if inputs[n] is None:
+            continue
+        gradient, truth = found[f"grad_{n}"], expected[f"grad_{n}"]
+        assert gradient.dtype == of_parameters
+        assert (gradient - truth).norm() <= 0.05 * truth.norm() + 1e-3, n
+
+
 def test_autocast_with_mixed_inputs() -> None:
     """bfloat16 activations of an earlier layer, float32 parameters."""
     block, x = block_and_tokens()

@@ -10,13 +10,62 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
+from tests.kernels.cases import Case, cast, mix_ffn_case, require, run
 from tests.kernels.cases.mix_ffn import CASES
-from tests.kernels.ops.shared import OperatorTests
+from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
 
 
 class TestMixFFN(OperatorTests):
     OPERATOR = "mix_ffn"
     CASES = CASES
+
+
+@pytest.mark.accuracy
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(
+    ("case", "environment"),
+    [
+        # more output channels than a block makes, with all channels on the chip and with some at a time
+        (mix_ffn_case("two_blocks", channels=144, hidden=70, width=9), {}),
+        (mix_ffn_case("three_blocks", channels=300, hidden=40), {"MSFORMER_EMULATE_SHARED_KB": "163"}),
+        (mix_ffn_case("chunks", channels=144, hidden=40, hidden_norm=False), {"MSFORMER_EMULATE_SHARED_KB": "128"}),
+        (CASES["tiles"], {"MSFORMER_EMULATE_PROCESSORS": "16"}),
+        # the pass over tokens has no room for them
+        (mix_ffn_case("far_too_wide", channels=1900, hidden=9, height=1), {"MSFORMER_EMULATE_SHARED_KB": "128"}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
+)
+def test_every_form_of_the_cuda_kernels(
+    case: Case, environment: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("cuda")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_error_rule(case, dtype, "cuda", most=2)
+
+
+@pytest.mark.accuracy
+def test_float32_fits_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrower dtypes, whose tiles are larger, do not: by the capability rule."""
+    require("cuda")
+    monkeypatch.setenv("MSFORMER_EMULATE_SHARED_KB", "99")
+    case = mix_ffn_case("wide", channels=260, hidden=40)
+    check_error_rule(case, "f32", "cuda", most=2)
+    with pytest.raises(kernels.BackendError, match=r"bfloat16 need 128 KiB of shared memory .* this GPU has 99"):
+        run(case, cast(case.draw(), torch.bfloat16), "cuda")
+
+
+def test_without_hidden_channels_there_are_the_residual_and_the_bias(backend: str) -> None:
+    case = mix_ffn_case("no_hidden", hidden=0, hidden_norm=False)
+    inputs = cast(case.draw(), torch.float32)
+    if backend == "triton":
+        with pytest.raises(kernels.BackendError, match="at least one hidden channel"):
+            run(case, inputs, backend)
+        return
+    expected = run(case, inputs, "reference")
+    for name, value in run(case, inputs, backend).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_mix_ffn_by_hand() -> None:

@@ -29,11 +29,16 @@ def _needs_memory(call: Any) -> str | None:
     return f"its kernels for {kind} need {needed} KiB of shared memory (A100, H100, B200), this GPU has {found >> 10}"
 
 
+def _needs_hidden_channels(call: Any) -> str | None:
+    """Why the Triton kernels do not take a call; None if they do."""
+    return None if call.fc1_weight.shape[0] > 0 else "its kernels take at least one hidden channel"
+
+
 OPERATOR = Operator(
     mix_ffn,
     outputs=("output",),
     fake=_fake,
     served_by=("native", "cuda", "triton"),
     autocast=cast_output,
-    limits={"cuda": _needs_memory},
+    limits={"cuda": _needs_memory, "triton": _needs_hidden_channels},
 )
