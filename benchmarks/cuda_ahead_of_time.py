@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -27,7 +28,9 @@ from unittest import mock
 import click
 import torch
 
+from benchmarks import cuda_launches
 from benchmarks.ahead_of_time import DIMS, launch_everything
+from benchmarks.cuda_launches import name_and_engine
 from benchmarks.occupancy import MULTIPROCESSORS, programs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
@@ -89,16 +92,6 @@ class Launch:
         return f"{self.name}<{self.engine}> ({self.dtype}, C = {self.dim}) for {self.target}"
 
 
-def name_and_engine(function: str) -> tuple[str, str]:
-    """("k", "F16, 64") of the C++ name `void space::k<space::F16, 64>(...)`."""
-    plain = re.sub(r"\(anonymous namespace\)|\{anonymous\}|<unnamed>", "", function)
-    plain = re.sub(r"\b\w*::|::|\((int|bool)\)", "", plain)
-    found = re.search(r"(\w+_kernel)(?:<(.*?)>)?(?=\(|$)", plain)
-    if not found:
-        raise ValueError(f"no kernel: {function}")
-    return found[1], found[2] or ""
-
-
 def demangled(names: list[str]) -> list[str]:
     """The names in C++; as they are without a program that knows."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
@@ -138,33 +131,25 @@ def compiled(source: Path, target: str) -> list[Kernel]:
 
 def launches(target: str, dtype: str, dim: int) -> list[Launch]:
     """What calls of every operator launch, each once; needs the emulation."""
-    from msformer_kernels.core.backends import cuda_library
     from msformer_kernels.core.precision import float32_products
 
-    library = cuda_library("cpu")
     environment = {
         "MSFORMER_EMULATE_SHARED_KB": str(MULTIPROCESSORS[target].shared_limit // 1024),
         "MSFORMER_EMULATE_PROCESSORS": str(PROCESSORS[target]),
     }
-    precision = "high" if dtype == "tf32" else "highest"
-    library.record_launches(True)
-    try:
-        with mock.patch.dict(os.environ, environment), float32_products(precision):
-            launch_everything(dim, DTYPES[dtype], backend="cuda", size=(SIDE, SIDE))
-    finally:
-        recorded = library.record_launches(False)
-    found: dict[Launch, None] = {}
-    for function, threads, shared in recorded:
-        kernel = re.search(r"\bkernel = &?(.*?)[;,] Arguments = ", function)
-        assert kernel, function
-        found[Launch(target, dtype, dim, *name_and_engine(kernel[1]), threads, shared)] = None
-    return list(found)
+    with (
+        mock.patch.dict(os.environ, environment),
+        float32_products("high" if dtype == "tf32" else "highest"),
+        cuda_launches.recorded(cuda_launches.INSTEAD) as recorded,
+    ):
+        launch_everything(dim, DTYPES[dtype], backend="cuda", size=(SIDE, SIDE))
+    found = (Launch(target, dtype, dim, x.kernel, x.engine, x.threads, x.shared) for x in recorded)
+    return list(dict.fromkeys(found))
 
 
-def table(header: str, rows: list[tuple[object, ...]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[tuple[object, ...]]) -> str:
     """Markdown."""
-    titles = header.split()
-    lines = [titles, ["---"] * len(titles), *([str(cell) for cell in row] for row in sorted(rows, key=str))]
+    lines = [list(titles), ["---"] * len(titles), *([str(cell) for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -172,19 +157,19 @@ def report(kernels: list[Kernel], launched: list[Launch]) -> str:
     """Both tables."""
     registers = {(k.target, k.name, k.engine): k.registers for k in kernels}
     by_registers = table(
-        "target kernel engine threads registers spills stack blocks",
+        ("target", "kernel", "engine", "threads", "registers", "spills", "stack", "blocks"),
         [
             (k.target, k.name, k.engine, k.threads, k.registers, k.spills, k.stack,
              programs(k.target, k.threads // 32, k.registers, 0)[0])
-            for k in kernels
+            for k in sorted(kernels, key=str)
         ],
     )  # fmt: skip
     by_shared = table(
-        "target dtype C kernel engine threads shared blocks",
+        ("target", "dtype", "C", "kernel", "engine", "threads", "shared", "blocks"),
         [
             (x.target, x.dtype, x.dim, x.name, x.engine, x.threads, x.shared,
              min(programs(x.target, x.threads // 32, registers[x.target, x.name, x.engine], x.shared)))
-            for x in launched
+            for x in sorted(launched, key=str)
         ],
     )  # fmt: skip
     return f"{by_registers}\n{by_shared}" if launched else by_registers

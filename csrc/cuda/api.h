@@ -121,13 +121,18 @@ bool is_emulated();
 // Bytes that a block may have on the current device; 0 without one.
 int shared_memory();
 const char* error_text(int error);
-// The emulation alone: from now on launches are only recorded, or no longer. Returns the kernel, threads and bytes of
-// shared memory of those that were.
-std::vector<std::tuple<std::string, int, int>> record_launches(bool on);
 // Why the driver here does not run these kernels; empty if it does.
 std::string why_not_this_driver();
 // The compute capabilities that there is code for, times ten, ascending; for newer ones there is PTX of the first. None
 // for the emulation.
 std::vector<int> compiled_for();
+
+#ifdef MSFORMER_CUDA_EMULATE
+// Kernel, threads, bytes of shared memory; bytes asked of global memory, and of distinct sectors read and written.
+using Launch = std::tuple<std::string, int, int, std::uint64_t, std::uint64_t, std::uint64_t>;
+// What was recorded of launches until now, and what is to be from now on: 0 nothing, 1 launches in place of running
+// them, 2 what they move.
+std::vector<Launch> record_launches(int what);
+#endif
 
 }  // namespace msformer::gpu

@@ -1,6 +1,4 @@
 // What the module asks about the device.
-#include <stdexcept>
-
 #include "api.h"
 #include "block.h"
 #include "driver.h"
@@ -26,18 +24,6 @@ const char* error_text(int error) {
 
 int shared_memory() { return most_shared(); }
 
-std::vector<std::tuple<std::string, int, int>> record_launches(bool on) {
-  std::vector<std::tuple<std::string, int, int>> found;
-#ifdef MSFORMER_CUDA_EMULATE
-  auto& recorder = emulated::recorder();
-  for (const auto& each : recorder.launches) found.emplace_back(each.kernel, each.threads, each.shared);
-  recorder = {on, {}};
-#else
-  if (on) throw std::runtime_error("launches are recorded by the emulation alone");
-#endif
-  return found;
-}
-
 std::string why_not_this_driver() {
 #ifdef MSFORMER_CUDA_EMULATE
   return "";
@@ -57,5 +43,16 @@ std::vector<int> compiled_for() {
   return found;
 #endif
 }
+
+#ifdef MSFORMER_CUDA_EMULATE
+std::vector<Launch> record_launches(int what) {
+  std::vector<Launch> found;
+  auto& recorder = emulated::recorder();
+  for (const auto& each : recorder.launched)
+    found.emplace_back(each.kernel, each.threads, each.shared, each.asked, each.read, each.written);
+  recorder = {static_cast<emulated::Record>(what), {}, {}};
+  return found;
+}
+#endif
 
 }  // namespace msformer::gpu

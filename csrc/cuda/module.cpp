@@ -96,7 +96,9 @@ PYBIND11_MODULE(MSFORMER_MODULE, m) {
   m.doc() = "CUDA kernels of msformer_kernels";
   m.def("is_emulated", is_emulated);
   m.def("shared_memory", shared_memory);
+#ifdef MSFORMER_CUDA_EMULATE
   m.def("record_launches", record_launches);
+#endif
   m.def("why_not_this_driver", why_not_this_driver);
   m.def("compiled_for", compiled_for);
   define(m, "mix_ffn_forward", mix_ffn_forward, read_forward);
