@@ -35,7 +35,7 @@ def name_and_engine(function: str) -> tuple[str, str]:
     found = re.search(r"(\w+_kernel)(?:<(.*?)>+)?(?=\(|$)", plain)
     if not found:
         raise ValueError(f"no kernel: {function}")
-    engine = found[2] or ""
+    engine = (found[2] or "").strip()
     return found[1], engine + ">" * (engine.count("<") - engine.count(">"))
 
 

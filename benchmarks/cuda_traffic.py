@@ -10,7 +10,7 @@ touches, which is what passes a large cache. No time is measured.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -43,13 +43,12 @@ def operations(side: int, dim: int, dtype: torch.dtype) -> dict[str, Callable[[]
     }
 
 
-def rows_of(name: str, launches: Iterable[Launch], size: int) -> list[Row]:
+def rows_of(name: str, launches: Sequence[Launch], size: int) -> list[Row]:
     """A row for each kernel, and one for all of them."""
-    counted = [(x.kernel, x.asked / size, x.read / size, x.written / size) for x in launches]
-    every = ("**all**", *(sum(row[i] for row in counted) for i in (1, 2, 3)))  # type: ignore[misc]
+    every = Launch("**all**", "", 0, 0, *(sum(getattr(x, n) for x in launches) for n in ("asked", "read", "written")))
     return [
-        (name, kernel, f"{asked:.2f}", f"{read:.2f}", f"{written:.2f}", f"{read + written:.2f}")
-        for kernel, asked, read, written in (*counted, every)
+        (name, x.kernel, *(f"{n / size:.2f}" for n in (x.asked, x.read, x.written, x.read + x.written)))
+        for x in (*launches, every)
     ]
 
 

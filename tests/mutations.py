@@ -2,9 +2,9 @@
 
     python -m tests.mutations [--out table.md] [--only delta]
 
-Needs `pip install -e ".[test,dev]"`. Each mutation is made in a copy of the sources, the extension is built there for
-the best variant of this machine, and the accuracy tests of the operator run on it. They must fail. Takes about 8
-minutes on two cores; not part of `pytest`.
+Needs `pip install -e ".[test,dev]"`. Each mutation is made in a copy of the sources, the extension is built there (the
+CPU kernels for the best variant of this machine, the CUDA kernels for their emulation), and the accuracy tests of the
+operator run on it. They must fail. Takes about 20 minutes on two cores; not part of `pytest`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "kernels/msformer_kernels/ops"
 BUILD = """
-import sys, setuptools
+import sys, sysconfig
 from pathlib import Path
-setuptools.setup = lambda **options: None
 sys.path.insert(0, "csrc")
-import variants
-variants.VARIANTS[:] = [v for v in variants.VARIANTS if v.name == sys.argv[1]]
-import setup, sysconfig
-suffix = sysconfig.get_config_var("EXT_SUFFIX")
-setup.compile_native(Path("kernels/msformer_kernels/_native" + suffix).resolve(), Path("build/mutant").resolve())
+import extensions, variants
+module, variant = sys.argv[1:]
+variants.VARIANTS[:] = [v for v in variants.VARIANTS if v.name == variant]
+build = {"_native": extensions.build_native, "_cuda_emulated": extensions.build_emulation}[module]
+output = Path("kernels/msformer_kernels", module + sysconfig.get_config_var("EXT_SUFFIX"))
+build(output.resolve(), Path("build", module).resolve())
 """
 TO_BFLOAT16 = (
     "[](T x) { float f = static_cast<float>(x); std::uint32_t b; std::memcpy(&b, &f, 4);"
@@ -48,13 +48,15 @@ class Mutation:
     expression: str = "native and (bf16 or not f16)"
 
     @property
-    def is_native(self) -> bool:
-        return self.file.endswith((".cpp", ".h"))
+    def module(self) -> str | None:
+        """The extension that is to be built again; None for Python."""
+        return {"cpu": "_native", "cuda": "_cuda_emulated"}.get(self.file.split("/")[1])
 
 
 SELF, PLAIN, FFN = "efficient_self_attention", "efficient_attention", "mix_ffn"
 FOLDED = "csrc/cpu/self_attention/folded_backward.cpp"
 TRITON = "triton and f32"
+CUDA = "csrc/cuda"
 MUTATIONS = [
     Mutation(
         "nothing (the tests pass)", "csrc/cpu/base/sums.h", "Vector<T> sums[4] = {};", "Vector<T> sums[4] = {};", SELF
@@ -162,6 +164,102 @@ MUTATIONS = [
         PLAIN,
         TRITON + " and tiles",
     ),
+    Mutation(
+        "CUDA: taps of the backward's convolution not turned round",
+        f"{CUDA}/mix_ffn.h",
+        "(BACKWARD ? 8 - t : t)",
+        "t",
+        FFN,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: chunks of the hidden norm joined without their sizes",
+        f"{CUDA}/mix_ffn.h",
+        "mean[r] = old + difference * share;",
+        "mean[r] = old + difference / 2;",
+        FFN,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: a term of the hidden norm's gradient dropped",
+        f"{CUDA}/mix_ffn_first_backward.cu",
+        " - normalized * z_product[p]);",
+        ");",
+        FFN,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: fc2's gradient from the first 128 channels of a block that has others",
+        f"{CUDA}/mix_ffn_second_backward.cu",
+        "tokens + (a.channel_chunk < g.channels ? 0 : out);",
+        "tokens;",
+        FFN,
+        "cuda and bf16",
+    ),
+    Mutation(
+        "CUDA: 16 of 64 pixels of a tile left out of fc1's gradient",
+        f"{CUDA}/mix_ffn_first_backward.cu",
+        "C::PIXELS, channels, ins);",
+        "C::PIXELS - 16, channels, ins);",
+        FFN,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: float32 in two parts of bfloat16 in place of three",
+        f"{CUDA}/tiles.h",
+        "for (int order = 2; order > 0; order--)",
+        "for (int order = 1; order > 0; order--)",
+        FFN,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: the hidden tile read before all warps have written it",
+        f"{CUDA}/mix_ffn.h",
+        "from_float<T>(exists ? sum + bias : 0.0f);\n  });\n  __syncthreads();",
+        "from_float<T>(exists ? sum + bias : 0.0f);\n  });",
+        FFN,
+        "cuda and bf16",
+    ),
+    Mutation(
+        "CUDA: weights used before their copy is waited for",
+        f"{CUDA}/mix_ffn.h",
+        "    wait<0>();\n",
+        "",
+        FFN,
+        "cuda and bf16",
+    ),
+    Mutation(
+        "CUDA: the sum of self-attention's softmax not rescaled",
+        f"{CUDA}/self_attention_forward.cu",
+        "total[h] *= rescale[h];",
+        "",
+        SELF,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: parts of the tokens weighted alike in the fold",
+        f"{CUDA}/self_attention_fold.cu",
+        "weights[s] = expf(read(f.maxima + part) - shift);",
+        "weights[s] = 1;",
+        SELF,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: delta not subtracted in the keys' gradient",
+        f"{CUDA}/self_attention_token_backward.h",
+        "(grad - delta[feature + own + p.column(j, q)])",
+        "grad",
+        SELF,
+        "cuda and f32",
+    ),
+    Mutation(
+        "CUDA: the sum of plain attention's softmax not rescaled",
+        f"{CUDA}/attention_reduction.h",
+        "    sum *= shrink;",
+        "",
+        PLAIN,
+        "cuda and f32",
+    ),
 ]
 
 
@@ -174,9 +272,9 @@ def prepare(folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
-def build(folder: Path, variant: str) -> None:
+def build(folder: Path, module: str, variant: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, variant], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", BUILD, module, variant], cwd=folder, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise SystemExit(f"the mutant does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -187,6 +285,8 @@ def verdict(folder: Path, mutation: Mutation) -> str:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "kernels"), str(folder)]),
         "MSFORMER_TEST_EFFORT": "0.25",
+        "MSFORMER_CUDA_EMULATE": "1",
+        "TRITON_INTERPRET": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "accuracy"]
     command += ["-k", mutation.expression, f"tests/kernels/ops/test_{mutation.tests}.py"]
@@ -209,7 +309,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        build(folder, variant)
+        for module in ("_native", "_cuda_emulated"):
+            build(folder, module, variant)
         for mutation in chosen:
             path = folder / mutation.file
             original = path.read_text()
@@ -218,12 +319,12 @@ def main() -> int:
                     f"{mutation.what}: {mutation.file} holds the line {original.count(mutation.old)} times"
                 )
             path.write_text(original.replace(mutation.old, mutation.new))
-            if mutation.is_native:
-                build(folder, variant)
+            if mutation.module:
+                build(folder, mutation.module, variant)
             found = verdict(folder, mutation)
             path.write_text(original)
-            if mutation.is_native:
-                build(folder, variant)
+            if mutation.module:
+                build(folder, mutation.module, variant)
             missed += (found == "passes") != (mutation.old == mutation.new)
             rows.append(f"| {mutation.what} | {mutation.file} | {found} |")
             print(rows[-1], flush=True)

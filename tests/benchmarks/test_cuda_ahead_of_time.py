@@ -9,22 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import cuda_ahead_of_time
-from benchmarks.cuda_ahead_of_time import Kernel, Launch, main, name_and_engine
+from benchmarks.cuda_ahead_of_time import Kernel, Launch, main
 from benchmarks.occupancy import MULTIPROCESSORS
 from tests.kernels.cases import require
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        ("void msformer::gpu::(anonymous namespace)::a_kernel<msformer::gpu::F16, 64>(msformer::gpu::A)", "F16, 64"),
-        ("{anonymous}::a_kernel<msformer::gpu::Tf32x3, true>", "Tf32x3, true"),
-        ("void msformer::gpu::a_kernel<msformer::gpu::Bf16, (bool)1>(msformer::gpu::A)", "Bf16, 1"),
-        ("msformer::gpu::a_kernel", ""),
-    ],
-)
-def test_names_of_kernels(function: str, expected: str) -> None:
-    assert name_and_engine(function) == ("a_kernel", expected)
 
 
 def test_faults() -> None:
