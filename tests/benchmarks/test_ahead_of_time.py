@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ahead_of_time import Compiled, register_operands
-from benchmarks.host_time import measure_native
+from benchmarks.host_time import measure_launches, measure_native
 from benchmarks.occupancy import programs
 from tests.kernels.cases import require
 
@@ -70,9 +70,16 @@ def test_faults_of_a_kernel() -> None:
 def test_host_time_of_every_operator() -> None:
     done = run_compiled("benchmarks.host_time", "--backend", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
-    times = {name: float(time) for name, time in re.findall(r"^(\w+) +(\d+) us a call$", done.stdout, re.MULTILINE)}
+    times = {name: (int(a), int(b)) for name, a, b in re.findall(r"^(\w+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)}
     assert times.keys() == {"efficient_attention", "efficient_self_attention", "mix_ffn", "batch_norm"}
-    assert min(times.values()) > 0
+    assert all(0 < path < whole for whole, path in times.values())
+
+
+def test_host_time_of_cuda_calls() -> None:
+    require("cuda")
+    rows = measure_launches("cuda", dim=8, repeats=2, rounds=1)
+    assert [name for name, *_ in rows] == ["efficient_self_attention", "mix_ffn", "efficient_attention"]
+    assert all(0 < path < whole for _, whole, path in rows)
 
 
 def test_host_time_of_native_calls_beside_eager() -> None:
