@@ -160,7 +160,7 @@ def launch_everything(
             kernels.efficient_attention(q, q, q, mask=mask)[0].sum().backward()
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -172,10 +172,8 @@ def _nvidia(compiled: Any, products: int) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        disassemble = [_tool("nvdisasm"), "-c", file.name]
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        disassemble = [tool("nvdisasm"), "-c", file.name]
         code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout if products else ""
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage.stdout)}
     return numbers["REG"], numbers["STACK"], ", ".join(sorted(set(re.findall(r"\b(?:[HQ]G?|UTC[A-Z]?)MMA\b", code))))

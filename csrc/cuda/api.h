@@ -93,7 +93,7 @@ struct SelfAttentionState {
   float *context, *key_max, *key_sum, *key_tokens;
 };
 
-// x [B, tokens, C]; channels, key and value features (of all heads) up to 128, batch and channels at least 1.
+// x [B, tokens, C]; channels, key and value features (of all heads) 1 to 128, batch at least 1, tokens below 2^31.
 struct SelfAttentionArguments {
   std::int64_t batch, tokens;
   int channels, keys, values, heads;

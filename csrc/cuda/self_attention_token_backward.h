@@ -73,10 +73,10 @@ struct TokenBlock {
   StagedRows<T> query_weight, key_weight;
   StagedRows<SumStore> grad_key_tokens;
   int warp, channels, keys;  // these in multiples of 16
-  int row_units, row, unit;  // of the tile: rows of this warp, and its number among the warps with the same rows
-  bool resident;
+  int row, unit;             // of the tile: rows of this warp, and its number among the warps with the same rows
+
   int image = -1;
-  std::int64_t first = 0;  // token of the tile
+  int first = 0;  // token of the tile
 
   DEV TokenBlock(const TokenPass& p, unsigned char* memory)
       : pass(p),
@@ -103,11 +103,10 @@ struct TokenBlock {
     key_weight = {tile(m.key_weight), m.stride, p.at_once, static_cast<const T*>(p.key_weight), a.keys, channels};
     grad_key_tokens = {reinterpret_cast<SumStore*>(memory + m.grad_key_tokens), m.sum_stride, p.at_once,
                        static_cast<const SumStore*>(p.grad_key_tokens),         a.keys,       channels};
-    row_units = p.rows / 16;
-    row = warp % row_units * 16;
-    unit = warp / row_units;
-    resident = query_weight.resident();
-    if (resident) {
+    row = warp % (p.rows / 16) * 16;
+    unit = warp / (p.rows / 16);
+
+    if (query_weight.resident()) {
       query_weight.stage_from(0);
       key_weight.stage_from(0);
     }
@@ -124,7 +123,7 @@ struct TokenBlock {
   DEV void take_image(int now) {
     if (image == now) return;
     image = now;
-    if (resident) stage_grad_key_tokens(0);
+    if (query_weight.resident()) stage_grad_key_tokens(0);
     for (int j = threadIdx.x; j < a.keys; j += THREADS) {
       const std::int64_t at = static_cast<std::int64_t>(image) * a.keys + j;
       const float largest = read(a.state.key_max + at);
@@ -155,7 +154,7 @@ struct TokenBlock {
                              static_cast<const T*>(pass.grad_query) + (image * a.tokens + first) * keys + feature, keys,
                              count, features);
     clear_rows(grad_query + count * m.chunk_stride, m.chunk_stride, pass.rows - count, features);
-    if (!resident) {
+    if (!query_weight.resident()) {
       query_weight.stage_from(feature);
       key_weight.stage_from(feature);
       stage_grad_key_tokens(feature);
@@ -207,7 +206,7 @@ struct TokenBlock {
       __syncthreads();
       for (int j = threadIdx.x; j < features; j += THREADS) {
         float total = 0, grads = 0;
-        for (int u = 0; u < row_units; u++) {
+        for (int u = 0; u < pass.rows / 16; u++) {
           total += softmax_sums[(u * CHUNK + j) * 2];
           grads += softmax_sums[(u * CHUNK + j) * 2 + 1];
         }
@@ -238,12 +237,9 @@ struct TokenBlock {
     const LaneNorm<T> lane_norm = norm();
     float weight_sums[4] = {}, bias_sums[4] = {};
     for (int r = warp; r < pass.rows && first + r < a.tokens; r += WARPS) {
-      float g[4] = {};
-      if (lane_channel() < a.channels)
-        widen(g, *reinterpret_cast<const Four<float>*>(grad_x + r * m.grad_stride + lane_channel()));
-#pragma unroll
+      float g[4];
       for (int i = 0; i < 4; i++)
-        if (lane_channel() + i >= a.channels) g[i] = 0;
+        g[i] = lane_channel() + i < a.channels ? grad_x[r * m.grad_stride + lane_channel() + i] : 0.0f;
       if (lane_norm.on) {
         float normalized[4];
         widen(normalized, x.load(first + r, lane_channel()));
@@ -291,21 +287,22 @@ self_attention_token_backward_kernel(const TokenPass pass) {
   }
   const int feature_row = b.warp % 2 * 16, feature_column = b.warp / 2 * 32;
   const int feature_columns = min(32, b.channels - feature_column);
-  const int column = b.unit * 16 * b.row_units;  // of dX: `row` and 15 more rows, 16 row_units columns from here on
-  const int columns = min(16 * b.row_units, b.channels - column);
+  const int column = b.unit * pass.rows;  // of dX: `row` and 15 more rows, `rows` columns from here on
+  const int columns = min(pass.rows, b.channels - column);
 
   const std::int64_t tiles = a.batch * pass.tiles_of_image();
   const int tiles_of_image = static_cast<int>(pass.tiles_of_image());
   const int end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   for (int t = static_cast<int>(tiles * blockIdx.x / gridDim.x); t < end; t++) {
     b.take_image(t / tiles_of_image);
-    b.first = static_cast<std::int64_t>(t % tiles_of_image) * pass.rows;
+    b.first = t % tiles_of_image * pass.rows;
     b.load_tokens();
     WarpProduct<8> grad;
     grad.clear();
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      const int feature = chunk * CHUNK, features = min(CHUNK, b.keys - feature), start = b.resident ? feature : 0;
+      const int feature = chunk * CHUNK, features = min(CHUNK, b.keys - feature),
+                start = b.query_weight.resident() ? feature : 0;
       if (features <= 0) break;
       b.load_chunk(feature, features);
       b.make_weights(feature, features, start);

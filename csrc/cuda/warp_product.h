@@ -55,7 +55,7 @@ struct WarpProduct {
   template <class E, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, class Left, class Right>
   DEV void add(const Left* left, int left_stride, int row, const Right* right, int right_stride, int column, int inner,
                int from, int to) {
-#pragma unroll(E::PARTS == 1 ? 2 : 1)  // registers
+#pragma unroll(sizeof(typename E::Store) == 2 ? 2 : 1)  // registers
     for (int k = 0; k < inner; k += E::INNER) {
       Fragment<E> a;
       load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);
@@ -141,7 +141,7 @@ struct WarpProduct {
 template <class E, int NJ, class Left, class Right>
 DEV void add_both(WarpProduct<NJ>& first, WarpProduct<NJ>& second, const Left* first_left, const Left* second_left,
                   int left_stride, int row, const Right* right, int right_stride, int column, int inner, int to) {
-  if constexpr (E::PARTS != 1) {  // in parts they take too many registers
+  if constexpr (sizeof(typename E::Store) == 4) {  // they take too many registers
     first.template add<E, true, false>(first_left, left_stride, row, right, right_stride, column, inner, 0, to);
     second.template add<E, true, false>(second_left, left_stride, row, right, right_stride, column, inner, 0, to);
     return;

@@ -97,10 +97,8 @@ def test_host_time_of_native_calls_beside_eager() -> None:
 @pytest.mark.parametrize(
     ("target", "dims"),
     [
-        ("sm_80", ()),
-        ("sm_90", ()),
-        ("gfx942", ()),
-        *((target, ("--dim", "64", "--dim", "100")) for target in ("sm_89", "sm_100", "sm_120")),
+        ("sm_90", ("--dim", "64", "--dim", "100", "--dim", "160")),
+        *((target, ("--dim", "100")) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
     ],
 )
 def test_every_kernel_compiles_without_spills(target: str, dims: tuple[str, ...], tmp_path: Path) -> None:
@@ -108,6 +106,6 @@ def test_every_kernel_compiles_without_spills(target: str, dims: tuple[str, ...]
     done = run_compiled("benchmarks.ahead_of_time", "--target", target, *dims, "--out", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in table.read_text().splitlines() if line.startswith(f"| {target}")]
-    assert len(rows) > 100
+    assert len(rows) > 50
     for name in ("key_tokens_kernel", "token_backward_kernel", "context_kernel", "activation_kernel"):
         assert any(name in row for row in rows), name

@@ -277,7 +277,14 @@ def test_a_killed_process_can_be_resumed(how: signal.Signals, at_once: int, tmp_
         PILImage.fromarray(picture).save(images / f"{number:02d}.png")
     command = [sys.executable, "-m", "msformer", "segment", str(images), "--out", str(out), *QUICK_OPTIONS]
     command += ["--at-once", str(at_once)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # tests that run in the background of a shell ignore it, and so would the process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("0*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
