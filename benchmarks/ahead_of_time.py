@@ -161,6 +161,7 @@ def launch_everything(
 
 
 def tool(name: str) -> str:
+    """The path of one of NVIDIA's binary utilities, which Triton brings along."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
