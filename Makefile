@@ -18,6 +18,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h" -o -name "*.py")
 
+# where there is nvcc, tests need two architectures of five
+ifneq ($(filter test lint,$(MAKECMDGOALS)),)
+export MSFORMER_CUDA_ARCHS ?= 80,90
+endif
+
 .PHONY: demo test bench ahead-of-time lint build clean
 
 demo: $(VENV)/installed

@@ -245,6 +245,7 @@ struct Product {
     for (int u = 0; u < UNITS; u++) {
       const int unit = warp + u * WARPS, row = unit % ROW_UNITS * 16, column = unit / ROW_UNITS * (8 * NJ);
       if (unit >= ALL || row >= rows || column >= columns) continue;
+#pragma unroll(E::PARTS > 1 ? 1 : 2)  // registers
       for (int k = 0; k < inner; k += E::INNER) {
         Fragment<E> a;
         load_left<E, LEFT_TRANSPOSED>(a, left, left_stride, row, k);

@@ -45,7 +45,11 @@ NATIVE = {
     },
 }
 INTERPRETER = {
-    "OpenBLAS Haswell, seed 1": {"OPENBLAS_CORETYPE": "Haswell", "MSFORMER_TEST_SEED": "1"},
+    "OpenBLAS Haswell, ATen default, seed 1": {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MSFORMER_TEST_SEED": "1",
+    },
     "OpenBLAS SkylakeX, ATen avx2, seed 2": {
         "OPENBLAS_CORETYPE": "SkylakeX",
         "ATEN_CPU_CAPABILITY": "avx2",

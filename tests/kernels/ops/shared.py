@@ -24,7 +24,7 @@ DRAWS = {
     "triton": {"f32": 2, "bf16": 1, "f16": 1},
 }
 """Of a small case; Triton's interpreter and the emulation of CUDA are slow."""
-MANY = {"native": 48, "cuda": 48, "triton": 16}
+MANY = {"native": 48, "cuda": 48, "triton": 8}
 EFFORT = float(os.environ.get("MSFORMER_TEST_EFFORT", "1"))
 """By how much the number of draws is multiplied."""
 
