@@ -73,7 +73,7 @@ struct SelfAttentionArguments {
   SelfAttentionParameters<void*> gradients;
 };
 
-enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
+enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3, hardswish = 4, relu6 = 5 };
 
 template <class P>
 struct MixFFNParameters {  // dw_weight [hidden, 3, 3]

@@ -73,6 +73,19 @@ inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
       const Vector<T> dy = square * (T(3) * k * c) + k;
       return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid) * dy * T(2)};
     }
+    case ActivationFunction::silu: {
+      const Vector<T> e = vexp(-x), sigmoid = one / (e + one);
+      return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid)};
+    }
+    case ActivationFunction::hardswish: {
+      const Vector<T> three = splat(T(3)), sixth = splat(T(1) / T(6));
+      const Vector<T> inside = x * (x + three) * sixth, slope = x * (sixth + sixth) + splat(T(0.5));
+      return {x <= -three ? zero : x >= three ? x : inside, x <= -three ? zero : x >= three ? one : slope};
+    }
+    case ActivationFunction::relu6: {
+      const Vector<T> six = splat(T(6));
+      return {x < zero ? zero : x > six ? six : x, x <= zero ? zero : x >= six ? zero : one};
+    }
     default: {
       Vector<T> cdf, pdf;
       normal_distribution(x, cdf, pdf);

@@ -23,7 +23,7 @@ class MixFFN(nn.Module):
     Args:
         in_features: C, of the input and the output.
         hidden_features: usually 4C.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or ``"relu6"``.
 
     Raises:
         ValueError: features below 1, an unknown activation.

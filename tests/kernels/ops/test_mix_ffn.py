@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from tests.kernels.cases import Case, cast, mix_ffn_case, require, run
 from tests.kernels.cases.mix_ffn import CASES
 from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
@@ -80,10 +81,10 @@ def test_mix_ffn_by_hand() -> None:
 
 
 @pytest.mark.accuracy
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
     """Through an operator that only applies the activation: identity linears, a centre tap of one."""
-    points = [torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0])]
+    points = [torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 3.0, -3.0, 6.0])]
     x = torch.cat(points).view(1, -1, 1)
     one, tap = torch.ones(1, 1), torch.zeros(1, 1, 3, 3)
     tap[..., 1, 1] = 1
@@ -146,7 +147,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"hidden_norm_weight: expected .* = \(8,\), got \(4,\)",
     ),
-    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, gelu_tanh, relu, got 'swish'"),
+    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, .*hardswish, relu6, got 'swish'"),
     ({"fc2_bias": torch.randn(4).double()}, TypeError, "fc2_bias: has dtype torch.float64"),
 ]
 

@@ -60,7 +60,8 @@ def mix_ffn(
         None.
         norm_weight, norm_bias: ``[C]``; a LayerNorm of x, unless the weight is None.
         norm_eps: of both norms.
-        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"relu"``.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or
+            ``"relu6"``.
         residual: adds x (before the norm) to the output.
         backend: see `msformer_kernels.use_backend`.
 

@@ -20,7 +20,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
 }
+"""By name, in the order of `ActivationFunction` in csrc/abi.h."""
 
 
 def mix_ffn(
