@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.norm import norm_arguments
 from msformer_kernels.ops.mix_ffn.api import check_activation, mix_ffn
 
@@ -40,6 +41,7 @@ class MixFFN(nn.Module):
         self.dwconv = _DepthwiseConv(hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
         self.norm1: nn.LayerNorm | None = None
+        self.register_load_state_dict_pre_hook(accept_other_names)
 
     def forward(
         self, x: Tensor, height: int, width: int, *, norm: nn.LayerNorm | None = None, residual: bool = False
