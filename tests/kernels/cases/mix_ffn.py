@@ -21,6 +21,7 @@ def mix_ffn_case(
     layout: str = "contiguous",
     skip: bool = True,
     activation: str = "gelu",
+    inner_activation: str = "identity",
     residual: bool = True,
     norm_eps: float = 1e-5,
 ) -> Case:
@@ -44,6 +45,7 @@ def mix_ffn_case(
         options = {
             "skip": skip,
             "activation": activation,
+            "inner_activation": inner_activation,
             "residual": residual,
             "norm_eps": norm_eps,
             "backend": backend,
@@ -78,6 +80,17 @@ CASES = Cases(
         mix_ffn_case("tiles_plain", height=9, width=37, channels=12, hidden=70, skip=False, hidden_norm=False),
     ],
     large=[
+        mix_ffn_case("inner", height=9, width=13, channels=37, hidden=50, inner_activation="gelu"),
+        mix_ffn_case(
+            "inner_plain",
+            batch=2,
+            width=80,
+            hidden=21,
+            inner_activation="silu",
+            activation="identity",
+            skip=False,
+            hidden_norm=False,
+        ),
         mix_ffn_case("columns", height=9, width=13, channels=37, hidden=50, layout="transposed"),
         mix_ffn_case("large", height=71, width=79, channels=20, hidden=80),
         mix_ffn_case("wide", batch=2, height=9, width=150, channels=33, hidden=130, skip=False, hidden_norm=False),

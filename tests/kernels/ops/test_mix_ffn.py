@@ -102,6 +102,26 @@ def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
         assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_gradients_through_an_activation_before_the_convolution(skip: bool, float64_backend: str) -> None:
+    case = mix_ffn_case("inner", skip=skip, hidden_norm=skip, inner_activation="gelu_tanh", activation="silu")
+    tensors = cast(case.draw(), torch.float64)
+    names = [n for n, x in tensors.items() if x is not None]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
+
+
+def test_the_kernels_of_a_gpu_have_no_activation_before_the_convolution() -> None:
+    case = mix_ffn_case("inner", inner_activation="relu")
+    for name in ("cuda", "triton"):
+        require(name)
+        with pytest.raises(kernels.BackendError, match="inner_activation is 'relu', its kernels have none"):
+            run(case, cast(case.draw(), torch.float32), name)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_image_of_any_width_fits_a_launch_grid(whole: bool) -> None:
     """CUDA has at most 65535 programs along the axes of a grid after the first."""
@@ -147,7 +167,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"hidden_norm_weight: expected .* = \(8,\), got \(4,\)",
     ),
-    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, .*hardswish, relu6, got 'swish'"),
+    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, .*relu6, identity, got 'swish'"),
+    ({"inner_activation": "none"}, ValueError, "inner_activation: expected one of gelu, .* got 'none'"),
     ({"fc2_bias": torch.randn(4).double()}, TypeError, "fc2_bias: has dtype torch.float64"),
 ]
 

@@ -41,6 +41,7 @@ def _options(call: Any) -> tuple[Any, ...]:
         call.skip,
         call.residual,
         _ACTIVATIONS[call.activation],
+        _ACTIVATIONS[call.inner_activation],
     )
 
 

@@ -33,6 +33,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         sigmoid = tl.where(y < 0, e / (1.0 + e), 1.0 / (1.0 + e))
         slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
         return x * sigmoid, sigmoid + 2.0 * x * slope * e / ((1.0 + e) * (1.0 + e))
+    elif ACTIVATION == "identity":
+        return x, tl.full(x.shape, 1.0, tl.float32)
     elif ACTIVATION == "silu":
         e = tl.exp(-tl.abs(x))
         small = e / (1.0 + e)
