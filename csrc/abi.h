@@ -73,7 +73,7 @@ struct SelfAttentionArguments {
   SelfAttentionParameters<void*> gradients;
 };
 
-enum class ActivationFunction : int { gelu = 0, gelu_tanh = 1, relu = 2 };
+enum class ActivationFunction : int { gelu, gelu_tanh, relu, silu, hardswish, relu6, identity };
 
 template <class P>
 struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
@@ -88,7 +88,7 @@ struct MixFFNArguments {
   Form form;
   double norm_eps;
   bool skip, residual;
-  ActivationFunction activation;
+  ActivationFunction activation, inner_activation;  // of Z, and of U before the convolution
   Activation x;
   MixFFNParameters<const void*> parameters;
   Activation output;       // forward

@@ -34,6 +34,10 @@ struct MixFFN {
 DEV float activate(ActivationFunction f, float x) {
   if (f == ActivationFunction::relu) return x > 0 || x != x ? x : 0.0f;
   if (f == ActivationFunction::gelu) return 0.5f * x * (1 + erff(x * 0.70710678118654752f));
+  if (f == ActivationFunction::identity) return x;
+  if (f == ActivationFunction::silu) return x / (1 + expf(-x));
+  if (f == ActivationFunction::hardswish) return x <= -3 ? 0.0f : x >= 3 ? x : x * (x + 3) / 6;
+  if (f == ActivationFunction::relu6) return x < 0 ? 0.0f : x > 6 ? 6.0f : x;
   return 0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
@@ -41,6 +45,13 @@ DEV float activation_slope(ActivationFunction f, float x) {
   if (f == ActivationFunction::relu) return x > 0 || x != x ? 1.0f : 0.0f;
   if (f == ActivationFunction::gelu)
     return 0.5f * (1 + erff(x * 0.70710678118654752f)) + x * 0.39894228040143268f * expf(-0.5f * x * x);
+  if (f == ActivationFunction::identity) return 1;
+  if (f == ActivationFunction::silu) {
+    const float sigmoid = 1 / (1 + expf(-x));
+    return sigmoid + x * sigmoid * (1 - sigmoid);
+  }
+  if (f == ActivationFunction::hardswish) return x <= -3 ? 0.0f : x >= 3 ? 1.0f : x / 3 + 0.5f;
+  if (f == ActivationFunction::relu6) return x <= 0 || x >= 6 ? 0.0f : 1.0f;
   const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x), t = tanhf(inner);
   return 0.5f * (1 + t) + 0.5f * x * (1 - t) * (1 + t) * 0.79788456080286536f * (1 + 3 * 0.044715f * x * x);
 }

@@ -44,22 +44,80 @@ inline void store_bfloat16(BFloat16* p, Vector<float> x) {
   *reinterpret_cast<Simd<float>::Halves*>(p) = __builtin_convertvector(kept, Simd<float>::Halves);
 }
 
+// a vector of neighbouring values
+template <class T, class S>
+inline Vector<T> load_values(const S* p) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return load_unaligned(reinterpret_cast<const T*>(p));
+  } else if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value) {
+    return load_bfloat16(p);
+  } else {
+    alignas(64) T values[kWidth<T>];
+    for (int i = 0; i < kWidth<T>; ++i) values[i] = convert<T>(p[i]);
+    return load(values);
+  }
+}
+template <class T, class S>
+inline void store_values(S* p, Vector<T> x) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    store_unaligned(reinterpret_cast<T*>(p), x);
+  } else if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value) {
+    store_bfloat16(p, x);
+  } else {
+    for (int i = 0; i < kWidth<T>; ++i) assign(p[i], x[i]);
+  }
+}
+
 // row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
 template <class T, class S>
 inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
   constexpr std::int64_t W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
-  if constexpr (sizeof(T) == sizeof(S)) {
-    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_unaligned(reinterpret_cast<const T*>(source) + c));
-  } else if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value) {
-    for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_bfloat16(source + c));
-  } else {
-    for (std::int64_t c = 0; c < whole; ++c) out[c] = convert<T>(source[c]);
-  }
+  for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_values<T>(source + c));
   for (std::int64_t c = whole; c < leading; c += W) {
     alignas(64) T last[W] = {};
     for (std::int64_t i = 0; i < channels - c; ++i) last[i] = convert<T>(source[c + i]);
     store(out + c, load(last));
+  }
+}
+
+// The same of tokens that lie side by side, as in images with channels first: squares of channels and tokens change
+// places in registers.
+template <class T, class S>
+inline void load_columns(const S* source, std::int64_t by_channel, std::int64_t tokens, std::int64_t channels, T* out,
+                         std::int64_t leading) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = tokens / W * W;
+  for (std::int64_t c = 0; c < leading; c += W) {
+    const std::int64_t count = min_of<std::int64_t>(W, channels - c);
+    for (std::int64_t i = 0; i < whole; i += W) {
+      Vector<T> square[W];
+      for (std::int64_t k = 0; k < W; ++k)
+        square[k] = k < count ? load_values<T>(source + i + (c + k) * by_channel) : Vector<T>{};
+      transpose<T>(square);
+      for (std::int64_t k = 0; k < W; ++k) store(out + (i + k) * leading + c, square[k]);
+    }
+    for (std::int64_t i = whole; i < tokens; ++i)
+      for (std::int64_t k = 0; k < W; ++k)
+        out[i * leading + c + k] = k < count ? convert<T>(source[i + (c + k) * by_channel]) : T(0);
+  }
+}
+
+template <class T, class S>
+inline void store_columns(const T* in, std::int64_t leading, std::int64_t tokens, std::int64_t channels, S* target,
+                          std::int64_t by_channel) {
+  constexpr std::int64_t W = kWidth<T>;
+  const std::int64_t whole = tokens / W * W;
+  for (std::int64_t c = 0; c < channels; c += W) {
+    const std::int64_t count = min_of<std::int64_t>(W, channels - c);
+    for (std::int64_t i = 0; i < whole; i += W) {
+      Vector<T> square[W];
+      for (std::int64_t k = 0; k < W; ++k) square[k] = load(in + (i + k) * leading + c);
+      transpose<T>(square);
+      for (std::int64_t k = 0; k < count; ++k) store_values<T>(target + i + (c + k) * by_channel, square[k]);
+    }
+    for (std::int64_t i = whole; i < tokens; ++i)
+      for (std::int64_t k = 0; k < count; ++k) assign(target[i + (c + k) * by_channel], in[i * leading + c + k]);
   }
 }
 
@@ -74,6 +132,10 @@ void load_tokens(const Activation& x, std::int64_t batch, std::int64_t head, std
         load_row<T>(source + i * by_token, channels, out + i * leading, leading);
       return;
     }
+    if (by_token == 1) {
+      load_columns<T>(source, by_channel, tokens, channels, out, leading);
+      return;
+    }
     for (std::int64_t c = 0; c < channels; ++c)
       for (std::int64_t i = 0; i < tokens; ++i)
         out[i * leading + c] = convert<T>(source[i * by_token + c * by_channel]);
@@ -86,10 +148,7 @@ template <class T, class S>
 inline void store_row(const T* in, std::int64_t channels, S* target) {
   constexpr std::int64_t W = kWidth<T>;
   std::int64_t c = 0;
-  if constexpr (sizeof(T) == sizeof(S))
-    for (; c + W <= channels; c += W) store_unaligned(reinterpret_cast<T*>(target) + c, load(in + c));
-  if constexpr (sizeof(T) == 4 && std::is_same<S, BFloat16>::value)
-    for (; c + W <= channels; c += W) store_bfloat16(target + c, load(in + c));
+  for (; c + W <= channels; c += W) store_values<T>(target + c, load(in + c));
   for (; c < channels; ++c) assign(target[c], in[c]);
 }
 
@@ -99,6 +158,10 @@ void store_tokens(const Activation& x, std::int64_t batch, std::int64_t head, st
   visit_elements(x, batch, head, token, [&](auto* target) {
     if (x.channel_stride == 1) {
       for (std::int64_t i = 0; i < tokens; ++i) store_row<T>(in + i * leading, channels, target + i * x.token_stride);
+      return;
+    }
+    if (x.token_stride == 1) {
+      store_columns<T>(in, leading, tokens, channels, target, x.channel_stride);
       return;
     }
     for (std::int64_t i = 0; i < tokens; ++i)

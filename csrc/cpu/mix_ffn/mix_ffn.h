@@ -73,6 +73,21 @@ inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
       const Vector<T> dy = square * (T(3) * k * c) + k;
       return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid) * dy * T(2)};
     }
+    case ActivationFunction::silu: {
+      const Vector<T> e = vexp(-x), sigmoid = one / (e + one);
+      return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid)};
+    }
+    case ActivationFunction::hardswish: {
+      const Vector<T> three = splat(T(3)), sixth = splat(T(1) / T(6));
+      const Vector<T> inside = x * (x + three) * sixth, slope = x * (sixth + sixth) + splat(T(0.5));
+      return {x <= -three ? zero : x >= three ? x : inside, x <= -three ? zero : x >= three ? one : slope};
+    }
+    case ActivationFunction::relu6: {
+      const Vector<T> six = splat(T(6));
+      return {x < zero ? zero : x > six ? six : x, x <= zero ? zero : x >= six ? zero : one};
+    }
+    case ActivationFunction::identity:
+      return {x, one};
     default: {
       Vector<T> cdf, pdf;
       normal_distribution(x, cdf, pdf);
@@ -157,9 +172,10 @@ struct MixFFN {
     if (norm.weight) layer_norm(norm, end - begin, channels, x, normalized ? normalized : x, x, width, rstd);
   }
 
-  // U of image row `row` for the columns [begin, end), zeros where they are outside the image; x is scratch
+  // U of image row `row` for the columns [begin, end), zeros where they are outside the image; x is scratch. Where U
+  // has an activation, before, unless null, takes what it was made of.
   void hidden_row(const Weights& w, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
-                  T* out) const {
+                  T* out, T* before) const {
     const std::int64_t first = max_of<std::int64_t>(begin, 0), last = min_of(end, a.width);
     if (row < 0 || row >= a.height) return fill(out, (end - begin) * hidden_width, T(0));
     fill(out, (first - begin) * hidden_width, T(0));
@@ -167,6 +183,25 @@ struct MixFFN {
     load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
     multiply<E>(last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width,
                 hidden_width, w.fc1_bias);
+    const std::int64_t at = (first - begin) * hidden_width;
+    if (activates_hidden()) activate_hidden(last - first, out + at, before ? before + at : nullptr);
+  }
+
+  bool activates_hidden() const { return a.inner_activation != ActivationFunction::identity; }
+
+  // the activation before the convolution, of tokens of U in place; before, unless null, takes what they were
+  void activate_hidden(std::int64_t tokens, T* u, T* before) const {
+    for (std::int64_t i = 0; i < tokens * hidden_width; i += kWidth<T>) {
+      const Vector<T> x = load(u + i);
+      if (before) store(before + i, x);
+      store(u + i, activate<T>(a.inner_activation, x).value);
+    }
+  }
+
+  // the gradient of U before that activation, in place
+  void activate_hidden_backward(std::int64_t tokens, const T* before, T* grad) const {
+    for (std::int64_t i = 0; i < tokens * hidden_width; i += kWidth<T>)
+      store(grad + i, load(grad + i) * activate<T>(a.inner_activation, load(before + i)).slope);
   }
 
   // hidden norm and activation of rows, in place

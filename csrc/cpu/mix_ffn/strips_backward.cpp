@@ -29,7 +29,7 @@ struct Backward : MixFFN<E> {
 
   struct Rows {
     T *x, *normalized, *grad_output, *grad_x, *rstd;
-    T *u[3], *grad_z[3], *z, *activated, *grad_u;
+    T *u[3], *before[3], *grad_z[3], *z, *activated, *grad_u;  // before: U without its activation
     T *hidden_weight, *hidden_bias;  // gradients of the hidden norm, summed over one image row
     Rows(Arena& arena, const Backward& b) {
       const std::int64_t most = b.strip_columns + 4;
@@ -39,6 +39,7 @@ struct Backward : MixFFN<E> {
       grad_x = arena.take<T>(most * b.width);
       rstd = arena.take<T>(most);
       for (T*& row : u) row = arena.take<T>(most * b.hidden_width);
+      for (T*& row : before) row = b.activates_hidden() ? arena.take<T>(most * b.hidden_width) : nullptr;
       for (T*& row : grad_z) row = arena.take<T>(most * b.hidden_width);
       z = arena.take<T>(most * b.hidden_width);
       activated = arena.take<T>(most * b.hidden_width);
@@ -112,6 +113,9 @@ struct Backward : MixFFN<E> {
     const std::int64_t columns = p.column_end - p.column_begin, token = row * a.width + p.column_begin;
     const T* const rows[3] = {s.grad_z[(row + 2) % 3], s.grad_z[row % 3], s.grad_z[(row + 1) % 3]};
     depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
+    // the rows of U have two columns more on each side
+    if (this->activates_hidden())
+      this->activate_hidden_backward(columns, s.before[row % 3] + 2 * hidden_width, s.grad_u);
     add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
     multiply_transposed_add<E>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1,
@@ -129,7 +133,8 @@ struct Backward : MixFFN<E> {
 
   void walk(const Weights& w, const Products& products, const Piece& p, Rows& s, const TokenSums& sums) const {
     for (std::int64_t row = p.row_begin - 2; row <= p.row_end + 1; ++row) {
-      this->hidden_row(w, p.batch, row, p.column_begin - 2, p.column_end + 2, s.x, s.u[(row + 3) % 3]);
+      this->hidden_row(w, p.batch, row, p.column_begin - 2, p.column_end + 2, s.x, s.u[(row + 3) % 3],
+                       s.before[(row + 3) % 3]);
       if (row - 1 >= p.row_begin - 1) grad_hidden_row(w, products, p, row - 1, s, sums);
       if (row - 2 >= p.row_begin) grad_x_row(w, products, p, row - 2, s, sums);
     }

@@ -30,7 +30,7 @@ struct Forward : MixFFN<E> {
   void walk(const Weights& w, const Element* fc2, const T* fc2_bias, const typename Base::Piece& p, Rows& s) const {
     const std::int64_t columns = p.column_end - p.column_begin;
     for (std::int64_t row = p.row_begin - 1; row <= p.row_end; ++row) {
-      this->hidden_row(w, p.batch, row, p.column_begin - 1, p.column_end + 1, s.x, s.u[(row + 3) % 3]);
+      this->hidden_row(w, p.batch, row, p.column_begin - 1, p.column_end + 1, s.x, s.u[(row + 3) % 3], nullptr);
       const std::int64_t center = row - 1;
       if (center < p.row_begin) continue;
       const T* const rows[3] = {s.u[(center + 2) % 3], s.u[center % 3], s.u[(center + 1) % 3]};

@@ -65,8 +65,16 @@ struct Whole : MixFFN<Values<T>> {
                  [&](std::int64_t i, void*) { task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)}); });
   }
 
-  void hidden_tokens(const Weights& w, std::int64_t tokens, const T* x, const std::int64_t* offsets, T* u) const {
-    dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias, {u, 0, offsets});
+  // U of a group of images; before as in `hidden_row`, without a border
+  void hidden_tokens(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u,
+                     T* before) const {
+    dense_tokens<T>(a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias,
+                    {u, 0, offsets});
+    if (!this->activates_hidden()) return;
+    for_rows(images, [&](std::int64_t row) {
+      this->activate_hidden(a.width, u + (bordered_row(row) + 1) * hidden_width,
+                            before ? before + row * a.width * hidden_width : nullptr);
+    });
   }
 
   template <class Task>
@@ -104,7 +112,7 @@ struct Whole : MixFFN<Values<T>> {
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
       load_images<T>(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
-      hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
+      hidden_tokens(s.weights, images, s.x, s.offsets, s.u, nullptr);
       for_rows(images, [&](std::int64_t row) {
         T* z = s.z + row * a.width * hidden_width;
         depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
@@ -122,7 +130,7 @@ struct Whole : MixFFN<Values<T>> {
     T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, hidden_width]
     T *fc1_gradient, *fc2_gradient;      // staged
     T *x, *normalized, *rstd, *grad_output, *grad_x;
-    T *u, *grad_z, *z, *activated;
+    T *u, *before, *grad_z, *z, *activated;  // before: U without its activation
     T *hidden_partials,
         *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
     std::int64_t* offsets;
@@ -139,6 +147,7 @@ struct Whole : MixFFN<Values<T>> {
           grad_output(arena.take<T>(m.group_tokens * m.width)),
           grad_x(arena.take<T>(m.group_tokens * m.width)),
           u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
+          before(m.activates_hidden() ? arena.take<T>(m.group_tokens * m.hidden_width) : nullptr),
           grad_z(arena.take<T>(m.bordered_tokens * m.hidden_width)),
           z(arena.take<T>(m.group_tokens * m.hidden_width)),
           activated(arena.take<T>(m.group_tokens * m.hidden_width)),
@@ -173,8 +182,9 @@ struct Whole : MixFFN<Values<T>> {
                       s.vectors.hidden_bias + slice.begin);
     });
     for_rows(images, [&](std::int64_t row) {
-      depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width,
-                         s.z + row * a.width * hidden_width);
+      const std::int64_t at = row * a.width * hidden_width;
+      depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width, s.z + at);
+      if (this->activates_hidden()) this->activate_hidden_backward(a.width, s.before + at, s.z + at);
     });
   }
 
@@ -200,7 +210,7 @@ struct Whole : MixFFN<Values<T>> {
       load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
-      hidden_tokens(s.weights, tokens, s.x, s.offsets, s.u);
+      hidden_tokens(s.weights, images, s.x, s.offsets, s.u, s.before);
       dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
                       {s.grad_z, 0, s.offsets});
       activation_gradients(s, images);

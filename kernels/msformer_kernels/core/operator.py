@@ -65,6 +65,8 @@ class Operator(Generic[R]):
         wide_parameters: whether its parameters may be float32 beside narrower activations.
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
+        keeps_layout: whether its output, and the gradients of its activations, lie in memory as the activations do
+            (`core.layout.room_like`); it has no parameters then.
         limits: by backend, a function of a call that returns why the backend cannot serve it, or None.
 
     Raises:
@@ -85,6 +87,7 @@ class Operator(Generic[R]):
         zero_gradient: Sequence[str] = (),
         wide_parameters: bool = False,
         skippable: Sequence[str] = (),
+        keeps_layout: bool = False,
         autocast: Callable[..., Any] | None = None,
         limits: Mapping[str, Callable[[Any], str | None]] | None = None,
     ) -> None:
@@ -93,6 +96,7 @@ class Operator(Generic[R]):
         self.fake = fake
         self.served_by = tuple(served_by)
         self.limits = limits or {}
+        self.keeps_layout = keeps_layout
         signature = inspect.signature(reference)
         self.names = tuple(signature.parameters)
         self.types = {p.name: self._schema_type(p) for p in signature.parameters.values()}

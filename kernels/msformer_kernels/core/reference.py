@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.layout import placed_like, room_like
 from msformer_kernels.core.precision import arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class Reference:
         """What only the backward of another backend needs is NaN: no gradients are better than wrong ones."""
         with torch.no_grad():
             outputs = self._run(call)
-        state = self.operator.fake(call)[len(outputs) :]
-        placed = [x.contiguous() for x in outputs] + [x.fill_(float("nan")) for x in state]
+        room = self.operator.fake(call)
+        placed = [placed_like(x, r) for x, r in zip(outputs, room, strict=False)]
+        placed += [x.fill_(float("nan")) for x in room[len(outputs) :]]
         return tuple(placed) if len(placed) > 1 else placed[0]
 
     def backward(self, call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
@@ -45,7 +47,8 @@ class Reference:
             outputs = self._run(call._replace(**leaves))
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
             gradients = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs])
-        by_name = {name: g.contiguous() for name, g in zip(leaves, gradients, strict=True)}
+        place = (lambda g, x: placed_like(g, room_like(x))) if operator.keeps_layout else lambda g, x: g.contiguous()
+        by_name = {name: place(g, leaves[name]) for name, g in zip(leaves, gradients, strict=True)}
         for name in operator.skippable:
             if not getattr(grads, f"{name}_wanted"):
                 by_name.pop(name)

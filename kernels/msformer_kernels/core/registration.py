@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from msformer_kernels.core.autograd import register_autograd
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.core.precision import arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Registration:
             if name in unwanted
             else first.new_empty(0, dtype=wide)
             if call[i] is None
+            else room_like(call[i])
+            if self.operator.keeps_layout
             else call[i].new_empty(call[i].shape)
             for name, i in zip(self.operator.differentiable, self._differentiable, strict=True)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_heads, check_positive
+from msformer_kernels.nn.checkpoints import accept_other_shapes
 from msformer_kernels.nn.norm import norm_arguments
 from msformer_kernels.ops.efficient_self_attention.api import efficient_self_attention
 
@@ -43,6 +44,7 @@ class EfficientAttention(nn.Module):
         self.queries = nn.Conv2d(in_channels, key_channels, 1)
         self.values = nn.Conv2d(in_channels, value_channels, 1)
         self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
+        self.register_load_state_dict_pre_hook(accept_other_shapes)
 
     def forward(
         self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: bool = False, mask: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.norm import norm_arguments
 from msformer_kernels.ops.mix_ffn.api import check_activation, mix_ffn
 
@@ -23,7 +24,7 @@ class MixFFN(nn.Module):
     Args:
         in_features: C, of the input and the output.
         hidden_features: usually 4C.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or ``"relu6"``.
 
     Raises:
         ValueError: features below 1, an unknown activation.
@@ -40,6 +41,7 @@ class MixFFN(nn.Module):
         self.dwconv = _DepthwiseConv(hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
         self.norm1: nn.LayerNorm | None = None
+        self.register_load_state_dict_pre_hook(accept_other_names)
 
     def forward(
         self, x: Tensor, height: int, width: int, *, norm: nn.LayerNorm | None = None, residual: bool = False

@@ -42,6 +42,7 @@ CASES = Cases(
         batch_norm_case("tiles", tokens=301, channels=131),
     ],
     large=[
+        batch_norm_case("columns", tokens=137, channels=37, layout="transposed"),
         batch_norm_case("long", batch=2, tokens=3001, channels=37),
     ],
 )

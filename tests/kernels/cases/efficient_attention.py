@@ -55,6 +55,9 @@ CASES = Cases(
     ],
     large=[
         attention_case(
+            "columns", heads=2, query_tokens=75, tokens=137, key_channels=37, value_channels=21, layout="transposed"
+        ),
+        attention_case(
             "long", heads=2, query_tokens=301, tokens=1003, key_channels=33, value_channels=20, mask="random"
         ),
         attention_case(

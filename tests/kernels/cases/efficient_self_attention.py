@@ -65,6 +65,7 @@ CASES = Cases(
         self_attention_case("tiles", batch=1, tokens=301, channels=36, key_channels=70, value_channels=44, heads=2),
     ],
     large=[
+        self_attention_case("columns", batch=1, tokens=137, channels=37, layout="transposed"),
         self_attention_case("long", batch=1, tokens=1201, channels=100, key_channels=100, value_channels=100),
         self_attention_case(
             "heads_long", tokens=500, channels=64, key_channels=40, value_channels=80, heads=4, mask="random"

@@ -156,6 +156,23 @@ def test_a_feature_of_infinitely_small_logits_gives_nan_as_in_pytorch(backend: s
     assert context[:, :, 1].isnan().all()
 
 
+@pytest.mark.parametrize("name", ["transposed", "sliced", "expanded", "one"])
+def test_output_and_gradients_lie_in_memory_as_the_inputs_do(name: str, backend: str) -> None:
+    """Images with channels first need no copies around the operator; a graph expects the same layout."""
+    tensors = cast(CASES[name].draw(), torch.float32)
+    q, k, v = (tensors[n] for n in ("query", "key", "value"))
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    output, _ = kernels.efficient_attention(q, k, v, backend=backend)
+    for found, like in zip((output, *torch.autograd.grad(output.sum(), (q, k, v))), (q, q, k, v), strict=True):
+        if name == "transposed":
+            assert found.transpose(-1, -2).is_contiguous()
+            assert like.transpose(-1, -2).is_contiguous()
+        else:
+            assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("channels", [1, 6, 21])
 def test_one_token_gets_exactly_no_key_gradient(channels: int, backend: str) -> None:
     """Its softmax weight is 1 whatever its key."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from tests.kernels.cases import Case, cast, mix_ffn_case, require, run
 from tests.kernels.cases.mix_ffn import CASES
 from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
@@ -80,10 +81,10 @@ def test_mix_ffn_by_hand() -> None:
 
 
 @pytest.mark.accuracy
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
     """Through an operator that only applies the activation: identity linears, a centre tap of one."""
-    points = [torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0])]
+    points = [torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 3.0, -3.0, 6.0])]
     x = torch.cat(points).view(1, -1, 1)
     one, tap = torch.ones(1, 1), torch.zeros(1, 1, 3, 3)
     tap[..., 1, 1] = 1
@@ -99,6 +100,26 @@ def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
         error, allowed = ((found[name].double() - exact).abs().max().item() for found in (ours, eager))
         ulp = torch.finfo(torch.float32).eps * exact.abs().max().item()
         assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_gradients_through_an_activation_before_the_convolution(skip: bool, float64_backend: str) -> None:
+    case = mix_ffn_case("inner", skip=skip, hidden_norm=skip, inner_activation="gelu_tanh", activation="silu")
+    tensors = cast(case.draw(), torch.float64)
+    names = [n for n, x in tensors.items() if x is not None]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
+
+
+def test_the_kernels_of_a_gpu_have_no_activation_before_the_convolution() -> None:
+    case = mix_ffn_case("inner", inner_activation="relu")
+    for name in ("cuda", "triton"):
+        require(name)
+        with pytest.raises(kernels.BackendError, match="inner_activation is 'relu', its kernels have none"):
+            run(case, cast(case.draw(), torch.float32), name)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -146,7 +167,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"hidden_norm_weight: expected .* = \(8,\), got \(4,\)",
     ),
-    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, gelu_tanh, relu, got 'swish'"),
+    ({"activation": "swish"}, ValueError, "activation: expected one of gelu, .*relu6, identity, got 'swish'"),
+    ({"inner_activation": "none"}, ValueError, "inner_activation: expected one of gelu, .* got 'none'"),
     ({"fc2_bias": torch.randn(4).double()}, TypeError, "fc2_bias: has dtype torch.float64"),
 ]
 

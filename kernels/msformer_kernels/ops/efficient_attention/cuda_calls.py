@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.cuda.arguments import NO_HEADS, address, engine, heads, library, mask_argument, scratch, stream
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
@@ -109,13 +110,13 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     query, key, value = call.query, call.key, call.value
     if min(*key.shape[:2], key.shape[3], value.shape[3]) == 0:
         return tuple(x.zero_() for x in OPERATOR.fake(call))
-    output = query.new_empty(*query.shape[:3], value.shape[3])
+    output = room_like(query, value.shape[3])
     return output, *attend(query, key, value, call.mask, output, _options(call))
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = call.query, call.key, call.value
-    found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    found = room_like(query), room_like(key), room_like(value)
     if saved.context.numel() == 0:
         return found[0].zero_(), found[1].zero_(), found[2].zero_()
     attend_backward(grads.output, grads.context, query, key, value, call.mask, saved, found, _options(call))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msformer_kernels import _native
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.native.arguments import activation, addresses, mask_argument
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
@@ -45,7 +46,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (call.query, call.key, call.value))
+    grad_query, grad_key, grad_value = (room_like(x) for x in (call.query, call.key, call.value))
     state = [x.contiguous() for x in saved]
     grad_context = grads.context
     if grad_context is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.core.operator import Operator
 from msformer_kernels.core.precision import arithmetic_dtype
 from msformer_kernels.core.registration import cast_inputs
@@ -15,10 +16,10 @@ from msformer_kernels.ops.efficient_attention.reference import efficient_attenti
 
 def _fake(call: Any) -> tuple[Tensor, ...]:
     query, value_channels = call.query, call.value.shape[3]
-    batch, heads, tokens, key_channels = query.shape
+    batch, heads, _, key_channels = query.shape
     wide = arithmetic_dtype(query.dtype)
     return (
-        query.new_empty(batch, heads, tokens, value_channels),
+        room_like(query, value_channels),
         query.new_empty(batch, heads, key_channels, value_channels, dtype=wide),
         query.new_empty(batch, heads, key_channels, dtype=wide),
         query.new_empty(batch, heads, key_channels, dtype=wide),
@@ -33,5 +34,6 @@ OPERATOR = Operator(
     served_by=("native", "cuda", "triton"),
     activations=("query", "key", "value"),
     without_gradient=("mask",),
+    keeps_layout=True,
     autocast=cast_inputs,
 )

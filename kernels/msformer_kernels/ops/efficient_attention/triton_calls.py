@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 from msformer_kernels.ops.efficient_attention.triton_backward import (
     attention_combine_gradient_kernel,
@@ -338,7 +339,7 @@ def attend_backward(
 def forward(call: Any) -> tuple[Tensor, ...]:
     query, key, value = call.query, call.key, call.value
     batch, heads, _, key_channels = key.shape
-    output = query.new_empty(batch, heads, query.shape[2], value.shape[3])
+    output = room_like(query, value.shape[3])
     shape = batch, heads, key_channels, value.shape[3]
     if min(shape) == 0:
         zeros = query.new_zeros(shape, dtype=torch.float32)
@@ -348,7 +349,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = call.query, call.key, call.value
-    found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    found = room_like(query), room_like(key), room_like(value)
     if saved.context.numel() == 0:
         return found[0].zero_(), found[1].zero_(), found[2].zero_()
     attend_backward(grads.output, grads.context, query, key, value, call.mask, saved, found, _rules(call))

@@ -16,9 +16,9 @@ def check_image(x: Tensor, height: int, width: int) -> None:
         raise ValueError(f"x: has {x.shape[1]} tokens, expected height * width = {height} * {width} = {height * width}")
 
 
-def check_activation(name: str) -> None:
+def check_activation(name: str, argument: str = "activation") -> None:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise ValueError(f"{argument}: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 @OPERATOR.public
@@ -40,6 +40,7 @@ def mix_ffn(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     activation: str = "gelu",
+    inner_activation: str = "identity",
     residual: bool = False,
     backend: str | None = None,
 ) -> None:
@@ -60,7 +61,9 @@ def mix_ffn(
         None.
         norm_weight, norm_bias: ``[C]``; a LayerNorm of x, unless the weight is None.
         norm_eps: of both norms.
-        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"relu"``.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"``,
+            ``"relu6"`` or ``"identity"``.
+        inner_activation: after the first product, before the convolution; as `activation`.
         residual: adds x (before the norm) to the output.
         backend: see `msformer_kernels.use_backend`.
 
@@ -84,3 +87,4 @@ def mix_ffn(
     check_norm("hidden_norm", hidden_norm_weight, hidden_norm_bias, hidden)
     check_norm("norm", norm_weight, norm_bias, channels)
     check_activation(activation)
+    check_activation(inner_activation, "inner_activation")

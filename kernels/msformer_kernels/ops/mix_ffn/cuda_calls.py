@@ -20,9 +20,10 @@ from msformer_kernels.cuda.arguments import (
     tokens,
     with_width,
 )
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:

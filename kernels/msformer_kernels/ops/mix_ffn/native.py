@@ -20,9 +20,10 @@ from msformer_kernels.native.arguments import (
     empty_gradients,
     rounded,
 )
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def _options(call: Any) -> tuple[Any, ...]:
@@ -40,6 +41,7 @@ def _options(call: Any) -> tuple[Any, ...]:
         call.skip,
         call.residual,
         _ACTIVATIONS[call.activation],
+        _ACTIVATIONS[call.inner_activation],
     )
 
 

@@ -1,9 +1,9 @@
 """MixFFN in plain PyTorch: the specification of the operator.
 
-    U = x W_1 + b_1,   Z = dw3x3(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
+    U = [act_1](x W_1 + b_1),   Z = dw3x3(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
 
 Xie et al., "SegFormer", NeurIPS 2021 (MixFFN); Huang et al., "MISSFormer", 2021 (the skip form with a hidden
-LayerNorm).
+LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form).
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+    "identity": lambda x: x,
 }
+"""By name, in the order of `ActivationFunction` in csrc/abi.h."""
 
 
 def mix_ffn(
@@ -41,11 +46,12 @@ def mix_ffn(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     activation: str = "gelu",
+    inner_activation: str = "identity",
     residual: bool = False,
 ) -> Tensor:
     """See `msformer_kernels.ops.mix_ffn`."""
     tokens = layer_norm(x, norm_weight, norm_bias, norm_eps)
-    hidden = F.linear(tokens, fc1_weight, fc1_bias)
+    hidden = ACTIVATIONS[inner_activation](F.linear(tokens, fc1_weight, fc1_bias))
     mixed = _convolve(hidden, height, width, dw_weight, dw_bias)
     if skip:
         mixed = mixed + hidden

@@ -20,8 +20,17 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
 _NARROW_MEMORY = 128 << 10
 
 
+def _needs_no_inner_activation(call: Any) -> str | None:
+    """Why the kernels of a GPU do not take a call; None if they do."""
+    if call.inner_activation == "identity":
+        return None
+    return f"inner_activation is {call.inner_activation!r}, its kernels have none"
+
+
 def _needs_memory(call: Any) -> str | None:
     """Why the CUDA kernels do not take a call; None if they do."""
+    if reason := _needs_no_inner_activation(call):
+        return reason
     found = cuda_shared_memory(call.x.device.type, call.x.device.index)
     if call.x.dtype == torch.float32 or found >= _NARROW_MEMORY:
         return None
@@ -31,7 +40,9 @@ def _needs_memory(call: Any) -> str | None:
 
 def _needs_hidden_channels(call: Any) -> str | None:
     """Why the Triton kernels do not take a call; None if they do."""
-    return None if call.fc1_weight.shape[0] > 0 else "its kernels take at least one hidden channel"
+    if call.fc1_weight.shape[0] == 0:
+        return "its kernels take at least one hidden channel"
+    return _needs_no_inner_activation(call)
 
 
 OPERATOR = Operator(

@@ -33,6 +33,19 @@ def activate(x, ACTIVATION: tl.constexpr):
         sigmoid = tl.where(y < 0, e / (1.0 + e), 1.0 / (1.0 + e))
         slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
         return x * sigmoid, sigmoid + 2.0 * x * slope * e / ((1.0 + e) * (1.0 + e))
+    elif ACTIVATION == "identity":
+        return x, tl.full(x.shape, 1.0, tl.float32)
+    elif ACTIVATION == "silu":
+        e = tl.exp(-tl.abs(x))
+        small = e / (1.0 + e)
+        large = 1.0 / (1.0 + e)
+        sigmoid = tl.where(x < 0, small, large)
+        return x * sigmoid, sigmoid + x * small * large
+    elif ACTIVATION == "hardswish":
+        value = tl.where(x <= -3, 0.0, tl.where(x >= 3, x, x * (x + 3.0) / 6.0))
+        return value, tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x / 3.0 + 0.5))
+    elif ACTIVATION == "relu6":
+        return tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x)), tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
     else:
         cdf = normal_cdf(x)
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
