@@ -28,7 +28,7 @@ from torch import Tensor
 
 from msformer_kernels.core import backends
 from msformer_kernels.core.reference import Reference
-from msformer_kernels.core.registration import Registration, refuse_transforms
+from msformer_kernels.core.registration import Registration
 from msformer_kernels.core.validation import check_same_kind
 
 P = ParamSpec("P")
@@ -63,6 +63,7 @@ class Operator(Generic[R]):
         without_gradient: tensors that are not differentiated.
         zero_gradient: tensors whose gradient is exactly zero; no backend computes it.
         wide_parameters: whether its parameters may be float32 beside narrower activations.
+        per_image: whether it works on every image of a batch by itself, so that all its outputs are batches, too.
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
         limits: by backend, a function of a call that returns why the backend cannot serve it, or None.
@@ -84,6 +85,7 @@ class Operator(Generic[R]):
         without_gradient: Sequence[str] = (),
         zero_gradient: Sequence[str] = (),
         wide_parameters: bool = False,
+        per_image: bool = True,
         skippable: Sequence[str] = (),
         autocast: Callable[..., Any] | None = None,
         limits: Mapping[str, Callable[[Any], str | None]] | None = None,
@@ -93,6 +95,7 @@ class Operator(Generic[R]):
         self.fake = fake
         self.served_by = tuple(served_by)
         self.limits = limits or {}
+        self.per_image = per_image
         signature = inspect.signature(reference)
         self.names = tuple(signature.parameters)
         self.types = {p.name: self._schema_type(p) for p in signature.parameters.values()}
@@ -199,8 +202,6 @@ class Operator(Generic[R]):
             chosen = backends.choose(self, backend, first.device.type, first.dtype, call)
             if chosen == "reference":
                 return self.run_reference(call)
-            if not torch.compiler.is_compiling():
-                refuse_transforms(self.name)
             found = self.op(*call, chosen)
             return found if isinstance(found, Tensor) else found[: self._returned]
 

@@ -24,5 +24,6 @@ OPERATOR = Operator(
     statistics=("mean", "variance"),
     fake=_fake,
     served_by=("native", "triton"),
+    per_image=False,
     wide_parameters=True,  # as torch.nn.BatchNorm2d takes them
 )
