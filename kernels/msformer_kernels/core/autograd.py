@@ -50,7 +50,7 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
-    # under transforms, where PyTorch has its own rules for a Function, but the dispatcher has been through those of the op
+    # under transforms the dispatcher comes here once a level; Function.apply would do levels itself, by other rules
     apply_once = super(torch.autograd.Function, function).apply
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:

@@ -74,7 +74,7 @@ class Reference:
             found = self._run(call._replace(**dict(zip(present, tensors, strict=True))))
             return [o for o, g in zip(found, given, strict=False) if g is not None]
 
-        _, pull_back = torch.func.vjp(outputs, *(getattr(call, name) for name in present))
+        pull_back = torch.func.vjp(outputs, *(getattr(call, name) for name in present))[1]
         return dict(zip(present, pull_back([g for g in given if g is not None]), strict=True))
 
     def second_backward(
@@ -94,8 +94,7 @@ class Reference:
             return {name: found[name] for name in of_gradients}
 
         tensors = [getattr(call, name) for name in of_call] + [getattr(grads, name) for name in of_grads]
-        _, pull_back = torch.func.vjp(gradients, *tensors)
-        found = pull_back(of_gradients)
+        found = torch.func.vjp(gradients, *tensors)[1](of_gradients)
         count = len(of_call)
         return dict(zip(of_call, found[:count], strict=True)), dict(zip(of_grads, found[count:], strict=True))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from msformer_kernels.core.autograd import register_autograd
 from msformer_kernels.core.precision import arithmetic_dtype
@@ -72,6 +73,9 @@ class Registration:
         register_autograd(LIBRARY, backward, self._keep_all, self._differentiate_again, self._backward_of_reference)
         register_vmap(LIBRARY, name, self._batched)
         register_vmap(LIBRARY, backward, self._batched_backward)
+        # of FlopCounterMode: as many as the reference has
+        register_flop_formula(getattr(torch.ops.msformer, name), get_raw=True)(self._flops)
+        register_flop_formula(getattr(torch.ops.msformer, backward), get_raw=True)(self._backward_flops)
         if autocast is not None:
             self._define_autocast(name, autocast)
 
@@ -212,6 +216,14 @@ class Registration:
         if not self.operator.per_image or any(call[i] is not None for i in self._parameters):
             return None
         return [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+
+    def _flops(self, *args: Any, **_: Any) -> int:
+        return 2 * self.operator.products(_named(self._call, args[:-1]))
+
+    def _backward_flops(self, *args: Any, **_: Any) -> int:
+        """A product has two gradients, each a product; that of the activations may be unwanted."""
+        call, _saved, grads = self._parts(args)
+        return (1 if self._unwanted(grads) else 2) * 2 * self.operator.products(call)
 
     def _define_autocast(self, name: str, rule: Callable[..., Any]) -> None:
         op = getattr(torch.ops.msformer, name)

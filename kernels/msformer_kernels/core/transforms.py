@@ -66,10 +66,10 @@ def _at_once(
 
 
 def _one_by_one(op: Any, count: int, arguments: Sequence[Any], in_dims: Sequence[int | None]) -> Any:
-    if count == 0:  # the shapes of outputs come from a slice of zeros
-        slices = [a if dim is None else a.movedim(dim, 0).sum(0).to(a.dtype) for a, dim in zip(arguments, in_dims)]
-        return _each(op(*slices), lambda output: output[None][:0])
     pairs = list(zip(arguments, in_dims, strict=True))
+    if count == 0:  # the shapes of outputs come from a slice of zeros
+        slices = [a if dim is None else a.movedim(dim, 0).sum(0).to(a.dtype) for a, dim in pairs]
+        return _each(op(*slices), lambda output: output[None][:0])
     calls = [op(*(a if dim is None else a.select(dim, i) for a, dim in pairs)) for i in range(count)]
     if isinstance(calls[0], Tensor):
         return torch.stack(calls)
