@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from msformer_kernels.core.transforms import in_forward_mode
 
 
 def register_autograd(
@@ -18,11 +21,13 @@ def register_autograd(
     name: str,
     keep: Callable[[Any, tuple[Any, ...], Any], None],
     differentiate: Callable[..., tuple[Any, ...]],
+    instead: Callable[..., Any],
 ) -> None:
-    """Makes the op `name` of a library differentiable.
+    """Makes the op `name` of a library differentiable, also under the transforms of `torch.func`.
 
     ``keep(ctx, arguments, outputs)`` saves what ``differentiate(ctx, *gradients)`` needs, which returns a gradient or
-    None for each argument, as `forward` and `backward` of a `torch.autograd.Function` do.
+    None for each argument, as `forward` and `backward` of a `torch.autograd.Function` do. In forward mode
+    ``instead(*arguments)`` is called, which must be made of ops that have it.
     """
     op = getattr(getattr(torch.ops, library.ns), name).default
 
@@ -31,7 +36,9 @@ def register_autograd(
             return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        outputs = below(keys, arguments)
+        # a Function turns gradients off, here for this transform; whether those around it have them they know
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            outputs = below(keys, arguments)
         keep(ctx, arguments, outputs)
         return outputs
 
@@ -43,10 +50,17 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
+    # under transforms the dispatcher comes here once a level; Function.apply would do levels itself, by other rules
+    apply_once = super(torch.autograd.Function, function).apply
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if in_forward_mode():
+            return instead(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return below(keys, arguments)
+        if not torch._C._are_functorch_transforms_active():
             return function.apply(keys, *arguments)
-        return below(keys, arguments)
+        with enable_single_level_autograd_function():
+            return apply_once(keys, *arguments)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)

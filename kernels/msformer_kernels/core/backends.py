@@ -20,7 +20,8 @@ choice, the errors and `explain` all ask it. A call takes the first of:
 
 Under `torch.compile` and `torch.export` the first two are part of the graph, for the user chose them. Without them the
 graph names no backend, and 3 and 4 are decided whenever it runs, on the machine that it runs on. An operator for which
-no backend has kernels on that device, as `linear` on a GPU, is plain PyTorch in the graph.
+no backend has kernels on that device, as `linear` on a GPU, is plain PyTorch in the graph; so is every operator in
+`torch.onnx.export`.
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ def choose(operator: Served, argument: str | None, device_type: str, dtype: torc
         return resolve(argument, device_type, dtype, operator, call)
     if not torch.compiler.is_compiling():
         return _by_machine(device_type, dtype, operator, call)
+    if torch.onnx.is_in_onnx_export():  # which has no such ops
+        return "reference"
     return None if any(name in operator.served_by for name in _DEFAULT.get(device_type, ())) else "reference"
 
 

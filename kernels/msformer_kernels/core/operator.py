@@ -28,7 +28,8 @@ from torch import Tensor
 
 from msformer_kernels.core import backends
 from msformer_kernels.core.reference import Reference
-from msformer_kernels.core.registration import Registration, refuse_transforms
+from msformer_kernels.core.registration import Registration
+from msformer_kernels.core.transforms import is_wrapper, logger
 from msformer_kernels.core.validation import check_same_kind
 
 P = ParamSpec("P")
@@ -46,6 +47,7 @@ SCHEMA_TYPES = {
 
 OPERATORS: dict[str, Operator[Any]] = {}
 """By name, in the order of their declaration."""
+_READABLE = frozenset([Tensor, torch.nn.Parameter, int, float, bool, str, type(None)])
 
 
 class Operator(Generic[R]):
@@ -63,6 +65,8 @@ class Operator(Generic[R]):
         without_gradient: tensors that are not differentiated.
         zero_gradient: tensors whose gradient is exactly zero; no backend computes it.
         wide_parameters: whether its parameters may be float32 beside narrower activations.
+        products: the multiplications of its matrix products and convolutions, of a call; an addition comes with each.
+        per_image: whether it works on every image of a batch by itself, so that all its outputs are batches, too.
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
         keeps_layout: whether its output, and the gradients of its activations, lie in memory as the activations do
@@ -79,6 +83,7 @@ class Operator(Generic[R]):
         *,
         outputs: Sequence[str],
         fake: Callable[[Any], tuple[Tensor, ...]],
+        products: Callable[[Any], int],
         served_by: Sequence[str],
         statistics: Sequence[str] = (),
         state: Sequence[str] = (),
@@ -86,6 +91,7 @@ class Operator(Generic[R]):
         without_gradient: Sequence[str] = (),
         zero_gradient: Sequence[str] = (),
         wide_parameters: bool = False,
+        per_image: bool = True,
         skippable: Sequence[str] = (),
         keeps_layout: bool = False,
         autocast: Callable[..., Any] | None = None,
@@ -93,10 +99,11 @@ class Operator(Generic[R]):
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
-        self.fake = fake
+        self.fake, self.products = fake, products
         self.served_by = tuple(served_by)
         self.limits = limits or {}
         self.keeps_layout = keeps_layout
+        self.per_image = per_image
         signature = inspect.signature(reference)
         self.names = tuple(signature.parameters)
         self.types = {p.name: self._schema_type(p) for p in signature.parameters.values()}
@@ -203,8 +210,10 @@ class Operator(Generic[R]):
             chosen = backends.choose(self, backend, first.device.type, first.dtype, call)
             if chosen == "reference":
                 return self.run_reference(call)
-            if not torch.compiler.is_compiling():
-                refuse_transforms(self.name)
+            if not _READABLE.issuperset(map(type, call)) and any(map(is_wrapper, call)):
+                if not torch.compiler.is_compiling():
+                    logger.debug("%s: tensors made of others, such as DTensors: by the reference", self.name)
+                return self.run_reference(call)
             found = self.op(*call, chosen)
             return found if isinstance(found, Tensor) else found[: self._returned]
 

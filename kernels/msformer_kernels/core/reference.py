@@ -1,6 +1,7 @@
-"""The reference as an implementation of the op, for graphs that have no backend in them and run where there is none.
+"""The reference as an implementation of the op: for graphs that have no backend in them and run where there is none,
+and, differentiable any number of times, for the derivatives that no kernel has.
 
-Eager calls do not come here: they run the reference as it is.
+Eager calls of the backend ``reference`` do not come here: they run the reference as it is.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ class Reference:
         self.operator = operator
 
     def forward(self, call: Any) -> Any:
-        """What only the backward of another backend needs is NaN: no gradients are better than wrong ones."""
+        """All outputs of the op, not differentiable."""
         with torch.no_grad():
-            outputs = self._run(call)
+            return self.differentiable_forward(call)
+
+    def differentiable_forward(self, call: Any) -> Any:
+        """What only the backward of another backend needs is NaN: no gradients are better than wrong ones."""
+        outputs = self._run(call)
         room = self.operator.fake(call)
         placed = [placed_like(x, r) for x, r in zip(outputs, room, strict=False)]
         placed += [x.fill_(float("nan")) for x in room[len(outputs) :]]
@@ -59,6 +64,42 @@ class Reference:
             else call[0].new_empty(0, dtype=wide if getattr(call, name) is None else None)
             for name in operator.differentiable
         )
+
+    def differentiable_backward(self, call: Any, grads: Any) -> dict[str, Tensor]:
+        """`backward` as a function of all its tensors that can be differentiated again; by name, without the absent.
+
+        `grads` has the gradients of `Operator.outputs`, by name; None is zero.
+        """
+        present = self._present(call)
+        given = [getattr(grads, name) for name in self.operator.outputs]
+
+        def outputs(*tensors: Tensor) -> list[Tensor]:
+            found = self._run(call._replace(**dict(zip(present, tensors, strict=True))))
+            return [o for o, g in zip(found, given, strict=False) if g is not None]
+
+        pull_back = torch.func.vjp(outputs, *(getattr(call, name) for name in present))[1]
+        return dict(zip(present, pull_back([g for g in given if g is not None]), strict=True))
+
+    def second_backward(
+        self, call: Any, grads: Any, of_gradients: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of `call` and `grads`, by name, for those of the gradients that `backward` returned; likewise
+        differentiable."""
+        of_call = self._present(call)
+        of_grads = [name for name in self.operator.outputs if getattr(grads, name) is not None]
+
+        def gradients(*tensors: Tensor) -> dict[str, Tensor]:
+            count = len(of_call)
+            found = self.differentiable_backward(
+                call._replace(**dict(zip(of_call, tensors[:count], strict=True))),
+                grads._replace(**dict(zip(of_grads, tensors[count:], strict=True))),
+            )
+            return {name: found[name] for name in of_gradients}
+
+        tensors = [getattr(call, name) for name in of_call] + [getattr(grads, name) for name in of_grads]
+        found = torch.func.vjp(gradients, *tensors)[1](of_gradients)
+        count = len(of_call)
+        return dict(zip(of_call, found[:count], strict=True)), dict(zip(of_grads, found[count:], strict=True))
 
     def _present(self, call: Any) -> list[str]:
         return [name for name in self.operator.differentiable if getattr(call, name) is not None]

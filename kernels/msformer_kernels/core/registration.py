@@ -7,17 +7,19 @@ calls name the backend that was chosen, graphs only one that the user chose; a k
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from msformer_kernels.core.autograd import register_autograd
 from msformer_kernels.core.layout import room_like
 from msformer_kernels.core.precision import arithmetic_dtype
+from msformer_kernels.core.reference import Reference
+from msformer_kernels.core.transforms import in_forward_mode, logger, register_vmap
 
 if TYPE_CHECKING:
     from msformer_kernels.core.operator import Operator
@@ -51,6 +53,8 @@ class Registration:
         self._differentiable = operator.positions(operator.differentiable)
         self._zero = operator.positions(operator.zero_gradient)
         self._skippable = operator.positions(operator.skippable)
+        self._parameters = operator.positions((*operator.parameters, *operator.zero_gradient))
+        self._activations = [i for i in tensors if i not in self._parameters]
         self._not_differentiable = len(operator.outputs)
         self._grads, self._kept = len(gradients._fields), len(operator.kept)
 
@@ -65,8 +69,14 @@ class Registration:
         self._define(backward, schema, self._backward, self._backward_fake)
         self.op = getattr(torch.ops.msformer, name).default
         self._backward_op = getattr(torch.ops.msformer, backward).default
-        register_autograd(LIBRARY, name, self._keep, self._differentiate)
-        refuse_second_derivative(backward, name)
+        self._reference = Reference(operator)
+        register_autograd(LIBRARY, name, self._keep, self._differentiate, self._forward_of_reference)
+        register_autograd(LIBRARY, backward, self._keep_all, self._differentiate_again, self._backward_of_reference)
+        register_vmap(LIBRARY, name, self._batched)
+        register_vmap(LIBRARY, backward, self._batched_backward)
+        # of FlopCounterMode: as many as the reference has
+        register_flop_formula(getattr(torch.ops.msformer, name), get_raw=True)(self._flops)
+        register_flop_formula(getattr(torch.ops.msformer, backward), get_raw=True)(self._backward_flops)
         if autocast is not None:
             self._define_autocast(name, autocast)
 
@@ -104,7 +114,7 @@ class Registration:
     def _backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
         call, _, grads = self._parts(args)
         first, wide = call[0], arithmetic_dtype(call[0].dtype)
-        unwanted = {n for n in self.operator.skippable if not getattr(grads, f"{n}_wanted")}
+        unwanted = self._unwanted(grads)
         return tuple(
             first.new_empty(0)
             if name in unwanted
@@ -137,7 +147,11 @@ class Registration:
         needs = ctx.needs_input_grad[1:] if self._skippable else ()  # the first one is not of the op
         wanted = [needs[i] for i in self._skippable]
         grads = given[1 : self._not_differentiable]
-        found = self._backward_op(grad_output, *grads, *wanted, *arguments[:-1], *saved[count:], arguments[-1])
+        if in_forward_mode():
+            call = _named(self._call, arguments[:-1])
+            found = self._gradients_of_reference(call, _named(self._gradients, (grad_output, *grads, *wanted)))
+        else:
+            found = self._backward_op(grad_output, *grads, *wanted, *arguments[:-1], *saved[count:], arguments[-1])
         result: list[Tensor | None] = [None] * len(arguments)
         for i, gradient in zip(self._differentiable, found, strict=True):
             if arguments[i] is not None:
@@ -149,6 +163,70 @@ class Registration:
             if arguments[i] is not None:
                 result[i] = torch.zeros_like(arguments[i])
         return tuple(result)
+
+    def _keep_all(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Saves what `_differentiate_again` needs: all arguments of the backward op but the saved outputs."""
+        ctx.set_materialize_grads(False)
+        call, _, grads = self._parts(inputs)
+        ctx.save_for_backward(*self._tensors((*call, None)), *grads[: self._not_differentiable])
+        ctx.options, ctx.wanted = self._options((*call, None)), grads[self._not_differentiable :]
+
+    def _differentiate_again(self, ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        saved, count, operator = ctx.saved_tensors, self._number_of_tensors, self.operator
+        logger.debug("%s: derivative of its backward, by the reference", operator.name)
+        call = _named(self._call, self._together((*saved[:count], *ctx.options))[:-1])
+        grads = _named(self._gradients, (*saved[count:], *ctx.wanted))
+        unwanted = self._unwanted(grads)
+        of_gradients = {
+            name: gradient
+            for name, gradient in zip(operator.differentiable, given, strict=True)
+            if gradient is not None and name not in unwanted and getattr(call, name) is not None
+        }
+        of_call, of_grads = self._reference.second_backward(call, grads, of_gradients) if of_gradients else ({}, {})
+        found = [of_grads.get(name) for name in operator.outputs] + [None] * len(operator.skippable)
+        found += [of_call.get(name) for name in operator.names]
+        return (*found, *[None] * self._kept, None)
+
+    def _forward_of_reference(self, *args: Any) -> Any:
+        logger.debug("%s: forward mode, by the reference", self.operator.name)
+        return self._reference.differentiable_forward(_named(self._call, args[:-1]))
+
+    def _backward_of_reference(self, *args: Any) -> tuple[Tensor, ...]:
+        call, _, grads = self._parts(args)
+        return self._gradients_of_reference(call, grads)
+
+    def _gradients_of_reference(self, call: Any, grads: Any) -> tuple[Tensor, ...]:
+        """What the backward op returns, differentiable."""
+        logger.debug("%s: forward mode, its backward by the reference", self.operator.name)
+        found = self._reference.differentiable_backward(call, grads)
+        unwanted = self._unwanted(grads)
+        return tuple(
+            found[name] if name in found and name not in unwanted else call[0].new_empty(0)
+            for name in self.operator.differentiable
+        )
+
+    def _unwanted(self, grads: Any) -> set[str]:
+        return {n for n in self.operator.skippable if not getattr(grads, f"{n}_wanted")}
+
+    def _batched(self, args: Sequence[Any], in_dims: Sequence[int | None]) -> Sequence[int] | None:
+        """See `register_vmap`: slices may be one call if they share their parameters."""
+        shared = all(in_dims[i] is None for i in self._parameters)
+        return self._activations if self.operator.per_image and shared else None
+
+    def _batched_backward(self, args: Sequence[Any], in_dims: Sequence[int | None]) -> Sequence[int] | None:
+        """Likewise if there are no parameters, whose gradients are sums over the batch of one slice."""
+        call, _, _ = self._parts(tuple(args))
+        if not self.operator.per_image or any(call[i] is not None for i in self._parameters):
+            return None
+        return [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+
+    def _flops(self, *args: Any, **_: Any) -> int:
+        return 2 * self.operator.products(_named(self._call, args[:-1]))
+
+    def _backward_flops(self, *args: Any, **_: Any) -> int:
+        """A product has two gradients, each a product; that of the activations may be unwanted."""
+        call, _saved, grads = self._parts(args)
+        return (1 if self._unwanted(grads) else 2) * 2 * self.operator.products(call)
 
     def _define_autocast(self, name: str, rule: Callable[..., Any]) -> None:
         op = getattr(torch.ops.msformer, name)
@@ -192,30 +270,3 @@ def cast_output(operator: Operator[Any], op: Any, device_type: str, dtype: torch
 
 def _with_first(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(found) if isinstance(found, Tensor) else (change(found[0]), *found[1:])
-
-
-def refuse_second_derivative(name: str, operator: str) -> None:
-    """Makes differentiating the op ``<name>``, itself a backward, an error that says what to do."""
-
-    def keep(ctx: Any, arguments: tuple[Any, ...], outputs: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            f"{operator}: second derivatives are not supported by the compiled kernels; "
-            'use backend="reference" (or use_backend("reference")), which is differentiable any number of times'
-        )
-
-    register_autograd(LIBRARY, name, keep, backward)
-
-
-def refuse_transforms(operator: str) -> None:
-    """Raises where the compiled kernels would give silently wrong tangents, or PyTorch an error that says nothing.
-
-    Forward-mode differentiation and the transforms of `torch.func` need more than a backward; the reference has it.
-    """
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            f"{operator}: forward-mode differentiation and torch.func are not supported by the compiled kernels; "
-            'use backend="reference" (or use_backend("reference"))'
-        )

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from msformer_kernels.core.validation import check_heads, check_positive
+from msformer_kernels.core.validation import check_heads, check_positive, check_rank
 from msformer_kernels.nn.checkpoints import accept_other_shapes
-from msformer_kernels.nn.norm import norm_arguments
+from msformer_kernels.nn.honest import (
+    LayerExplanation,
+    Parts,
+    convolved,
+    explained,
+    weight_and_bias,
+    why_not_fused,
+    why_pointwise,
+)
+from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
+from msformer_kernels.ops.efficient_attention.api import efficient_attention
 from msformer_kernels.ops.efficient_self_attention.api import efficient_self_attention
 
 
@@ -47,32 +60,63 @@ class EfficientAttention(nn.Module):
         self.register_load_state_dict_pre_hook(accept_other_shapes)
 
     def forward(
-        self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: bool = False, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        norm: nn.Module | None = None,
+        residual: bool = False,
+        mask: Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output and context of tokens or of an image.
 
         Args:
             x: tokens ``[B, N, C]``, or an image ``[B, C, H, W]`` (channels-last without a copy).
-            norm: a LayerNorm to apply to x first, fused in.
+            norm: a module to apply to the tokens first; a plain LayerNorm is fused in.
             residual: adds x to the output.
             mask: boolean ``[B, N]``, True keeps a token as a key.
+            size: height and width of the image that tokens are of. Only modules that have replaced the projections
+                may see it: they are called with ``[B, C, height, width]``, or ``[B, C, N, 1]`` if it is not given.
 
         Returns:
             output, shaped like x, and context ``[B, heads, Dk / heads, Dv / heads]``.
         """
-        tokens = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
-        norm_weight, norm_bias, norm_eps = norm_arguments(norm, tokens)
-        queries, keys, values, reprojection = self.queries, self.keys, self.values, self.reprojection
-        output, context = efficient_self_attention(
-            tokens,
-            queries.weight.flatten(1),
-            queries.bias,
-            keys.weight.flatten(1),
-            keys.bias,
-            values.weight.flatten(1),
-            values.bias,
-            reprojection.weight.flatten(1),
-            reprojection.bias,
+        if x.dim() == 4:
+            size = (x.shape[2], x.shape[3])
+            output, context = self._of_tokens(x.flatten(2).transpose(1, 2), norm, residual, mask, size)
+            return output.transpose(1, 2).unflatten(2, size), context
+        return self._of_tokens(x, norm, residual, mask, size)
+
+    def _of_tokens(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        residual: bool,
+        mask: Tensor | None,
+        size: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        if why_norm_is_called(norm) is not None:
+            assert norm is not None
+            output, context = self._of_tokens(norm(x), None, False, mask, size)
+            return x + output if residual else output, context
+        if why_not_fused(self._parts()) is not None:
+            return self._by_parts(x, norm, residual, mask, size)
+        modules: dict[str, Any] = self._modules
+        query_weight, query_bias = weight_and_bias(modules["queries"])
+        key_weight, key_bias = weight_and_bias(modules["keys"])
+        value_weight, value_bias = weight_and_bias(modules["values"])
+        output_weight, output_bias = weight_and_bias(modules["reprojection"])
+        norm_weight, norm_bias, norm_eps = norm_arguments(norm, x.shape[-1], x)  # type: ignore[arg-type]
+        return efficient_self_attention(
+            x,
+            query_weight.flatten(1),
+            query_bias,
+            key_weight.flatten(1),
+            key_bias,
+            value_weight.flatten(1),
+            value_bias,
+            output_weight.flatten(1),
+            output_bias,
             num_heads=self.num_heads,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
@@ -80,9 +124,46 @@ class EfficientAttention(nn.Module):
             residual=residual,
             mask=mask,
         )
-        if x.dim() == 4:
-            output = output.transpose(1, 2).unflatten(2, x.shape[2:])
-        return output, context
+
+    def _parts(self) -> Parts:
+        modules = self._modules
+        return (
+            ("queries", modules.get("queries"), why_pointwise),
+            ("keys", modules.get("keys"), why_pointwise),
+            ("values", modules.get("values"), why_pointwise),
+            ("reprojection", modules.get("reprojection"), why_pointwise),
+        )
+
+    def _by_parts(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        residual: bool,
+        mask: Tensor | None,
+        size: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of tokens that calls every submodule."""
+        check_rank("x", x, "[B, N, C]", 3)
+        size = (x.shape[1], 1) if size is None else size
+        tokens = x if norm is None else norm(x)
+        query, key, value = (
+            convolved(projection, tokens, size).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.queries, self.keys, self.values)
+        )
+        attended, context = efficient_attention(query, key, value, mask=mask)
+        output = convolved(self.reprojection, attended.transpose(1, 2).flatten(2), size)
+        return x + output if residual else output, context
+
+    def explain(
+        self,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: nn.Module | None = None,
+    ) -> LayerExplanation:
+        """Tells whether a call with this norm runs fused, which backend it gets on this device and dtype (of the
+        parameters, by default), and if it calls submodules, which, and why."""
+        return explained(self, self._parts(), "efficient_self_attention", ("efficient_attention",), norm, device, dtype)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.attention import EfficientAttention
+from msformer_kernels.nn.honest import LayerExplanation
 from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip
 from msformer_kernels.ops.mix_ffn.api import check_image
 
@@ -20,11 +22,21 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(
-        self, x: Tensor, height: int, width: int, *, norm: nn.LayerNorm | None = None, residual: bool = False
+        self, x: Tensor, height: int, width: int, *, norm: nn.Module | None = None, residual: bool = False
     ) -> Tensor:
         """As `MixFFN.forward`; height and width only have to fit."""
         output = self.fc2(F.gelu(self.fc1(x if norm is None else norm(x))))
         return x + output if residual else output
+
+    def explain(
+        self,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: nn.Module | None = None,
+    ) -> LayerExplanation:
+        """It is never fused."""
+        return LayerExplanation(type(self).__name__, False, {"every module": "the layer is plain PyTorch"})
 
 
 FEED_FORWARD: dict[str, type[MixFFN] | type[MLP]] = {"mix_skip": MixFFNSkip, "mix": MixFFN, "mlp": MLP}
@@ -58,5 +70,16 @@ class EfficientTransformerBlock(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``."""
         check_image(x, height, width)
-        x, context = self.attn(x, norm=self.norm1, residual=True)
+        x, context = self.attn(x, norm=self.norm1, residual=True, size=(height, width))
         return self.mlp(x, height, width, norm=self.norm2, residual=True), context
+
+    def explain(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LayerExplanation:
+        """Tells which of its layers run fused, which backends they get on this device and dtype (of the parameters, by
+        default), and which submodules they call, and why."""
+        parts = {
+            name: getattr(self, name).explain(device, dtype, norm=norm)
+            for name, norm in (("attn", self.norm1), ("mlp", self.norm2))
+            if hasattr(getattr(self, name), "explain")
+        }
+        fused = len(parts) == 2 and all(part.fused for part in parts.values())
+        return LayerExplanation(type(self).__name__, fused, parts=parts)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.checkpoints import accept_other_names
-from msformer_kernels.nn.norm import norm_arguments
-from msformer_kernels.ops.mix_ffn.api import check_activation, mix_ffn
+from msformer_kernels.nn.honest import (
+    LayerExplanation,
+    Parts,
+    convolved,
+    explained,
+    weight_and_bias,
+    why_called,
+    why_depthwise,
+    why_layer_norm,
+    why_linear,
+    why_not_fused,
+)
+from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
+from msformer_kernels.ops.mix_ffn.api import check_activation, check_image, mix_ffn
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
-class _DepthwiseConv(nn.Module):
-    """Holds the 3x3 depthwise convolution under the name of the published checkpoints, `dwconv.dwconv`."""
+class DepthwiseConv(nn.Module):
+    """The 3x3 depthwise convolution of tokens, under the name of the published checkpoints, `dwconv.dwconv`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """``[B, height * width, channels]`` -> the same shape."""
+        return convolved(self.dwconv, x, (height, width))
+
+
+def _why_holder(module: Any) -> str | None:
+    return why_called(module, DepthwiseConv)
 
 
 class MixFFN(nn.Module):
@@ -38,39 +62,51 @@ class MixFFN(nn.Module):
         check_activation(activation)
         self.activation = activation
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.dwconv = _DepthwiseConv(hidden_features)
+        self.dwconv = DepthwiseConv(hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
         self.norm1: nn.LayerNorm | None = None
         self.register_load_state_dict_pre_hook(accept_other_names)
 
     def forward(
-        self, x: Tensor, height: int, width: int, *, norm: nn.LayerNorm | None = None, residual: bool = False
+        self, x: Tensor, height: int, width: int, *, norm: nn.Module | None = None, residual: bool = False
     ) -> Tensor:
         """``[B, height * width, C]`` -> the same shape.
 
         Args:
             x: tokens, row by row.
-            norm: a LayerNorm to apply to x first, fused in.
+            norm: a module to apply to x first; a plain LayerNorm is fused in.
             residual: adds x to the output.
         """
-        norm_weight, norm_bias, norm_eps = norm_arguments(norm, x)
+        if why_norm_is_called(norm) is not None:
+            assert norm is not None
+            output = self._run(norm(x), height, width, None, False)
+            return x + output if residual else output
+        return self._run(x, height, width, norm, residual)  # type: ignore[arg-type]
+
+    def _run(self, x: Tensor, height: int, width: int, norm: nn.LayerNorm | None, residual: bool) -> Tensor:
+        if why_not_fused(self._parts()) is not None:
+            return self._by_parts(x, height, width, norm, residual)
+        modules: dict[str, Any] = self._modules
+        fc1_weight, fc1_bias = weight_and_bias(modules["fc1"])
+        dw_weight, dw_bias = weight_and_bias(modules["dwconv"]._modules["dwconv"])
+        fc2_weight, fc2_bias = weight_and_bias(modules["fc2"])
+        norm_weight, norm_bias, norm_eps = norm_arguments(norm, x.shape[-1], x)
+        hidden_norm = modules.get("norm1")
         hidden_weight, hidden_bias = None, None
-        # each attribute of a module costs a look-up
-        fc1, convolution, fc2, hidden_norm = self.fc1, self.dwconv.dwconv, self.fc2, self.norm1
         if hidden_norm is not None:
             if norm is not None and norm.eps != hidden_norm.eps:
                 raise ValueError(f"norm: has eps {norm.eps}, expected that of the hidden norm, {hidden_norm.eps}")
-            hidden_weight, hidden_bias, norm_eps = hidden_norm.weight, hidden_norm.bias, hidden_norm.eps
+            hidden_weight, hidden_bias, norm_eps = norm_arguments(hidden_norm, fc1_weight.shape[0], x)
         return mix_ffn(
             x,
             height,
             width,
-            fc1.weight,
-            fc1.bias,
-            convolution.weight,
-            convolution.bias,
-            fc2.weight,
-            fc2.bias,
+            fc1_weight,
+            fc1_bias,
+            dw_weight,
+            dw_bias,
+            fc2_weight,
+            fc2_bias,
             skip=self.skip,
             hidden_norm_weight=hidden_weight,
             hidden_norm_bias=hidden_bias,
@@ -80,6 +116,42 @@ class MixFFN(nn.Module):
             activation=self.activation,
             residual=residual,
         )
+
+    def _parts(self) -> Parts:
+        modules = self._modules
+        fc1, mixer, fc2 = modules.get("fc1"), modules.get("dwconv"), modules.get("fc2")
+        convolution = None if mixer is None else mixer._modules.get("dwconv")
+        parts = (
+            ("fc1", fc1, why_linear),
+            ("dwconv", mixer, _why_holder),
+            ("dwconv.dwconv", convolution, why_depthwise),
+            ("fc2", fc2, why_linear),
+        )
+        norm = modules.get("norm1") or self.norm1
+        return parts if norm is None else (*parts, ("norm1", norm, why_layer_norm))
+
+    def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
+        """`forward` that calls every submodule."""
+        check_image(x, height, width)
+        hidden = self.fc1(x if norm is None else norm(x))
+        mixed = self.dwconv(hidden, height, width)
+        if self.skip:
+            mixed = mixed + hidden
+        if self.norm1 is not None:
+            mixed = self.norm1(mixed)
+        output = self.fc2(ACTIVATIONS[self.activation](mixed))
+        return x + output if residual else output
+
+    def explain(
+        self,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: nn.Module | None = None,
+    ) -> LayerExplanation:
+        """Tells whether a call with this norm runs fused, which backend it gets on this device and dtype (of the
+        parameters, by default), and if it calls submodules, which, and why."""
+        return explained(self, self._parts(), "mix_ffn", (), norm, device, dtype)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -23,6 +23,8 @@ OPERATOR = Operator(
     outputs=("output",),
     statistics=("mean", "variance"),
     fake=_fake,
+    products=lambda call: 0,
     served_by=("native", "triton"),
+    per_image=False,
     wide_parameters=True,  # as torch.nn.BatchNorm2d takes them
 )

@@ -26,11 +26,19 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _products(call: Any) -> int:
+    """Of the context and the output."""
+    batch, heads, queries, channels = call.query.shape
+    _, _, keys, values = call.value.shape
+    return batch * heads * (queries + keys) * channels * values
+
+
 OPERATOR = Operator(
     efficient_attention,
     outputs=("output", "context"),
     state=("key_max", "key_sum"),
     fake=_fake,
+    products=_products,
     served_by=("native", "cuda", "triton"),
     activations=("query", "key", "value"),
     without_gradient=("mask",),

@@ -31,6 +31,13 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _products(call: Any) -> int:
+    """As published, unfolded: the projections, and context and output of every head."""
+    weights = (call.query_weight, call.key_weight, call.value_weight, call.output_weight)
+    heads = 2 * call.query_weight.shape[0] * call.value_weight.shape[0] // call.num_heads
+    return call.x.shape[:2].numel() * (sum(weight.numel() for weight in weights) + heads)
+
+
 def _needs_features(call: Any) -> str | None:
     """Why the kernels of a GPU do not take a call; None if they do."""
     if min(call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]) > 0:
@@ -43,6 +50,7 @@ OPERATOR = Operator(
     outputs=("output", "context"),
     state=("key_max", "key_sum", "key_tokens"),
     fake=_fake,
+    products=_products,
     served_by=("native", "cuda", "triton"),
     without_gradient=("mask",),
     zero_gradient=("key_bias",),

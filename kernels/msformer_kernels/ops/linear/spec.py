@@ -19,6 +19,7 @@ OPERATOR = Operator(
     linear,
     outputs=("output",),
     fake=_fake,
+    products=lambda call: call.x.shape[:2].numel() * call.weight.numel(),
     # on a GPU the vendor's matrix products are hard to beat, and the reference has them
     served_by=("native",),
     skippable=("x",),

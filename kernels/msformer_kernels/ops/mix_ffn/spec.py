@@ -17,6 +17,10 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     return (call.x.new_empty(call.x.shape),)
 
 
+def _products(call: Any) -> int:
+    return call.x.shape[:2].numel() * (call.fc1_weight.numel() + call.dw_weight.numel() + call.fc2_weight.numel())
+
+
 _NARROW_MEMORY = 128 << 10
 
 
@@ -49,6 +53,7 @@ OPERATOR = Operator(
     mix_ffn,
     outputs=("output",),
     fake=_fake,
+    products=_products,
     served_by=("native", "cuda", "triton"),
     autocast=cast_output,
     limits={"cuda": _needs_memory, "triton": _needs_hidden_channels},
