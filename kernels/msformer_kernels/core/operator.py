@@ -67,6 +67,7 @@ class Operator(Generic[R]):
         wide_parameters: whether its parameters may be float32 beside narrower activations.
         products: the multiplications of its matrix products and convolutions, of a call; an addition comes with each.
         per_image: whether it works on every image of a batch by itself, so that all its outputs are batches, too.
+        matrices: weights of linear layers, which may also come as those of 1 x 1 convolutions, ``[out, in, 1, 1]``.
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
         keeps_layout: whether its output, and the gradients of its activations, lie in memory as the activations do
@@ -92,6 +93,7 @@ class Operator(Generic[R]):
         zero_gradient: Sequence[str] = (),
         wide_parameters: bool = False,
         per_image: bool = True,
+        matrices: Sequence[str] = (),
         skippable: Sequence[str] = (),
         keeps_layout: bool = False,
         autocast: Callable[..., Any] | None = None,
@@ -115,6 +117,7 @@ class Operator(Generic[R]):
         self.parameters = tuple(n for n in self.differentiable if n not in activations)
         self.call_type: Any = namedtuple(f"{self.name}_call", self.names)  # type: ignore[misc]
         self._positions = {name: i for i, name in enumerate(self.names)}
+        self._matrices = tuple((name, self._positions[name]) for name in matrices)
         floating = [n for n in self.tensors if n in self.differentiable or n in zero_gradient]
         wide = [wide_parameters and n in self.parameters for n in floating]
         self._floating = tuple(zip(floating, self.positions(floating), wide, strict=True))
@@ -193,9 +196,16 @@ class Operator(Generic[R]):
         if [(p.name, p.kind, p.default) for p in signature.parameters.values()] != expected:
             raise TypeError(f"{self.name}: the signatures of the public function and of the reference differ")
 
-        floating, positions, defaults = self._floating, self._positions, self._defaults
+        floating, positions, defaults, matrices = self._floating, self._positions, self._defaults, self._matrices
 
         def bound(arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+            for name, i in matrices:
+                weight = arguments[i] if i < len(arguments) else options.get(name)
+                if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1):
+                    if i < len(arguments):
+                        arguments = [*arguments[:i], weight.flatten(1), *arguments[i + 1 :]]
+                    else:
+                        options = {**options, name: weight.flatten(1)}
             check(*arguments, **options)
             call = [*arguments, *defaults[len(arguments) :]]
             for name, value in options.items():

@@ -38,6 +38,18 @@ class DepthwiseConv(nn.Module):
         return convolved(self.dwconv, x, (height, width))
 
 
+def image_size(height: int | tuple[int, int], width: int | None) -> tuple[int, int]:
+    """Height and width, given as two numbers or as one pair.
+
+    Raises TypeError if it is neither.
+    """
+    if width is not None and not isinstance(height, (tuple, list)):
+        return height, width
+    if width is None and isinstance(height, (tuple, list)) and len(height) == 2:
+        return height[0], height[1]
+    raise TypeError(f"height, width: expected two numbers or one pair, got {height!r} and {width!r}")
+
+
 def _why_holder(module: Any) -> str | None:
     return why_called(module, DepthwiseConv)
 
@@ -68,15 +80,23 @@ class MixFFN(nn.Module):
         self.register_load_state_dict_pre_hook(accept_other_names)
 
     def forward(
-        self, x: Tensor, height: int, width: int, *, norm: nn.Module | None = None, residual: bool = False
+        self,
+        x: Tensor,
+        height: int | tuple[int, int],
+        width: int | None = None,
+        *,
+        norm: nn.Module | None = None,
+        residual: bool = False,
     ) -> Tensor:
         """``[B, height * width, C]`` -> the same shape.
 
         Args:
             x: tokens, row by row.
+            height, width: of the image; or both as one pair in place of the height.
             norm: a module to apply to x first; a plain LayerNorm is fused in.
             residual: adds x to the output.
         """
+        height, width = image_size(height, width)
         if why_norm_is_called(norm) is not None:
             assert norm is not None
             output = self._run(norm(x), height, width, None, False)

@@ -83,3 +83,23 @@ def test_linear_layers_and_convolutions_for_one_another() -> None:
     other.load_state_dict(as_convolutions)
     x = torch.randn(1, 6, 4)
     assert torch.equal(other(x, 2, 3), mlp(x, 2, 3))
+
+
+def test_weights_of_convolutions_are_arguments_of_the_operators() -> None:
+    torch.manual_seed(0)
+    mlp, attention = kernels.MixFFN(4, 8), kernels.EfficientAttention(4)
+    x = torch.randn(1, 6, 4)
+    fc1, fc2 = (w[..., None, None].detach().requires_grad_() for w in (mlp.fc1.weight, mlp.fc2.weight))
+    taps = mlp.dwconv.dwconv
+    found = kernels.mix_ffn(x, 2, 3, fc1, mlp.fc1.bias, taps.weight, taps.bias, fc2_weight=fc2, fc2_bias=mlp.fc2.bias)
+    assert torch.equal(found, mlp(x, 2, 3))
+    assert torch.equal(found, mlp(x, (2, 3)))
+    assert [g.shape for g in torch.autograd.grad(found.sum(), (fc1, fc2))] == [fc1.shape, fc2.shape]
+    layers = (attention.queries, attention.keys, attention.values, attention.reprojection)
+    output, _ = kernels.efficient_self_attention(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
+    assert torch.equal(output, attention(x)[0])
+    with pytest.raises(ValueError, match=r"fc1_weight: expected .* got \(8, 4, 3, 3\)"):
+        kernels.mix_ffn(x, 2, 3, torch.zeros(8, 4, 3, 3), None, taps.weight, None, fc2, None)
+    for size in ((2,), ((2, 3), 3), ((2, 3, 1),)):
+        with pytest.raises(TypeError, match="expected two numbers or one pair, got"):
+            mlp(x, *size)

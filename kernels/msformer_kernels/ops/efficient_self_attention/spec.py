@@ -54,6 +54,7 @@ OPERATOR = Operator(
     served_by=("native", "cuda", "triton"),
     without_gradient=("mask",),
     zero_gradient=("key_bias",),
+    matrices=("query_weight", "key_weight", "value_weight", "output_weight"),
     autocast=cast_output,
     limits={"cuda": _needs_features, "triton": _needs_features},
 )

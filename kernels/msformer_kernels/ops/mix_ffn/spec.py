@@ -55,6 +55,7 @@ OPERATOR = Operator(
     fake=_fake,
     products=_products,
     served_by=("native", "cuda", "triton"),
+    matrices=("fc1_weight", "fc2_weight"),
     autocast=cast_output,
     limits={"cuda": _needs_memory, "triton": _needs_hidden_channels},
 )
