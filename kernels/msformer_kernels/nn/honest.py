@@ -30,12 +30,8 @@ _READABLE = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 def why_any_is_called() -> str | None:
     """Why every module must be called: hooks that PyTorch runs at all of them."""
-    if (
-        modules._global_forward_hooks
-        or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
-    ):
+    hooks = len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks)
+    if hooks + len(modules._global_backward_hooks) + len(modules._global_backward_pre_hooks) > 0:
         return "hooks for all modules are registered"
     return None
 
@@ -44,12 +40,16 @@ def why_called(module: Any, built: type[nn.Module]) -> str | None:
     """Why a submodule must be called where a layer was built with one of class `built`."""
     if type(module) is not built:
         return f"is a {type(module).__name__}, not a {built.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    own = module.__dict__
+    # torch.compile guards the lengths of these entries, but not attributes of these names
+    hooks = len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"])
+    if hooks + len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"]) > 0:
         return "has hooks"
-    if "forward" in module.__dict__ or "_compiled_call_impl" in module.__dict__:
-        return "has a forward of its own"
-    if built.forward is not _FORWARD.get(built, built.forward):
-        return f"{built.__name__}.forward was replaced"
+    _ = module.forward  # which torch.compile guards, unlike the entry
+    if "forward" in own or built.forward is not _FORWARD.get(built, built.forward):
+        return "has another forward"
+    if module._compiled_call_impl is not None:
+        return "is compiled"
     return None
 
 
