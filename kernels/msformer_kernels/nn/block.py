@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.attention import EfficientAttention
-from msformer_kernels.nn.honest import LayerExplanation
+from msformer_kernels.nn.honest import LayerExplanation, why_any_is_called, why_called
 from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip
 from msformer_kernels.ops.mix_ffn.api import check_image
 
@@ -45,6 +48,9 @@ FEED_FORWARD: dict[str, type[MixFFN] | type[MLP]] = {"mix_skip": MixFFNSkip, "mi
 class EfficientTransformerBlock(nn.Module):
     """``x + EfficientAttention(LN(x))``, then ``+ FFN(LN(.))``, on tokens.
 
+    Norms and residuals are fused into the layers; if `attn` or `mlp` was wrapped, replaced or hooked, it is called with
+    normalised tokens, as written.
+
     Karimijafarbigloo et al., "MS-Former", MIDL 2023.
 
     Args:
@@ -70,16 +76,43 @@ class EfficientTransformerBlock(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``."""
         check_image(x, height, width)
-        x, context = self.attn(x, norm=self.norm1, residual=True, size=(height, width))
-        return self.mlp(x, height, width, norm=self.norm2, residual=True), context
+        modules = self._modules
+        if _why_attention_is_called(modules["attn"]) is None:
+            x, context = self.attn(x, norm=self.norm1, residual=True, size=(height, width))
+        else:
+            size = {"size": (height, width)} if isinstance(self.attn, EfficientAttention) else {}
+            attended, context = self.attn(self.norm1(x), **size)
+            x = x + attended
+        if _why_feed_forward_is_called(modules["mlp"]) is None:
+            return self.mlp(x, height, width, norm=self.norm2, residual=True), context
+        return x + self.mlp(self.norm2(x), height, width), context
 
     def explain(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LayerExplanation:
         """Tells which of its layers run fused, which backends they get on this device and dtype (of the parameters, by
         default), and which submodules they call, and why."""
-        parts = {
-            name: getattr(self, name).explain(device, dtype, norm=norm)
-            for name, norm in (("attn", self.norm1), ("mlp", self.norm2))
-            if hasattr(getattr(self, name), "explain")
-        }
-        fused = len(parts) == 2 and all(part.fused for part in parts.values())
+        parts = {}
+        for name, why, norm in (
+            ("attn", _why_attention_is_called, "norm1"),
+            ("mlp", _why_feed_forward_is_called, "norm2"),
+        ):
+            layer, reason = getattr(self, name), why(self._modules[name])
+            if not hasattr(layer, "explain"):
+                parts[name] = LayerExplanation(type(layer).__name__, False, {name: str(reason)})
+            elif reason is None:
+                parts[name] = layer.explain(device, dtype, norm=getattr(self, norm))
+            else:
+                found = layer.explain(device, dtype)
+                parts[name] = replace(found, reasons={**found.reasons, norm: f"{name} {reason}"})
+        fused = all(part.fused for part in parts.values())
         return LayerExplanation(type(self).__name__, fused, parts=parts)
+
+
+def _why_attention_is_called(layer: Any) -> str | None:
+    """Why the attention gets tokens that are normalised, and no norm and residual to fuse: a tool sees its call."""
+    return why_any_is_called() or why_called(layer, EfficientAttention)
+
+
+def _why_feed_forward_is_called(layer: Any) -> str | None:
+    """Likewise the feed-forward layer."""
+    built = type(layer) if type(layer) in FEED_FORWARD.values() else MixFFN
+    return why_any_is_called() or why_called(layer, built)

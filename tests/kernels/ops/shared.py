@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import MonteCarloArithmetic, Results, Rule, uncertainty
-from tests.kernels.cases import Case, Cases, cast, run
+from msformer_kernels.core.operator import OPERATORS
+from tests.kernels.cases import Case, Cases, cast, require, run
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DRAWS = {
@@ -166,22 +167,30 @@ class OperatorTests:
         for name in (n for n in expected if n.startswith("grad")):
             assert name == "grad_key_bias" or not found[name][expected[name].isnan()].isfinite().any(), name
 
-    def test_second_derivative_says_that_it_is_not_supported(self, special: Case, float64_backend: str) -> None:
-        tensors = cast(special.draw(), torch.float64)
-        x = next(iter(tensors.values()))
-        assert x is not None
-        output = special.call(tensors, float64_backend)[0]
-        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match=r'second derivatives are not supported.*backend="reference"'):
-            gradient.sum().backward()
-
-    def test_the_reference_has_second_derivatives(self, special: Case) -> None:
+    @pytest.mark.parametrize("name", ["native", "reference"])
+    def test_second_derivatives_and_transforms(self, special: Case, name: str) -> None:
+        """Against differences of first derivatives and of the forward: a backward of the backward, tangents, and both
+        under `torch.func.vmap`."""
+        require(name)
         if "relu" in str(special):
-            pytest.skip("a ReLU has none at its kink, which differences may straddle")
+            pytest.skip("a ReLU has no second derivative at its kink, which differences may straddle")
         tensors = cast(special.draw(), torch.float64)
-        names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+        # a gradient that is always zero has no derivative, which gradgradcheck does not expect
+        zero = OPERATORS[self.OPERATOR].zero_gradient
+        names = [n for n, x in tensors.items() if x is not None and x.requires_grad and n not in zero]
 
         def call(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return special.call(tensors | dict(zip(names, leaves, strict=True)), "reference")
+            found = special.call(tensors | dict(zip(names, leaves, strict=True)), name)
+            return found[: len(OPERATORS[self.OPERATOR].outputs)]
 
-        assert torch.autograd.gradgradcheck(call, [tensors[name] for name in names], fast_mode=True, atol=1e-5)
+        leaves = [tensors[n] for n in names]
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True, atol=1e-5)
+        assert torch.autograd.gradcheck(
+            call,
+            leaves,
+            fast_mode=True,
+            atol=1e-6,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )

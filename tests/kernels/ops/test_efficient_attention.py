@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import msformer_kernels as kernels
 from tests.kernels.cases import Case, attention_case, cast, require, run
@@ -229,23 +228,6 @@ def test_masked_tokens_get_no_gradient_whatever_comes_in(channels: int) -> None:
     for gradient in torch.autograd.grad(output, (k, v), torch.full_like(output, float("inf"))):
         assert not gradient[:, :, 1::2].any()
         assert not gradient[:, :, ::2].isfinite().all()
-
-
-def test_forward_mode_and_function_transforms_are_refused(float64_backend: str) -> None:
-    """Rather than silently giving zero tangents."""
-    q = torch.randn(1, 1, 4, 3)
-
-    def call(q: Tensor, name: str) -> Tensor:
-        return kernels.efficient_attention(q, q, q, backend=name)[0].sum()
-
-    for transform in (torch.func.grad(call), lambda q, name: torch.func.jvp(lambda x: call(x, name), (q,), (q,))):
-        with pytest.raises(NotImplementedError, match=r"torch\.func are not supported by the compiled kernels"):
-            transform(q, float64_backend)
-        transform(q, "reference")
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-            call(dual, float64_backend)
 
 
 meta = torch.device("meta")
