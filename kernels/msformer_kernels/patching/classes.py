@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def plan_of(module: nn.Module) -> Plan | None:
 
 
 def put_in_place(module: nn.Module, proved: Proved) -> None:
-    module.__class__ = patched_class(type(module), proved)
+    module.__class__ = patched_class(cast(Any, type(module)), proved)
 
 
 def why_not_undone(module: nn.Module) -> str | None:
@@ -77,8 +77,8 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
         return base.forward(self, *given, **named)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        _, arguments, *rest = object.__reduce_ex__(self, max(protocol, 2))
-        return (_rebuild, (base, proved, *arguments[1:]), *rest)
+        made: Any = object.__reduce_ex__(self, max(protocol, 2))
+        return (_rebuild, (base, proved, *made[1][1:]), *made[2:])
 
     def extra_repr(self: Any) -> str:
         return ", ".join(word for word in (base.extra_repr(self), f"msformer_kernels: {plan.title}") if word)
@@ -100,7 +100,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
 
 
 def _rebuild(base: type, proved: Proved, *arguments: Any) -> Any:
-    return copyreg.__newobj__(patched_class(base, proved), *arguments)  # type: ignore[attr-defined]
+    return copyreg.__newobj__(patched_class(base, proved), *arguments)
 
 
 def why_no_subclass(module: nn.Module) -> str | None:

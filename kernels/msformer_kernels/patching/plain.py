@@ -46,7 +46,7 @@ def base_class(module: nn.Module) -> type:
     """The class of a module, without the one that a patch has put in place."""
     kind = type(module)
     # a class made of the patched one, by fully_shard or a parametrization, inherits its attributes
-    return kind._msformer_base if getattr(kind, "_msformer_class", None) is kind else kind  # type: ignore[attr-defined]
+    return kind._msformer_base if getattr(kind, "_msformer_class", None) is kind else kind
 
 
 def part(path: tuple[str, ...], module: nn.Module, fused: bool) -> Part:
