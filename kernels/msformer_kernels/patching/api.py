@@ -75,7 +75,7 @@ def patch(
     notes = _without_gain(model, modules, found, report, example, min_gain)
     order = {name: at for at, name in enumerate(modules)}
     named = [*found, *(refusal.name for refusal in report.refused)]
-    innermost = (r for r in report.refused if not any(n.startswith(f"{r.name}." if r.name else "") for n in named))
+    innermost = (r for r in report.refused if not any(_is_inside(n, r.name) for n in named))
     report.refused = sorted(innermost, key=lambda refusal: order[refusal.name])
     for name in sorted(found, key=lambda name: order[name]):
         proved, plan = found[name].proved, found[name].proved.plan
@@ -106,6 +106,10 @@ def _wanted(model: nn.Module, only: Only | None) -> Callable[[str], bool]:
     if missing:
         raise ValueError(f"only: the model has no module {', '.join(map(repr, missing))}")
     return lambda name: name in names
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
 
 
 def _without_gain(

@@ -6,7 +6,6 @@ and copies are what they were, and putting the class back undoes it. Pickles nam
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import logging
@@ -96,11 +95,12 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     }
     found: Any = type(base.__name__, (base,), namespace)
     found._msformer_class = found
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _rebuild(base: type, proved: Proved, *arguments: Any) -> Any:
-    return copyreg.__newobj__(patched_class(base, proved), *arguments)
+    kind = patched_class(base, proved)
+    return kind.__new__(kind, *arguments)
 
 
 def why_no_subclass(module: nn.Module) -> str | None:

@@ -128,7 +128,7 @@ def measure(module: nn.Module, proved: Proved, call: Call) -> Gain:
         first = output[0] if isinstance(output, tuple) else output
         return first.backward(first.detach())
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         gains = []
         for run in (forward, backward):
             original, patched = medians(run, rivals, SAMPLES)

@@ -47,15 +47,17 @@ class Proof:
 
     def __init__(self, module: nn.Module) -> None:
         try:
-            copied = copy.deepcopy(module)
+            with plain_mode():
+                copied = copy.deepcopy(module)
         except Exception as error:
             raise ValueError(f"it cannot be copied ({type(error).__name__}: {error})") from error
         for child in copied.modules():
             for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks):
                 hooks.clear()  # they may do things that are not wanted here
             child._backward_pre_hooks.clear()
-        self.module = copied.cpu().double().requires_grad_(True)
-        self._fill()
+        with plain_mode():
+            self.module = copied.cpu().double().requires_grad_(True)
+            self._fill()
         self._exact: dict[tuple[Any, ...], tuple[Results, bool]] = {}
 
     @torch.no_grad()
@@ -74,17 +76,18 @@ class Proof:
         errors = []
         self.module.train(training)
         for size in plan.probe_sizes:
-            exact, drawn = self._of_the_module(plan, size, training)
-            if drawn:
-                return math.inf
-            with deterministic():
-                found = self._results(plan, size, lambda *given: plan.run(self.module, *_read(plan, given)))
+            with plain_mode():
+                exact, drawn = self._of_the_module(plan, size, training)
+                if drawn:
+                    return math.inf
+                with deterministic():
+                    found = self._results(plan, size, lambda *given: plan.run(self.module, *_read(plan, given)))
             errors.append(_deviation(found, exact))
         return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
 
     def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
         """Results of the module's own forward, and whether it drew random numbers."""
-        key = (plan.arguments, plan.channels(self.module), size, training)
+        key = (plan.arguments, plan.taken(), plan.channels(self.module), size, training)
         if key not in self._exact:
             with deterministic() as drawn:
                 results = self._results(plan, size, type(self.module).forward.__get__(self.module))
@@ -124,6 +127,13 @@ def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor
         before = [default for _, default in plan.arguments.optional[: names.index(plan.taken()[0])]]
         rest = (*rest, *before, torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
     return x, rest
+
+
+@contextmanager
+def plain_mode() -> Iterator[None]:
+    """Gradients, no autocast, tensors on the CPU, whatever is set around."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class DepthwiseConv(nn.Module):
 class DenseMixFFN(nn.Module):
     """Names and dropout of transformers 4, SegFormer and GLPN."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
         self.dense1 = nn.Linear(channels, hidden)
         self.dwconv = DepthwiseConv(hidden)
@@ -48,7 +48,7 @@ class DenseMixFFN(nn.Module):
 class FlatMixFFN(nn.Module):
     """timm's PVTv2: the size is a tuple, the convolution is not wrapped; with `extra_relu` it is PVTv2-Li's."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16, extra_relu: bool = False) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16, extra_relu: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
         self.relu = nn.ReLU() if extra_relu else nn.Identity()
@@ -65,7 +65,7 @@ class FlatMixFFN(nn.Module):
 class InlineMixFFN(nn.Module):
     """An activation that is no module, fc2 defined before the convolution, as many hidden channels as channels."""
 
-    def __init__(self, channels: int = 6, hidden: int = 6) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 8) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
@@ -92,7 +92,7 @@ class DropPath(nn.Module):
 class ConvMixFFN(nn.Module):
     """OpenMMLab's: 1x1 convolutions in a row, an `identity` that is added, DropPath inside."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16, drop_path: float = 0.0) -> None:
         super().__init__()
         drop = nn.Dropout(0.0)
         convolution = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -108,7 +108,7 @@ class ConvMixFFN(nn.Module):
 class ImageMixFFN(nn.Module):
     """Of an image, with tanh-GELU."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden, bias=False)
@@ -122,7 +122,7 @@ class ImageMixFFN(nn.Module):
 class MixFFNSkip(nn.Module):
     """MISSFormer's and DAE-Former's: one norm is used, two are not."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
         self.dwconv = DepthwiseConv(hidden)
@@ -137,7 +137,7 @@ class MixFFNSkip(nn.Module):
 class PreNormMixFFN(FlatMixFFN):
     """With its own norm and residual."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__(channels, hidden)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
@@ -179,7 +179,7 @@ class ChannelNorm(nn.Module):
 class LinearAttention(nn.Module):
     """Of diffusion models: query over features, key over tokens, memory tokens, a scale, a norm on each side."""
 
-    def __init__(self, channels: int = 6, heads: int = 2, dim_head: int = 4, memory: int = 3) -> None:
+    def __init__(self, channels: int = 8, heads: int = 2, dim_head: int = 4, memory: int = 3) -> None:
         super().__init__()
         self.scale, self.heads = dim_head**-0.5, heads
         self.norm = ChannelNorm(channels)
@@ -199,7 +199,7 @@ class LinearAttention(nn.Module):
 class PooledAttention(nn.Module):
     """Attention with fewer keys, as SegFormer's and PVT's."""
 
-    def __init__(self, channels: int = 6, ratio: int = 2) -> None:
+    def __init__(self, channels: int = 8, ratio: int = 2) -> None:
         super().__init__()
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
         self.sr = nn.Conv2d(channels, channels, ratio, ratio)
@@ -220,7 +220,7 @@ class TupleAttention(PooledAttention):
 class TupleBlock(nn.Module):
     """SegFormer's of transformers 4: returns a tuple."""
 
-    def __init__(self, channels: int = 6, drop_path: float = 0.0) -> None:
+    def __init__(self, channels: int = 8, drop_path: float = 0.0) -> None:
         super().__init__()
         self.layer_norm_1 = nn.LayerNorm(channels)
         self.attention = TupleAttention(channels)
@@ -237,7 +237,7 @@ class TupleBlock(nn.Module):
 class ImageBlock(nn.Module):
     """segmentation_models_pytorch's: of an image."""
 
-    def __init__(self, channels: int = 6) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(channels), PooledAttention(channels)
         self.norm2, self.mlp = nn.LayerNorm(channels), DenseMixFFN(channels)
@@ -271,7 +271,7 @@ class IdentityAttention(PooledAttention):
 class IdentityBlock(nn.Module):
     """OpenMMLab's: what is added is an argument of attention and feed-forward layer."""
 
-    def __init__(self, channels: int = 6) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(channels), IdentityAttention(channels)
         self.norm2, self.ffn = nn.LayerNorm(channels), ConvMixFFN(channels)
@@ -284,7 +284,7 @@ class IdentityBlock(nn.Module):
 class GatedFFN(nn.Module):
     """GLUMBConv of SANA: SiLU before, a gate after the convolution."""
 
-    def __init__(self, channels: int = 6, hidden: int = 8) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__()
         self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, 1, 1, groups=2 * hidden)
@@ -298,7 +298,7 @@ class GatedFFN(nn.Module):
 class LongerMixFFN(nn.Module):
     """segformer-pytorch: a further 1x1 convolution of the hidden channels."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
@@ -315,6 +315,6 @@ class LongerMixFFN(nn.Module):
 class WideMixFFN(FlatMixFFN):
     """A 5x5 convolution."""
 
-    def __init__(self, channels: int = 6, hidden: int = 16) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__(channels, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 5, 1, 2, groups=hidden)

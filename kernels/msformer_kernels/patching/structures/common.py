@@ -47,9 +47,10 @@ class Arguments:
 
 
 def arguments_of(module: nn.Module) -> Arguments:
-    """Of a module's forward; an argument by keyword only, or without a plain default, is left out."""
+    """Of the forward of a module's class; an argument by keyword only, or without a plain default, is left out."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    found = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    forward = type(module).forward.__get__(module)
+    found = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds]
     required = tuple(p.name for p in found if p.default is p.empty)
     optional = tuple((p.name, p.default) for p in found if isinstance(p.default, SCALARS))
     return Arguments(required, optional)

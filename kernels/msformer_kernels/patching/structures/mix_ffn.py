@@ -125,7 +125,7 @@ def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
     convolution: Any = layers[depthwise[0]]
     hidden = convolution.in_channels
     plans: list[Plan] = []
-    adds = [None, "x", *([IDENTITY] if IDENTITY in dict(arguments.optional) else [])]
+    adds = [None, *([IDENTITY] if IDENTITY in dict(arguments.optional) else []), "x"]
     for fc1, fc2 in itertools.permutations(pointwise):
         if features(layers[fc1])[0] != hidden or features(layers[fc2]) != features(layers[fc1])[::-1]:
             continue
