@@ -1,7 +1,8 @@
 """Fused operators and layers for linear efficient attention and MixFFN.
 
 Operators: `efficient_attention`, `efficient_self_attention`, `mix_ffn`, `linear`, `batch_norm`. Layers:
-`EfficientAttention`, `MixFFN`, `MixFFNSkip`, `EfficientTransformerBlock`, `TokenLinear`, `TokenBatchNorm`.
+`EfficientAttention`, `MixFFN`, `MixFFNSkip`, `EfficientTransformerBlock`, `TokenLinear`, `TokenBatchNorm`. In models
+that were written without them: `patch`.
 Backends: `use_backend`, `available_backends`, `explain`.
 """
 
@@ -21,6 +22,7 @@ from msformer_kernels.ops.efficient_attention import efficient_attention
 from msformer_kernels.ops.efficient_self_attention import efficient_self_attention
 from msformer_kernels.ops.linear import linear
 from msformer_kernels.ops.mix_ffn import mix_ffn
+from msformer_kernels.patching import patch
 
 try:
     __version__ = version("msformer")
@@ -43,5 +45,6 @@ __all__ = [
     "explain",
     "linear",
     "mix_ffn",
+    "patch",
     "use_backend",
 ]

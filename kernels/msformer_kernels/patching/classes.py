@@ -1,0 +1,113 @@
+"""The class that a patched module gets: a subclass of its own, whose forward carries out a plan.
+
+The class of an instance is changed, and nothing else. So the parameters, their names, hooks on the module, `isinstance`
+and copies are what they were, and putting the class back undoes it. Pickles name the class below and the plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from msformer_kernels.patching.plain import Part, base_class, why_changed
+from msformer_kernels.patching.structures import Plan
+
+_log = logging.getLogger("msformer_kernels.patch")
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A plan that was proved for a module."""
+
+    plan: Plan
+    parts: tuple[Part, ...]
+    """What it relies on."""
+    eval_only: bool
+    """Whether the module's own forward runs in training, for it draws random numbers."""
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan that a module carries out."""
+    proved = getattr(type(module), "_msformer_proved", None)
+    return None if proved is None else proved.plan
+
+
+def put_in_place(module: nn.Module, proved: Proved) -> None:
+    module.__class__ = patched_class(cast(Any, type(module)), proved)
+
+
+def why_not_undone(module: nn.Module) -> str | None:
+    """Why the class of a patched module cannot be put back; None if it can."""
+    if base_class(module) is not type(module):
+        return None
+    return f"is a {type(module).__name__} now: something changed its class after it was patched (fully_shard does)"
+
+
+def put_back(module: nn.Module) -> None:
+    module.__class__ = base_class(module)
+
+
+@functools.cache
+def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
+    """The subclass of `base` that carries out a plan; the same one for the same arguments."""
+    plan, parts, eval_only, original = proved.plan, proved.parts, proved.eval_only, base.forward
+
+    def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
+        arguments = plan.read(given, named)
+        if arguments is None:
+            why = "it was called with other arguments"
+        elif base.forward is not original:
+            why = f"the forward of {base.__name__} was replaced"
+        elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            why = "a graph for other programs is made"
+        else:
+            changed = why_changed(self, parts, eval_only)
+            if changed is None:
+                return plan.run(self, *arguments)
+            why = changed
+        if not torch.compiler.is_compiling():
+            _log.debug("%s runs its own forward: %s", base.__name__, why)
+        return base.forward(self, *given, **named)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        made: Any = object.__reduce_ex__(self, max(protocol, 2))
+        return (_rebuild, (base, proved, *made[1][1:]), *made[2:])
+
+    def extra_repr(self: Any) -> str:
+        return ", ".join(word for word in (base.extra_repr(self), f"msformer_kernels: {plan.title}") if word)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "extra_repr": extra_repr,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_msformer_base": base,
+        "_msformer_proved": proved,
+    }
+    found: Any = type(base.__name__, (base,), namespace)
+    found._msformer_class = found
+    return found
+
+
+def _rebuild(base: type, proved: Proved, *arguments: Any) -> Any:
+    kind = patched_class(base, proved)
+    return kind.__new__(kind, *arguments)
+
+
+def why_no_subclass(module: nn.Module) -> str | None:
+    """Why a module's class cannot have such a subclass; None if it can."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit"
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return f"{kind.__name__} is pickled in a way of its own"
+    return None

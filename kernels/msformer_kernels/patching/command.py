@@ -1,0 +1,106 @@
+"""``python -m msformer_kernels.patch MODULE:CALLABLE [--shape 1,3,512,512]``
+
+Patches a model that a function of the user makes, prints the report, and beside each other time and memory of the
+original and of the patched model. CALLABLE takes nothing and returns a model, or a model and the tuple of its inputs.
+MODULE is imported with the current folder on the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msformer_kernels.patching.api import patch
+from msformer_kernels.patching.memory import peak_memory
+from msformer_kernels.patching.report import table
+from msformer_kernels.patching.timing import medians
+
+DEFAULT_SHAPE = (1, 3, 512, 512)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m msformer_kernels.patch", description=_first_lines())
+    parser.add_argument("target", metavar="MODULE:CALLABLE", help="makes the model, or the model and its inputs")
+    parser.add_argument("--shape", default=",".join(map(str, DEFAULT_SHAPE)), help="of a random input (%(default)s)")
+    parser.add_argument("--min-gain", type=float, default=1.05, help="of a module, to be replaced (%(default)s)")
+    parser.add_argument("--samples", type=int, default=5, help="of each time; 0 leaves the times out (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        shape = tuple(int(size) for size in options.shape.split(","))
+        model, inputs = load(options.target, shape)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        parser.error(str(error))
+    original = copy.deepcopy(model)
+    print(patch(model, example=inputs, min_gain=options.min_gain))
+    if options.samples > 0:
+        threads = f"{torch.get_num_threads()} threads"
+        print(f"\ntimes, {threads}, inputs {', '.join(str(tuple(x.shape)) for x in _tensors(inputs))}:")
+        print(compared(original, model, inputs, options.samples))
+
+
+def _first_lines() -> str:
+    return (__doc__ or "").partition("\n\n")[2]
+
+
+def load(target: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The model that ``MODULE:CALLABLE`` makes and the inputs of a call.
+
+    Raises:
+        ValueError: target is not of this form.
+        TypeError: what the callable returns is no model.
+    """
+    module, separator, name = target.partition(":")
+    if not (module and separator and name):
+        raise ValueError(f"target: expected MODULE:CALLABLE, got {target!r}")
+    sys.path.insert(0, "")
+    try:
+        made = getattr(import_module(module), name)()
+    finally:
+        sys.path.remove("")
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{target}: expected it to return a torch.nn.Module, got {type(model).__name__}")
+    if inputs is None:
+        first = next(model.parameters(), torch.empty(0))
+        inputs = (torch.randn(shape, device=first.device, dtype=first.dtype),)
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def compared(original: nn.Module, patched: nn.Module, inputs: tuple[Any, ...], samples: int) -> str:
+    """A table of times and memory, of the forward in evaluation mode and of forward + backward in training mode."""
+    rows = []
+    for title, training in (("forward", False), ("forward + backward", True)):
+        run = _training_step if training else _forward
+        rivals = [model.train(training) for model in (original, patched)]
+        before, after = medians(lambda model, run=run: run(model, inputs), rivals, samples)  # type: ignore[misc]
+        memory = [peak_memory(lambda m=m, run=run: run(m, inputs), m) for m in rivals]  # type: ignore[misc]
+        times = (f"{1e3 * before:.1f} ms", f"{1e3 * after:.1f} ms", f"{before / after:.2f} x")
+        rows.append((title, *times, *("unknown" if m is None else f"{m / 2**20:.0f} MiB" for m in memory)))
+    return table(("", "original", "patched", "speed-up", "peak memory", "patched"), rows)
+
+
+def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    with torch.no_grad():
+        model(*inputs)
+
+
+def _training_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    outputs = [y for y in _tensors(model(*inputs)) if y.requires_grad]
+    torch.autograd.backward([y.float().square().mean() for y in outputs])
+    model.zero_grad(set_to_none=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in what a model takes or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)

@@ -1,0 +1,128 @@
+"""Whether a layer is the plain one that it seems to be, and whether it has changed since.
+
+A patched module bypasses its submodules: an operator takes their parameters. That is right as long as each of them is
+what it was when the plan was proved: of the same class, with the same settings, without hooks, and not replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from msformer_kernels.patching.structures.common import SCALARS
+
+_FACTS: dict[type, tuple[str, ...]] = {
+    nn.Linear: (),
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.LayerNorm: (),
+    nn.Dropout: ("p", "inplace"),
+    nn.GELU: ("approximate",),
+    nn.Identity: (),
+    nn.Sequential: (),
+}
+"""What of PyTorch's own layers may be changed after they were made; eps is read at each call."""
+_PLAIN: dict[type, frozenset[str]] = {
+    nn.Linear: frozenset(vars(nn.Linear(1, 1))),
+    nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),
+    nn.LayerNorm: frozenset(vars(nn.LayerNorm(1))),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule as it was when the plan was proved; the path is empty for the module itself."""
+
+    path: tuple[str, ...]
+    base: type
+    facts: tuple[tuple[str, Any], ...]
+    fused: bool
+    """Whether an operator takes its parameters."""
+
+
+def base_class(module: nn.Module) -> type:
+    """The class of a module, without the one that a patch has put in place."""
+    kind = type(module)
+    # a class made of the patched one, by fully_shard or a parametrization, inherits its attributes
+    return kind._msformer_base if getattr(kind, "_msformer_class", None) is kind else kind
+
+
+def part(path: tuple[str, ...], module: nn.Module, fused: bool) -> Part:
+    base = base_class(module)
+    names = _FACTS.get(base)
+    if names is None:
+        names = tuple(n for n, v in vars(module).items() if n != "training" and n[0] != "_" and _is_setting(v))
+    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused)
+
+
+def _is_setting(value: Any) -> bool:
+    return all(_is_setting(v) for v in value) if isinstance(value, tuple) else isinstance(value, SCALARS)
+
+
+def why_not_plain(name: str, layer: nn.Module) -> str | None:
+    """Why an operator cannot take a layer's parameters in place of a call; None if it can."""
+    touched = why_touched(name, layer, True)
+    if touched is not None:
+        return touched
+    kind = next((k for k in _PLAIN if isinstance(layer, k)), None)
+    if kind is None or layer._modules or layer._buffers or layer._parameters.keys() - {"weight", "bias"}:
+        return f"{name} is a {type(layer).__name__}, which has more than a weight and a bias"
+    for attribute in vars(layer).keys() - _PLAIN[kind]:
+        # None is a place for what comes later, as an adapter
+        if vars(layer)[attribute] is None or not _is_setting(vars(layer)[attribute]):
+            return f"{name} is a {type(layer).__name__} with {attribute}, which a {kind.__name__} has not"
+    return None
+
+
+def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
+    """Why a submodule must be called, whatever its class; None if it need not be."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or getattr(module, "_backward_pre_hooks", None)
+    ):
+        return f"{name} has hooks"
+    if "forward" in module.__dict__:
+        return f"{name} has another patch: a forward of its own"
+    if fused:
+        for parameter in module._parameters.values():
+            if parameter is not None and not _is_plain_tensor(parameter):
+                return f"{name} has a parameter that is a {type(parameter).__name__}"
+    return None
+
+
+def _is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """A tensor, a parameter, or what stands for one while a graph is made; not a subclass with a layout of its own."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is torch.Tensor or kind.__module__ in _OF_GRAPHS
+
+
+_OF_GRAPHS = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+
+
+def why_changed(module: nn.Module, parts: tuple[Part, ...], eval_only: bool) -> str | None:
+    """What has changed in a module since its plan was proved, so that its own forward must run; None if nothing has.
+
+    `eval_only`: nothing of it may be in training mode.
+    """
+    for found in parts:
+        child: Any = module
+        for name in found.path:
+            child = child._modules.get(name)
+            if child is None:
+                return f"{'.'.join(found.path)} is gone"
+        if eval_only and child.training:
+            return "it draws random numbers in training"
+        if found.path:
+            if base_class(child) is not found.base:
+                return f"{'.'.join(found.path)} is a {type(child).__name__} now"
+            touched = why_touched(".".join(found.path), child, found.fused)
+            if touched is not None:
+                return touched
+        for name, value in found.facts:
+            if getattr(child, name, None) != value:
+                return f"{'.'.join((*found.path, name))} is {getattr(child, name, None)} now"
+    return None

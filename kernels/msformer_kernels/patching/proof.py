@@ -1,0 +1,166 @@
+"""Whether a module computes what a plan says: by numbers, in float64, on a copy with random weights.
+
+Weights that were set to zero or to one prove nothing, so all are random. Output and the gradient of every parameter and
+of the input are compared, on images whose height is not their width, in evaluation and in training mode. Class names
+are no evidence: modules of one name differ, and modules of different names are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msformer_kernels.core.backends import available_backends, use_backend
+from msformer_kernels.patching.structures import Plan
+
+TOLERANCE = 1e-9
+"""Largest relative error. That of a true plan is about 1e-14, a LayerNorm's eps of 1e-6 in place of 1e-5 gives 1e-6."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a call returned, and gradients."""
+
+    returned: type
+    outputs: int
+    values: list[Tensor]
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        return (self.returned, self.outputs, *(value.shape for value in self.values))
+
+
+class Proof:
+    """Compares plans with a module. The module is not touched.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        try:
+            with plain_mode():
+                copied = copy.deepcopy(module)
+        except Exception as error:
+            raise ValueError(f"it cannot be copied ({type(error).__name__}: {error})") from error
+        for child in copied.modules():
+            for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks):
+                hooks.clear()  # they may do things that are not wanted here
+            child._backward_pre_hooks.clear()
+        with plain_mode():
+            self.module = copied.cpu().double().requires_grad_(True)
+            self._fill()
+        self._exact: dict[tuple[Any, ...], tuple[Results, bool]] = {}
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.module.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+
+    def error(self, plan: Plan, *, training: bool) -> float:
+        """The largest relative error of output and gradients; infinite in training if the module draws random numbers,
+        and for outputs of another shape.
+
+        Raises whatever the module or the plan raises.
+        """
+        errors = []
+        self.module.train(training)
+        for size in plan.probe_sizes:
+            with plain_mode():
+                exact, drawn = self._of_the_module(plan, size, training)
+                if drawn:
+                    return math.inf
+                with deterministic():
+                    found = self._results(plan, size, lambda *given: plan.run(self.module, *_read(plan, given)))
+            errors.append(_deviation(found, exact))
+        return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+
+    def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
+        """Results of the module's own forward, and whether it drew random numbers."""
+        key = (plan.arguments, plan.taken(), plan.channels(self.module), size, training)
+        if key not in self._exact:
+            with deterministic() as drawn:
+                results = self._results(plan, size, type(self.module).forward.__get__(self.module))
+                self._exact[key] = results, drawn()
+        return self._exact[key]
+
+    def _results(self, plan: Plan, size: tuple[int, int], forward: Callable[..., Any]) -> Results:
+        """Of a forward and its backward; an absent gradient is zero."""
+        x, rest = _probe(plan, self.module, size)
+        with use_backend("native" if "native" in available_backends("cpu", torch.float64) else "reference"):
+            output = forward(x, *rest)
+            outputs = _outputs(output)
+            total = sum((y * torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)).sum() for y in outputs)
+            assert isinstance(total, Tensor)
+            inputs = [x, *(t for t in rest if isinstance(t, Tensor)), *self.module.parameters()]
+            gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+        pairs = zip(gradients, inputs, strict=True)
+        found = [y.detach() for y in outputs] + [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        return Results(type(output), len(outputs), found)
+
+
+def _read(plan: Plan, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    arguments = plan.read(given, {})
+    assert arguments is not None
+    return arguments
+
+
+def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor, tuple[Any, ...]]:
+    """x and the other arguments: also those that the plan takes though they are optional, for images of even width."""
+    generator, (height, width) = torch.Generator().manual_seed(1), size
+    convention, channels = plan.arguments.convention, plan.channels(module)
+    shape = (2, channels, height, width) if convention == "image" else (2, height * width, channels)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    rest: tuple[Any, ...] = {"image": (), "size": ((height, width),), "hw": (height, width)}[convention or ""]
+    names = [name for name, _ in plan.arguments.optional]
+    if plan.taken() and height % 2 == 0:
+        before = [default for _, default in plan.arguments.optional[: names.index(plan.taken()[0])]]
+        rest = (*rest, *before, torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
+    return x, rest
+
+
+@contextmanager
+def plain_mode() -> Iterator[None]:
+    """Gradients, no autocast, tensors on the CPU, whatever is set around."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def deterministic() -> Iterator[Callable[[], bool]]:
+    """Puts the states of PyTorch's and Python's random numbers back; the value tells whether any were drawn."""
+    of_python = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        random.seed(2)
+        before, before_python = torch.get_rng_state(), random.getstate()
+        try:
+            yield lambda: not torch.equal(before, torch.get_rng_state()) or before_python != random.getstate()
+        finally:
+            random.setstate(of_python)
+
+
+def _outputs(output: Any) -> tuple[Tensor, ...]:
+    found = output if isinstance(output, tuple) else (output,)
+    if not all(isinstance(y, Tensor) for y in found):
+        raise TypeError(f"it returns a {type(output).__name__}, expected a tensor or a tuple of tensors")
+    return found
+
+
+def _deviation(found: Results, exact: Results) -> float:
+    """The largest error, relative to the exact value or, where that is small, to 1."""
+    if found.layout != exact.layout:
+        return math.inf
+    pairs = zip(found.values, exact.values, strict=True)
+    errors = [float((a - b).norm() / (1 + b.norm())) for a, b in pairs]
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors)

@@ -1,0 +1,122 @@
+"""A pre-norm transformer block whose feed-forward layer is MixFFN: its LayerNorm and residual are fused in.
+
+The block's attention is called as it is, whatever it computes; where it is efficient attention, its LayerNorm and
+residual are fused in as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from msformer_kernels.patching.structures.attention import AttentionPlan
+from msformer_kernels.patching.structures.common import (
+    NOTHING,
+    Found,
+    Plan,
+    arguments_of,
+    as_given,
+    as_tokens,
+    is_norm,
+    joined,
+)
+from msformer_kernels.patching.structures.mix_ffn import IDENTITY, MixFFNPlan
+
+CALLS = ("hw", "size", "image", "tokens")
+"""How a block calls its attention: tokens and height, width; tokens and (height, width); an image; tokens alone."""
+
+
+@dataclass(frozen=True)
+class BlockPlan(Plan):
+    """``y = x + attention(norm1(x))``, then ``y + feed_forward(norm2(y))``"""
+
+    norm1: str
+    attention: str
+    attention_call: str
+    attention_adds: bool
+    """Whether the attention takes what it adds to its output as an argument, `identity` (OpenMMLab)."""
+    returns_rest: bool
+    """Whether the block returns a tuple: its output, and what the attention returns besides its own."""
+    norm2: str
+    feed_forward: str
+    inner: MixFFNPlan
+    inner_attention: AttentionPlan | None
+
+    title: ClassVar[str] = "block with mix_ffn"
+    probe_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((8, 16), (16, 8))
+
+    def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Any:
+        convention = self.arguments.convention
+        assert convention is not None
+        tokens, height, width = as_tokens(convention, x, rest)
+        attended, returned = self._attend(module, tokens, height, width)
+        norm = module.get_submodule(self.norm2)
+        feed_forward = module.get_submodule(self.feed_forward)
+        output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=True)
+        output = as_given(convention, output, height, width)
+        return (output, *returned) if self.returns_rest else output
+
+    def _attend(self, module: nn.Module, x: Tensor, height: int, width: int) -> tuple[Tensor, tuple[Any, ...]]:
+        """x + attention(norm1(x)), and what the attention returns besides."""
+        norm, attention = module.get_submodule(self.norm1), module.get_submodule(self.attention)
+        if self.inner_attention is not None:
+            return self.inner_attention.compute(attention, x, norm=norm, residual=True), ()
+        tokens = norm(x)
+        if self.attention_call == "image":
+            found = attention(as_given("image", tokens, height, width))
+        else:
+            size = {"hw": (height, width), "size": ((height, width),), "tokens": ()}[self.attention_call]
+            found = attention(tokens, *size, **({IDENTITY: x} if self.attention_adds else {}))
+        found, returned = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
+        if self.attention_call == "image":
+            found = as_tokens("image", found, ())[0]
+        return (found if self.attention_adds else x + found), returned
+
+    def fused(self) -> tuple[str, ...]:
+        names = [self.norm2, *(joined(self.feed_forward, name) for name in self.inner.fused())]
+        if self.inner_attention is not None:
+            names += [self.norm1, *(joined(self.attention, name) for name in self.inner_attention.fused())]
+        return tuple(names)
+
+    def called(self) -> tuple[str, ...]:
+        return (self.norm1, self.attention) if self.inner_attention is None else ()
+
+    def channels(self, module: nn.Module) -> int:
+        return self.inner.channels(module.get_submodule(self.feed_forward))
+
+    def options(self) -> str:
+        fused = f"{self.norm2} and residual in {self.feed_forward}"
+        return fused if self.inner_attention is None else f"{fused}, {self.norm1} and residual in {self.attention}"
+
+
+def block_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
+    """See `Search`. No block is alike: its feed-forward layer is replaced all the same."""
+    arguments = arguments_of(module)
+    own = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    inner = {name: plan for name, plan in children.items() if isinstance(plan, MixFFNPlan) and name in own}
+    if len(inner) != 1 or len(own) != 4 or module._parameters or arguments.convention is None:
+        return NOTHING
+    feed_forward, plan = next(iter(inner.items()))
+    channels = plan.channels(own[feed_forward])
+    norms = [name for name, child in own.items() if is_norm(child, channels)]
+    others = [name for name in own if name not in (*norms, feed_forward)]
+    if len(norms) != 2 or len(others) != 1 or plan.norm is not None or plan.adds == "x":
+        return NOTHING
+    adds = plan.adds == IDENTITY
+    found = children.get(others[0])
+    plans: list[Plan] = []
+    for attention in (found, None) if isinstance(found, AttentionPlan) else (None,):
+        orders = [(a, b) for a, b in itertools.permutations(norms) if _fits_eps(own[b], own[feed_forward], plan)]
+        for (norm1, norm2), call, rest in itertools.product(orders, CALLS, (False, True)):
+            names = (norm1, others[0], call, adds, rest, norm2, feed_forward)
+            plans.append(BlockPlan(arguments, *names, plan, attention))
+    return Found(tuple(plans))
+
+
+def _fits_eps(norm: Any, feed_forward: nn.Module, plan: MixFFNPlan) -> bool:
+    """The operator takes one eps for both norms."""
+    hidden: Any = None if plan.hidden_norm is None else feed_forward.get_submodule(plan.hidden_norm)
+    return hidden is None or bool(norm.eps == hidden.eps)

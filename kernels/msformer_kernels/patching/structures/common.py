@@ -1,0 +1,179 @@
+"""How the structure of a module is read: its layers, its calling convention, and what a plan is.
+
+A *plan* says what a module's forward may compute, in terms of the operators and of the module's own layers, by name. It
+is frozen and holds names and options alone, so it can be pickled and compared; `proof` decides whether it is true.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of a forward: the names of those that a call must give, and the others with their defaults."""
+
+    required: tuple[str, ...]
+    optional: tuple[tuple[str, Any], ...]
+
+    @property
+    def convention(self) -> str | None:
+        """``"image"``: `[B, C, H, W]`; ``"size"``: tokens `[B, N, C]` and (height, width); ``"hw"``: tokens, height,
+        width. None for any other number of arguments."""
+        return {1: "image", 2: "size", 3: "hw"}.get(len(self.required))
+
+    def read(self, given: tuple[Any, ...], named: dict[str, Any], taken: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """The required arguments of a call, then the optional ones; None where it gives too few, unknown ones, or
+        another value than the default for an optional one that is not `taken`."""
+        if not named and len(given) == len(self.required):
+            return (*given, *(default for _, default in self.optional))
+        names = (*self.required, *(name for name, _ in self.optional))
+        values = {**dict(zip(names, given, strict=False)), **named}
+        if len(given) > len(names) or len(values) < len(given) + len(named) or any(n not in names for n in named):
+            return None
+        if any(name not in values for name in self.required):
+            return None
+        if any(n not in taken and values.get(n, default) is not default for n, default in self.optional):
+            return None
+        return (*(values[n] for n in self.required), *(values.get(n, default) for n, default in self.optional))
+
+
+def arguments_of(module: nn.Module) -> Arguments:
+    """Of the forward of a module's class; an argument by keyword only, or without a plain default, is left out."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward = type(module).forward.__get__(module)
+    found = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds]
+    required = tuple(p.name for p in found if p.default is p.empty)
+    optional = tuple((p.name, p.default) for p in found if isinstance(p.default, SCALARS))
+    return Arguments(required, optional)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a module's forward may compute. Subclasses add the names of the layers and the options."""
+
+    arguments: Arguments
+
+    title: ClassVar[str]
+    """What is put in place, for the report."""
+    probe_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((5, 3), (4, 7))
+    """Heights and widths of the images that prove the plan."""
+    needs_example: ClassVar[str | None] = None
+    """Why the plan is carried out only where an example shows a gain."""
+
+    def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What `run` takes, of a call with these arguments; None where the plan does not take them."""
+        return self.arguments.read(given, named, self.taken())
+
+    def taken(self) -> tuple[str, ...]:
+        """Names of the optional arguments that the plan takes."""
+        return ()
+
+    def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Any:
+        """The module's forward through the operators; `rest` as `read` gives it."""
+        raise NotImplementedError
+
+    def fused(self) -> tuple[str, ...]:
+        """Names of the layers whose parameters go to an operator; they are not called."""
+        raise NotImplementedError
+
+    def called(self) -> tuple[str, ...]:
+        """Names of the submodules that are called as they are, with all that is inside."""
+        return ()
+
+    def channels(self, module: nn.Module) -> int:
+        """Of the input."""
+        raise NotImplementedError
+
+    def options(self) -> str:
+        """For the report."""
+        return ""
+
+
+def joined(prefix: str, name: str) -> str:
+    """The name of a submodule of the submodule `prefix`."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The submodules that have parameters, by name; of nested ones the outermost layer or owner of a parameter."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if isinstance(child, LAYERS) or any(p is not None for p in child._parameters.values()):
+            found[name] = child
+        else:
+            found.update({joined(name, inner): layer for inner, layer in layers_of(child).items()})
+    return found
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """A linear layer, or a 1x1 convolution that is one."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == (1, 1) == layer.stride and layer.groups == 1 and layer.padding in ((0, 0), "valid")
+    return isinstance(layer, nn.Linear)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(output, input) features of a pointwise layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
+
+
+def weight_and_bias(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Of a linear layer or a 1x1 convolution, the weight as ``[out, in]``."""
+    layer = module.get_submodule(name)
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    return weight.flatten(1), bias
+
+
+def is_norm(layer: nn.Module, channels: int) -> bool:
+    """A LayerNorm over this many channels, with a weight."""
+    return isinstance(layer, nn.LayerNorm) and tuple(layer.normalized_shape) == (channels,) and layer.weight is not None
+
+
+def head_counts(module: nn.Module, *dividing: int) -> list[int]:
+    """Numbers of heads that a module may have: its integers that divide all of these, then 1."""
+    own = {v for n, v in vars(module).items() if type(v) is int and v > 1 and not n.startswith("_")}
+    return [*sorted(n for n in own if all(d % n == 0 for d in dividing)), 1]
+
+
+def as_tokens(convention: str, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, int, int]:
+    """Tokens ``[B, N, C]``, height and width."""
+    if convention == "image":
+        return x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3]
+    height, width = rest[:2] if convention == "hw" else rest[0]
+    return x, height, width
+
+
+def as_given(convention: str, tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens in the layout that the module takes."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width)) if convention == "image" else tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a structure says of a module: the plans that fit, or why there is none though the module looks alike."""
+
+    plans: tuple[Plan, ...] = ()
+    why_not: str = ""
+    alike: bool = False
+    """Whether a module for which no plan is true is worth a line in the report."""
+
+
+NOTHING = Found()
+Search = Callable[[nn.Module, dict[str, Plan]], Found]
+"""Of a module, given the plans of its children by name."""

@@ -1,0 +1,174 @@
+"""MixFFN: two pointwise layers around a depthwise 3x3 convolution, with or without a norm, a skip, a residual."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from msformer_kernels.ops.mix_ffn import mix_ffn
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.patching.structures.common import (
+    NOTHING,
+    Found,
+    Plan,
+    arguments_of,
+    as_given,
+    as_tokens,
+    features,
+    is_depthwise,
+    is_norm,
+    is_pointwise,
+    layers_of,
+    weight_and_bias,
+)
+
+IDENTITY = "identity"
+"""The name of the optional argument that is added to the output in place of x (OpenMMLab)."""
+MOST_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class MixFFNPlan(Plan):
+    """``fc2(act([hidden norm](dw3x3(u) [+ u])))``, ``u = fc1([norm](x))``, and what is added to it."""
+
+    fc1: str
+    convolution: str
+    fc2: str
+    activation: str
+    skip: bool = False
+    hidden_norm: str | None = None
+    norm: str | None = None
+    adds: str | None = None
+    """``"x"``, or ``"identity"``: the argument of that name, or x without one."""
+
+    title: ClassVar[str] = "mix_ffn"
+
+    def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        convention = self.arguments.convention
+        assert convention is not None
+        tokens, height, width = as_tokens(convention, x, rest)
+        identity = rest[self._identity_at()] if self.adds == IDENTITY else None
+        norm = None if self.norm is None else module.get_submodule(self.norm)
+        adds_x = self.adds is not None and identity is None
+        output = as_given(
+            convention, self.compute(module, tokens, height, width, norm=norm, residual=adds_x), height, width
+        )
+        return output if identity is None else identity + output
+
+    def taken(self) -> tuple[str, ...]:
+        return (IDENTITY,) if self.adds == IDENTITY else ()
+
+    def _identity_at(self) -> int:
+        names = [*self.arguments.required[1:], *(name for name, _ in self.arguments.optional)]
+        return names.index(IDENTITY)
+
+    def compute(
+        self, module: nn.Module, tokens: Tensor, height: int, width: int, *, norm: Any = None, residual: bool = False
+    ) -> Tensor:
+        """Of tokens ``[B, N, C]``, with a LayerNorm before and x added."""
+        fc1_weight, fc1_bias = weight_and_bias(module, self.fc1)
+        fc2_weight, fc2_bias = weight_and_bias(module, self.fc2)
+        convolution: Any = module.get_submodule(self.convolution)
+        hidden_norm: Any = None if self.hidden_norm is None else module.get_submodule(self.hidden_norm)
+        some_norm = norm if hidden_norm is None else hidden_norm
+        return mix_ffn(
+            tokens,
+            height,
+            width,
+            fc1_weight,
+            fc1_bias,
+            convolution.weight,
+            convolution.bias,
+            fc2_weight,
+            fc2_bias,
+            skip=self.skip,
+            hidden_norm_weight=None if hidden_norm is None else hidden_norm.weight,
+            hidden_norm_bias=None if hidden_norm is None else hidden_norm.bias,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=1e-5 if some_norm is None else some_norm.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def fused(self) -> tuple[str, ...]:
+        norms = (name for name in (self.hidden_norm, self.norm) if name is not None)
+        return (self.fc1, self.convolution, self.fc2, *norms)
+
+    def channels(self, module: nn.Module) -> int:
+        return features(module.get_submodule(self.fc1))[1]
+
+    def options(self) -> str:
+        words = [self.activation]
+        words += ["skip"] * self.skip
+        words += [f"hidden norm {self.hidden_norm}"] * (self.hidden_norm is not None)
+        words += [f"norm {self.norm}"] * (self.norm is not None)
+        words += [f"adds {self.adds}"] * (self.adds is not None)
+        return ", ".join(words)
+
+
+def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
+    """See `Search`. Alike is a module with one depthwise convolution among a few layers."""
+    layers = layers_of(module)
+    depthwise = [name for name, layer in layers.items() if is_depthwise(layer)]
+    pointwise = [name for name, layer in layers.items() if is_pointwise(layer)]
+    norms = [name for name, layer in layers.items() if isinstance(layer, nn.LayerNorm)]
+    if len(depthwise) != 1 or len(pointwise) < 2 or len(layers) > MOST_LAYERS or children:
+        return NOTHING
+    why = _why_not(module, layers, depthwise[0], pointwise, norms)
+    if why is not None:
+        return Found(why_not=why, alike=True)
+    arguments = arguments_of(module)
+    convolution: Any = layers[depthwise[0]]
+    hidden = convolution.in_channels
+    plans: list[Plan] = []
+    adds = [None, *([IDENTITY] if IDENTITY in dict(arguments.optional) else []), "x"]
+    for fc1, fc2 in itertools.permutations(pointwise):
+        if features(layers[fc1])[0] != hidden or features(layers[fc2]) != features(layers[fc1])[::-1]:
+            continue
+        outer = [None, *(n for n in norms if is_norm(layers[n], features(layers[fc1])[1]))]
+        inner = [None, *(n for n in norms if is_norm(layers[n], hidden))]
+        for norm, hidden_norm, added, skip, activation in itertools.product(
+            outer, inner, adds, (False, True), ACTIVATIONS
+        ):
+            if norm and (norm == hidden_norm or (hidden_norm and layers[norm].eps != layers[hidden_norm].eps)):
+                continue
+            names = (fc1, depthwise[0], fc2, activation)
+            plans.append(MixFFNPlan(arguments, *names, skip, hidden_norm, norm, added))
+    return Found(tuple(plans), alike=True)
+
+
+def _why_not(
+    module: nn.Module, layers: dict[str, nn.Module], depthwise: str, pointwise: list[str], norms: list[str]
+) -> str | None:
+    """Why a module that looks like MixFFN cannot be it; None if it may be."""
+    convolution: Any = layers[depthwise]
+    others = [n for n in layers if n not in (depthwise, *pointwise, *norms)]
+    if any(p is not None for p in module._parameters.values()):
+        return "it has parameters of its own"
+    if others:
+        return f"MixFFN has no {type(layers[others[0]]).__name__} ({others[0]})"
+    if len(pointwise) != 2:
+        return f"MixFFN has 2 pointwise layers, this has {len(pointwise)} ({', '.join(pointwise)})"
+    wanted = ((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
+    padding = (1, 1) if convolution.padding == "same" else convolution.padding
+    if (convolution.kernel_size, convolution.stride, padding, convolution.dilation, convolution.padding_mode) != wanted:
+        return (
+            f"its depthwise convolution is {convolution.kernel_size}, stride {convolution.stride}, padding "
+            f"{convolution.padding}, dilation {convolution.dilation}, {convolution.padding_mode}; only 3x3 with stride "
+            "1 and 1 zero around is fused"
+        )
+    shapes = [features(layers[n]) for n in pointwise]
+    hidden = convolution.in_channels
+    if all(out != hidden for out, _ in shapes) or all(into != hidden for _, into in shapes):
+        return f"it is gated (GLU) or split: layers {shapes} (out, in) around {hidden} channels"
+    if shapes[0] != shapes[1][::-1]:
+        return f"its output features differ from its input features: layers {shapes} (out, in)"
+    if arguments_of(module).convention is None:
+        return f"its forward takes {len(arguments_of(module).required)} arguments, expected (x, height, width), " + (
+            "(x, (height, width)) or an image"
+        )
+    return None

@@ -1,0 +1,320 @@
+"""Small modules with the published structures of others, written after the papers and the public code.
+
+Each is what `patch` finds in the wild: other names of layers, other calling conventions, other places of dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def tokens_to_image(x: Tensor, height: int, width: int) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], -1, height, width)
+
+
+def image_to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+class DepthwiseConv(nn.Module):
+    """SegFormer's, with its own reshaping."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return image_to_tokens(self.dwconv(tokens_to_image(x, height, width)))
+
+
+class DenseMixFFN(nn.Module):
+    """Names and dropout of transformers 4, SegFormer and GLPN."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dense1 = nn.Linear(channels, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.intermediate_act_fn = nn.GELU()
+        self.dense2 = nn.Linear(hidden, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        x = self.intermediate_act_fn(self.dwconv(self.dense1(hidden_states), height, width))
+        return self.dropout(self.dense2(self.dropout(x)))
+
+
+class FlatMixFFN(nn.Module):
+    """timm's PVTv2: the size is a tuple, the convolution is not wrapped; with `extra_relu` it is PVTv2-Li's."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16, extra_relu: bool = False) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.relu = nn.ReLU() if extra_relu else nn.Identity()
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, channels)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        x = self.relu(tokens_to_image(self.fc1(x), *feat_size))
+        return self.drop(self.fc2(self.drop(self.act(image_to_tokens(self.dwconv(x))))))
+
+
+class InlineMixFFN(nn.Module):
+    """An activation that is no module, fc2 defined before the convolution, as many hidden channels as channels."""
+
+    def __init__(self, channels: int = 8, hidden: int = 8) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding="same", groups=hidden)
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        return self.fc2(F.relu(image_to_tokens(self.conv(tokens_to_image(self.fc1(x), h, w)))))
+
+
+class DropPath(nn.Module):
+    """Drops the whole path of some images."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * torch.rand(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype).add(keep).floor() / keep
+
+
+class ConvMixFFN(nn.Module):
+    """OpenMMLab's: 1x1 convolutions in a row, an `identity` that is added, DropPath inside."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16, drop_path: float = 0.0) -> None:
+        super().__init__()
+        drop = nn.Dropout(0.0)
+        convolution = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        first, last = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.layers = nn.Sequential(first, convolution, nn.GELU(), drop, last, drop)
+        self.dropout_layer = DropPath(drop_path)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None) -> Tensor:
+        out = image_to_tokens(self.layers(tokens_to_image(x, *hw_shape)))
+        return (x if identity is None else identity) + self.dropout_layer(out)
+
+
+class ImageMixFFN(nn.Module):
+    """Of an image, with tanh-GELU."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden, bias=False)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.dwconv(self.fc1(x))))
+
+
+class MixFFNSkip(nn.Module):
+    """MISSFormer's and DAE-Former's: one norm is used, two are not."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, channels)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(hidden), nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        return self.fc2(self.act(self.norm1(self.dwconv(self.fc1(x), H, W) + self.fc1(x))))
+
+
+class PreNormMixFFN(FlatMixFFN):
+    """With its own norm and residual."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__(channels, hidden)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        return x + super().forward(self.norm(x), feat_size)
+
+
+class EfficientAttention(nn.Module):
+    """DAE-Former's: Shen et al., a loop over heads of an image."""
+
+    def __init__(self, in_channels: int = 8, key_channels: int = 8, value_channels: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.key_channels, self.head_count, self.value_channels = key_channels, heads, value_channels
+        self.keys = nn.Conv2d(in_channels, key_channels, 1)
+        self.queries = nn.Conv2d(in_channels, key_channels, 1)
+        self.values = nn.Conv2d(in_channels, value_channels, 1)
+        self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, queries, values = (
+            p(x).flatten(2).chunk(self.head_count, 1) for p in (self.keys, self.queries, self.values)
+        )
+        attended = []
+        for key, query, value in zip(keys, queries, values, strict=True):
+            context = F.softmax(key, dim=2) @ value.transpose(1, 2)
+            attended.append((context.transpose(1, 2) @ F.softmax(query, dim=1)).unflatten(2, x.shape[2:]))
+        return self.reprojection(torch.cat(attended, 1))
+
+
+class ChannelNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.g * x.shape[1] ** 0.5
+
+
+class LinearAttention(nn.Module):
+    """Of diffusion models: query over features, key over tokens, memory tokens, a scale, a norm on each side."""
+
+    def __init__(self, channels: int = 8, heads: int = 2, dim_head: int = 4, memory: int = 3) -> None:
+        super().__init__()
+        self.scale, self.heads = dim_head**-0.5, heads
+        self.norm = ChannelNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, memory)) if memory else None
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, channels, 1), ChannelNorm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.flatten(2).unflatten(1, (self.heads, -1)) for t in self.to_qkv(self.norm(x)).chunk(3, 1))
+        if self.mem_kv is not None:
+            k, v = (torch.cat((m.expand(len(x), -1, -1, -1), t), -1) for m, t in zip(self.mem_kv, (k, v), strict=True))
+        context = k.softmax(-1) @ v.transpose(-1, -2)
+        out = context.transpose(-1, -2) @ (q.softmax(-2) * self.scale)
+        return self.to_out(out.flatten(1, 2).unflatten(2, x.shape[2:]))
+
+
+class PooledAttention(nn.Module):
+    """Attention with fewer keys, as SegFormer's and PVT's."""
+
+    def __init__(self, channels: int = 8, ratio: int = 2) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.sr = nn.Conv2d(channels, channels, ratio, ratio)
+        self.norm, self.proj = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        fewer = self.norm(image_to_tokens(self.sr(tokens_to_image(x, height, width))))
+        k, v = self.kv(fewer).chunk(2, -1)
+        return self.proj(F.scaled_dot_product_attention(self.q(x), k, v))
+
+
+class TupleAttention(PooledAttention):
+    def forward(self, x: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor, ...]:
+        found = super().forward(x, height, width)
+        return (found, found.square()) if output_attentions else (found,)
+
+
+class TupleBlock(nn.Module):
+    """SegFormer's of transformers 4: returns a tuple."""
+
+    def __init__(self, channels: int = 8, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.layer_norm_1 = nn.LayerNorm(channels)
+        self.attention = TupleAttention(channels)
+        self.drop_path = DropPath(drop_path)
+        self.layer_norm_2 = nn.LayerNorm(channels)
+        self.mlp = DenseMixFFN(channels)
+
+    def forward(self, x: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor, ...]:
+        attended, *rest = self.attention(self.layer_norm_1(x), height, width, output_attentions)
+        x = self.drop_path(attended) + x
+        return (self.drop_path(self.mlp(self.layer_norm_2(x), height, width)) + x, *rest)
+
+
+class ImageBlock(nn.Module):
+    """segmentation_models_pytorch's: of an image."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(channels), PooledAttention(channels)
+        self.norm2, self.mlp = nn.LayerNorm(channels), DenseMixFFN(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = image_to_tokens(x)
+        x = x + self.attn(self.norm1(x), height, width)
+        x = x + self.mlp(self.norm2(x), height, width)
+        return tokens_to_image(x, height, width)
+
+
+class EfficientBlock(nn.Module):
+    """DAE-Former's: efficient attention of an image inside a block of tokens, MixFFN-skip."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(channels), EfficientAttention(channels)
+        self.norm2, self.mlp = nn.LayerNorm(channels), MixFFNSkip(channels)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = x + image_to_tokens(self.attn(tokens_to_image(self.norm1(x), H, W)))
+        return x + self.mlp(self.norm2(x), H, W)
+
+
+class IdentityAttention(PooledAttention):
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return (x if identity is None else identity) + super().forward(x, *hw_shape)
+
+
+class IdentityBlock(nn.Module):
+    """OpenMMLab's: what is added is an argument of attention and feed-forward layer."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(channels), IdentityAttention(channels)
+        self.norm2, self.ffn = nn.LayerNorm(channels), ConvMixFFN(channels)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        x = self.attn(self.norm1(x), hw_shape, identity=x)
+        return self.ffn(self.norm2(x), hw_shape, identity=x)
+
+
+class GatedFFN(nn.Module):
+    """GLUMBConv of SANA: SiLU before, a gate after the convolution."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, 1, 1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
+        return self.conv_point(x * F.silu(gate))
+
+
+class LongerMixFFN(nn.Module):
+    """segformer-pytorch: a further 1x1 convolution of the hidden channels."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.GELU(),
+            nn.Conv2d(hidden, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class WideMixFFN(FlatMixFFN):
+    """A 5x5 convolution."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__(channels, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 5, 1, 2, groups=hidden)

@@ -1,0 +1,78 @@
+"""The command, and that its file does not hide the function of the same name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msformer_kernels.patching import command
+
+MADE = """
+import torch
+from tests.kernels.patching.models import ImageMixFFN, GatedFFN
+
+def model():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), ImageMixFFN(), GatedFFN())
+
+def with_inputs():
+    return ImageMixFFN().double(), torch.randn(1, 8, 5, 7, dtype=torch.float64)
+
+number = lambda: 3
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "made.py").write_text(MADE)
+    command = [sys.executable, "-m", "msformer_kernels.patch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_it_prints_the_report_and_times(tmp_path: Path) -> None:
+    found = run(tmp_path, "made:model", "--shape", "1,3,6,5", "--min-gain", "0", "--samples", "1")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert re.search(r"^  1 +ImageMixFFN +mix_ffn +gelu_tanh +\de-1\d$", found.stdout, re.M)
+    assert "GatedFFN: 2: it is gated" in found.stdout
+    assert "inputs (1, 3, 6, 5)" in found.stdout
+    for row in ("forward", r"forward \+ backward"):
+        assert re.search(rf"^  {row} +[\d.]+ ms +[\d.]+ ms +[\d.]+ x +\S+( MiB)? +\S+( MiB)?$", found.stdout, re.M)
+
+
+def test_inputs_come_from_the_callable_and_times_can_be_left_out(tmp_path: Path) -> None:
+    found = run(tmp_path, "made:with_inputs", "--samples", "0", "--min-gain", "1e-9")
+    assert found.returncode == 0, found.stderr
+    assert "x with backward" in found.stdout
+    assert "times" not in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("made", "expected MODULE:CALLABLE, got 'made'"),
+        ("made:number", "expected it to return a torch.nn.Module, got int"),
+        ("made:nothing", "has no attribute 'nothing'"),
+        ("no_such_module:model", "No module named 'no_such_module'"),
+    ],
+)
+def test_wrong_targets_are_errors(
+    target: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "made.py").write_text(MADE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit):
+        command.main([target])
+    assert reason in capsys.readouterr().err
+
+
+def test_importing_the_file_of_the_command_keeps_the_function() -> None:
+    code = (
+        "import msformer_kernels as k; before = k.patch; import msformer_kernels.patch; "
+        "from msformer_kernels import patch; assert before is patch is k.patch is msformer_kernels.patch; "
+        "assert callable(patch) and patch.__doc__; print('same')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "same\n"

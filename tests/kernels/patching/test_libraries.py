@@ -1,0 +1,99 @@
+"""Models of other libraries, where they are installed: transformers, timm, segmentation_models_pytorch and others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import msformer_kernels as kernels
+
+IMAGE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+
+
+def segformer() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig())
+
+
+def pvt_v2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.PvtV2Model(transformers.PvtV2Config())
+
+
+def pvt_v2_linear() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.PvtV2Model(transformers.PvtV2Config(linear_attention=True))
+
+
+def glpn() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.GLPNModel(transformers.GLPNConfig())
+
+
+def timm_pvt() -> nn.Module:
+    return pytest.importorskip("timm").create_model("pvt_v2_b0")
+
+
+def timm_pvt_li() -> nn.Module:
+    return pytest.importorskip("timm").create_model("pvt_v2_b2_li")
+
+
+def timm_efficientvit() -> nn.Module:
+    return pytest.importorskip("timm").create_model("efficientvit_b0")
+
+
+def unet() -> nn.Module:
+    return pytest.importorskip("segmentation_models_pytorch").Unet("mit_b0", encoder_weights=None)
+
+
+def outputs(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """And the gradients of all parameters."""
+    torch.manual_seed(0)
+    found: Any = model(IMAGE)
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    total = sum(v.square().mean() for v in tensors)
+    assert isinstance(total, Tensor)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    pairs = zip(gradients, parameters, strict=True)
+    return [t.detach() for t in tensors], [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("make", [segformer, pvt_v2, glpn, timm_pvt, unet], ids=lambda f: f.__name__)
+def test_feed_forward_layers_and_blocks_are_replaced(make: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    model = make().train(training)
+    expected, expected_gradients = outputs(model)
+    report = kernels.patch(model)
+    assert [r.by for r in report.replaced] == ["block with mix_ffn", "mix_ffn"] * 8
+    assert max(r.error for r in report.replaced) < 1e-12
+    found, gradients = outputs(model)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    scale = max(float(g.norm()) for g in expected_gradients)
+    assert max(float((a - b).norm()) for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-4 * scale
+    report.undo()
+
+
+@pytest.mark.parametrize("make", [timm_pvt_li, timm_efficientvit, pvt_v2_linear], ids=lambda f: f.__name__)
+def test_what_only_looks_alike_is_left_alone(make: Any) -> None:
+    model = make()
+    with pytest.warns(UserWarning, match="nothing was replaced"):
+        report = kernels.patch(model, min_gain=0)
+    assert report.replaced == []
+    assert report.refused != []
+
+
+def test_a_diffusion_unet() -> None:
+    model = pytest.importorskip("denoising_diffusion_pytorch").Unet(16).eval()
+    image, step = torch.randn(1, 3, 32, 16), torch.tensor([3])
+    with torch.no_grad():
+        expected = model(image, step)
+        report = kernels.patch(model, min_gain=0)
+        assert [r.by for r in report.replaced] == ["efficient_attention"] * 6
+        torch.testing.assert_close(model(image, step), expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,279 @@
+"""What is found and proved in small modules of published structure, and what only looks like it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import msformer_kernels as kernels
+from tests.kernels.patching import models
+
+HEIGHT, WIDTH, CHANNELS = 6, 4, 8
+HW, SIZE = (HEIGHT, WIDTH), ((HEIGHT, WIDTH),)
+
+OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, str, str]]]] = {
+    "dense": (models.DenseMixFFN, HW, [("", "mix_ffn", "gelu")]),
+    "size": (models.FlatMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
+    "inline": (models.InlineMixFFN, HW, [("", "mix_ffn", "relu")]),
+    "convolutions": (models.ConvMixFFN, SIZE, [("", "mix_ffn", "gelu, adds identity")]),
+    "image": (models.ImageMixFFN, (), [("", "mix_ffn", "gelu_tanh")]),
+    "skip": (models.MixFFNSkip, HW, [("", "mix_ffn", "gelu, skip, hidden norm norm1")]),
+    "pre-norm": (models.PreNormMixFFN, SIZE, [("", "mix_ffn", "gelu, norm norm, adds x")]),
+    "attention": (models.EfficientAttention, (), [("", "efficient_self_attention", "2 heads")]),
+    "uneven attention": (
+        lambda: models.EfficientAttention(8, 4, 12, 2),
+        (),
+        [("", "efficient_self_attention", "2 heads")],
+    ),
+    "linear attention": (
+        models.LinearAttention,
+        (),
+        [("", "efficient_attention", "2 heads, scale 0.5, memory mem_kv")],
+    ),
+    "without memory": (
+        lambda: models.LinearAttention(memory=0),
+        (),
+        [("", "efficient_attention", "2 heads, scale 0.5")],
+    ),
+    "tuple block": (
+        models.TupleBlock,
+        HW,
+        [("", "block with mix_ffn", "layer_norm_2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
+    ),
+    "image block": (
+        models.ImageBlock,
+        (),
+        [("", "block with mix_ffn", "norm2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
+    ),
+    "efficient block": (
+        models.EfficientBlock,
+        HW,
+        [
+            ("", "block with mix_ffn", "norm2 and residual in mlp, norm1 and residual in attn"),
+            ("attn", "efficient_self_attention", "2 heads"),
+            ("mlp", "mix_ffn", "gelu, skip, hidden norm norm1"),
+        ],
+    ),
+    "identity block": (
+        models.IdentityBlock,
+        SIZE,
+        [("", "block with mix_ffn", "norm2 and residual in ffn"), ("ffn", "mix_ffn", "gelu, adds identity")],
+    ),
+}
+
+
+def call(model: nn.Module, size: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Outputs and gradients."""
+    x = torch.randn(shape_for(size), generator=torch.Generator().manual_seed(3)).requires_grad_()
+    output = model(x, *size)
+    outputs = output if isinstance(output, tuple) else (output,)
+    total = sum(y.square().mean() for y in outputs)
+    assert isinstance(total, Tensor)
+    inputs = [x, *model.parameters()]
+    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    return (*outputs, *(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, inputs, strict=True)))
+
+
+def operators_called(model: nn.Module, size: tuple[Any, ...]) -> list[str]:
+    with torch.profiler.profile() as profile, torch.no_grad():
+        call_forward(model, size)
+    return sorted({e.name for e in profile.events() if e.name.startswith("msformer::")})
+
+
+def call_forward(model: nn.Module, size: tuple[Any, ...]) -> Any:
+    return model(torch.randn(shape_for(size)), *size)
+
+
+def shape_for(size: tuple[Any, ...]) -> tuple[int, ...]:
+    """Tokens where the size is an argument, else an image; of `CHANNELS`."""
+    return (2, HEIGHT * WIDTH, CHANNELS) if size else (2, CHANNELS, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_published_structures_are_replaced_and_compute_the_same(name: str) -> None:
+    make, size, expected = OURS[name]
+    torch.manual_seed(0)
+    model = make()
+    before = call(model, size)
+    report = kernels.patch(model, min_gain=0)
+    assert [(r.name, r.by, r.options) for r in report.replaced] == expected
+    assert report.refused == []
+    assert all(0 < r.error < 1e-12 for r in report.replaced)
+    for training in (True, False):
+        model.train(training)
+        for found, exact in zip(call(model, size), before, strict=True):
+            torch.testing.assert_close(found, exact, atol=2e-5, rtol=2e-5)
+        assert {f"msformer::{by.removeprefix('block with ')}" for _, by, _ in expected} & set(
+            operators_called(model, size)
+        )
+    report.undo()
+    assert operators_called(model, size) == []
+    assert all(torch.equal(a, b) for a, b in zip(call(model, size), before, strict=True))
+
+
+NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "relu before": (lambda: models.FlatMixFFN(extra_relu=True), r"computes something else: mix_ffn .* differs by"),
+    "gated": (models.GatedFFN, "gated"),
+    "longer": (models.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
+    "5x5": (models.WideMixFFN, r"depthwise convolution is \(5, 5\)"),
+    "silu": (lambda: with_activation(nn.SiLU()), "computes something else"),
+    "other width": (lambda: with_last(nn.Linear(16, 5)), "output features differ"),
+    "circular": (
+        lambda: with_convolution(nn.Conv2d(16, 16, 3, 1, 1, groups=16, padding_mode="circular")),
+        "circular; only",
+    ),
+    "stride": (lambda: with_convolution(nn.Conv2d(16, 16, 3, 2, 1, groups=16)), r"stride \(2, 2\)"),
+    "own parameter": (lambda: with_own(nn.Parameter(torch.ones(8))), "parameters of its own"),
+    "buffer": (lambda: with_own(None), "buffer: own"),
+}
+
+
+def with_activation(activation: nn.Module) -> nn.Module:
+    model = models.FlatMixFFN()
+    model.act = activation  # type: ignore[assignment]
+    return model
+
+
+def with_last(layer: nn.Linear) -> nn.Module:
+    model = models.FlatMixFFN()
+    model.fc2 = layer
+    return model
+
+
+def with_convolution(layer: nn.Conv2d) -> nn.Module:
+    model = models.FlatMixFFN()
+    model.dwconv = layer
+    return model
+
+
+def with_own(parameter: nn.Parameter | None) -> nn.Module:
+    model = models.FlatMixFFN()
+    if parameter is None:
+        model.register_buffer("own", torch.ones(8))
+    else:
+        model.own = parameter
+    return model
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_only_looks_alike_is_left_alone_and_the_reason_is_said(name: str) -> None:
+    make, reason = NOT_OURS[name]
+    model = make()
+    kind = type(model)
+    with pytest.warns(UserWarning, match="nothing was replaced"):
+        report = kernels.patch(model, min_gain=0)
+    assert report.replaced == []
+    assert type(model) is kind
+    assert [r.name for r in report.refused] == [""]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.refused[0].reason)
+
+
+class ScaledAttention(models.LinearAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.01 * super().forward(x)
+
+
+class TransposedAttention(models.EfficientAttention):
+    """Queries over tokens too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reprojection(self.values(x) * self.queries(x).flatten(2).softmax(-1).view_as(x) + self.keys(x))
+
+
+@pytest.mark.parametrize("make", [ScaledAttention, TransposedAttention])
+def test_an_attention_that_computes_something_else_stays(make: type[nn.Module]) -> None:
+    model = make()
+    with pytest.warns(UserWarning, match="no module looks like one"):
+        assert kernels.patch(model, min_gain=0).replaced == []
+    assert type(model) is make
+
+
+class PostNormBlock(models.ImageBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = models.image_to_tokens(x)
+        x = self.norm1(x + self.attn(x, height, width))
+        x = self.norm2(x + self.mlp(x, height, width))
+        return models.tokens_to_image(x, height, width)
+
+
+class TensorBlock(models.TupleBlock):
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x, height, width)[0]
+
+
+def test_of_another_block_only_the_feed_forward_layer_is_replaced() -> None:
+    report = kernels.patch(PostNormBlock(), min_gain=0)
+    assert [r.name for r in report.replaced] == ["mlp"]
+
+
+@pytest.mark.parametrize("make", [models.TupleBlock, TensorBlock])
+def test_a_block_returns_what_it_did(make: type[nn.Module]) -> None:
+    """A tuple of one is no tensor."""
+    model = make().eval()
+    kernels.patch(model, min_gain=0)
+    assert "norm" in repr(model)
+    assert "block with mix_ffn" in model.extra_repr()
+    assert isinstance(call_forward(model, HW), tuple if make is models.TupleBlock else Tensor)
+
+
+def test_zero_weights_prove_nothing() -> None:
+    """With a last layer of zeros every activation gives the same output; the proof does not use these weights."""
+    model = with_activation(nn.SiLU())
+    nn.init.zeros_(model.fc2.weight)  # type: ignore[arg-type,union-attr]
+    with pytest.warns(UserWarning, match="computes something else"):
+        kernels.patch(model)
+
+
+def test_eps_is_read_from_the_layer() -> None:
+    model = models.PreNormMixFFN().eval()
+    report = kernels.patch(model)
+    with torch.no_grad():
+        x = torch.randn(1, 24, 8) * 1e-3
+        model.norm.eps = 1e-2
+        found = model(x, (6, 4))
+        report.undo()
+        torch.testing.assert_close(found, model(x, (6, 4)), atol=1e-6, rtol=1e-4)
+
+
+def test_two_images_of_another_height_and_width_are_compared() -> None:
+    """A module that works on squares of the height only is something else."""
+
+    class Square(models.FlatMixFFN):
+        def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+            return super().forward(x, (feat_size[1], feat_size[0]))
+
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert kernels.patch(Square()).replaced == []
+
+
+def test_a_module_that_fails_on_the_probe_is_left_alone() -> None:
+    class Fixed(models.FlatMixFFN):
+        def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+            assert feat_size == (16, 16), "only 16 x 16"
+            return super().forward(x, feat_size)
+
+    with pytest.warns(UserWarning, match="cannot be compared with mix_ffn: AssertionError: only 16 x 16"):
+        kernels.patch(Fixed())
+
+
+def test_the_meta_device_is_refused_with_the_reason() -> None:
+    with torch.device("meta"):
+        model = models.FlatMixFFN()
+    with pytest.warns(UserWarning, match="on the meta device"):
+        report = kernels.patch(model)
+    assert "meta device" in report.refused[0].reason
+
+
+def test_nan_is_no_proof() -> None:
+    from msformer_kernels.patching.proof import Results, _deviation
+
+    exact, found = (Results(Tensor, 1, [torch.tensor([v])]) for v in (1.0, float("nan")))
+    assert math.isnan(_deviation(found, exact))
+    assert not _deviation(found, exact) <= 1
