@@ -20,6 +20,12 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
     "dense": (models.DenseMixFFN, HW, [("", "mix_ffn", "gelu")]),
     "size": (models.FlatMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
     "inline": (models.InlineMixFFN, HW, [("", "mix_ffn", "relu")]),
+    "relu before": (
+        lambda: models.FlatMixFFN(extra_relu=True),
+        SIZE,
+        [("", "mix_ffn", "gelu, relu before the convolution")],
+    ),
+    "silu": (lambda: with_activation(nn.SiLU()), SIZE, [("", "mix_ffn", "silu")]),
     "convolutions": (models.ConvMixFFN, SIZE, [("", "mix_ffn", "gelu, adds identity")]),
     "image": (models.ImageMixFFN, (), [("", "mix_ffn", "gelu_tanh")]),
     "skip": (models.MixFFNSkip, HW, [("", "mix_ffn", "gelu, skip, hidden norm norm1")]),
@@ -117,11 +123,11 @@ def test_published_structures_are_replaced_and_compute_the_same(name: str) -> No
 
 
 NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relu before": (lambda: models.FlatMixFFN(extra_relu=True), r"computes something else: mix_ffn .* differs by"),
+    "tanh before": (lambda: with_activation_before(nn.Tanh()), r"computes something else: mix_ffn .* differs by"),
     "gated": (models.GatedFFN, "gated"),
     "longer": (models.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
     "5x5": (models.WideMixFFN, r"depthwise convolution is \(5, 5\)"),
-    "silu": (lambda: with_activation(nn.SiLU()), "computes something else"),
+    "elu": (lambda: with_activation(nn.ELU()), "computes something else"),
     "other width": (lambda: with_last(nn.Linear(16, 5)), "output features differ"),
     "circular": (
         lambda: with_convolution(nn.Conv2d(16, 16, 3, 1, 1, groups=16, padding_mode="circular")),
@@ -131,6 +137,12 @@ NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own parameter": (lambda: with_own(nn.Parameter(torch.ones(8))), "parameters of its own"),
     "buffer": (lambda: with_own(None), "buffer: own"),
 }
+
+
+def with_activation_before(activation: nn.Module) -> nn.Module:
+    model = models.FlatMixFFN(extra_relu=True)
+    model.relu = activation
+    return model
 
 
 def with_activation(activation: nn.Module) -> nn.Module:
@@ -225,7 +237,7 @@ def test_a_block_returns_what_it_did(make: type[nn.Module]) -> None:
 
 def test_zero_weights_prove_nothing() -> None:
     """With a last layer of zeros every activation gives the same output; the proof does not use these weights."""
-    model = with_activation(nn.SiLU())
+    model = with_activation(nn.ELU())
     nn.init.zeros_(model.fc2.weight)  # type: ignore[arg-type,union-attr]
     with pytest.warns(UserWarning, match="computes something else"):
         kernels.patch(model)

@@ -28,16 +28,20 @@ from msformer_kernels.patching.structures.common import (
 IDENTITY = "identity"
 """The name of the optional argument that is added to the output in place of x (OpenMMLab)."""
 MOST_LAYERS = 8
+SAME = "same"
+INNER = ("identity", "relu", SAME)
+"""What is tried as the activation before the convolution; `SAME`: that after it."""
 
 
 @dataclass(frozen=True)
 class MixFFNPlan(Plan):
-    """``fc2(act([hidden norm](dw3x3(u) [+ u])))``, ``u = fc1([norm](x))``, and what is added to it."""
+    """``fc2(act([hidden norm](dw3x3(u) [+ u])))``, ``u = [inner act](fc1([norm](x)))``, and what is added to it."""
 
     fc1: str
     convolution: str
     fc2: str
     activation: str
+    inner_activation: str
     skip: bool = False
     hidden_norm: str | None = None
     norm: str | None = None
@@ -91,6 +95,7 @@ class MixFFNPlan(Plan):
             norm_bias=None if norm is None else norm.bias,
             norm_eps=1e-5 if some_norm is None else some_norm.eps,
             activation=self.activation,
+            inner_activation=self.inner_activation,
             residual=residual,
         )
 
@@ -103,6 +108,7 @@ class MixFFNPlan(Plan):
 
     def options(self) -> str:
         words = [self.activation]
+        words += [f"{self.inner_activation} before the convolution"] * (self.inner_activation != "identity")
         words += ["skip"] * self.skip
         words += [f"hidden norm {self.hidden_norm}"] * (self.hidden_norm is not None)
         words += [f"norm {self.norm}"] * (self.norm is not None)
@@ -131,12 +137,12 @@ def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
             continue
         outer = [None, *(n for n in norms if is_norm(layers[n], features(layers[fc1])[1]))]
         inner = [None, *(n for n in norms if is_norm(layers[n], hidden))]
-        for norm, hidden_norm, added, skip, activation in itertools.product(
-            outer, inner, adds, (False, True), ACTIVATIONS
+        for before, norm, hidden_norm, added, skip, activation in itertools.product(
+            INNER, outer, inner, adds, (False, True), ACTIVATIONS
         ):
             if norm and (norm == hidden_norm or (hidden_norm and layers[norm].eps != layers[hidden_norm].eps)):
                 continue
-            names = (fc1, depthwise[0], fc2, activation)
+            names = (fc1, depthwise[0], fc2, activation, activation if before == SAME else before)
             plans.append(MixFFNPlan(arguments, *names, skip, hidden_norm, norm, added))
     return Found(tuple(plans), alike=True)
 
