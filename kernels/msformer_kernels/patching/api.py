@@ -72,11 +72,11 @@ def patch(
                 report.refused.append(Refusal(name, type(module).__name__, result))
             elif result is not None:
                 found[name], plans[name] = result, result.proved.plan
+    named = [*found, *(refusal.name for refusal in report.refused)]
+    report.refused = [r for r in report.refused if not any(_is_inside(n, r.name) for n in named)]
     notes = _without_gain(model, modules, found, report, example, min_gain)
     order = {name: at for at, name in enumerate(modules)}
-    named = [*found, *(refusal.name for refusal in report.refused)]
-    innermost = (r for r in report.refused if not any(_is_inside(n, r.name) for n in named))
-    report.refused = sorted(innermost, key=lambda refusal: order[refusal.name])
+    report.refused.sort(key=lambda refusal: order[refusal.name])
     for name in sorted(found, key=lambda name: order[name]):
         proved, plan = found[name].proved, found[name].proved.plan
         words = [notes[name]] if name in notes else []

@@ -59,8 +59,8 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     plan, parts, eval_only, original = proved.plan, proved.parts, proved.eval_only, base.forward
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
-        arguments = plan.read(given, named)
-        if arguments is None:
+        call = plan.read(given, named)
+        if call is None:
             why = "it was called with other arguments"
         elif base.forward is not original:
             why = f"the forward of {base.__name__} was replaced"
@@ -69,7 +69,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
         else:
             changed = why_changed(self, parts, eval_only)
             if changed is None:
-                return plan.run(self, *arguments)
+                return plan.run(self, *call[0], **call[1])
             why = changed
         if not torch.compiler.is_compiling():
             _log.debug("%s runs its own forward: %s", base.__name__, why)

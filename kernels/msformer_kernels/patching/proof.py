@@ -81,13 +81,13 @@ class Proof:
                 if drawn:
                     return math.inf
                 with deterministic():
-                    found = self._results(plan, size, lambda *given: plan.run(self.module, *_read(plan, given)))
+                    found = self._results(plan, size, lambda *given, **named: _run(plan, self.module, given, named))
             errors.append(_deviation(found, exact))
         return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
 
     def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
         """Results of the module's own forward, and whether it drew random numbers."""
-        key = (plan.arguments, plan.taken(), plan.channels(self.module), size, training)
+        key = (plan.arguments, plan.taken(), plan.keywords(), plan.channels(self.module), size, training)
         if key not in self._exact:
             with deterministic() as drawn:
                 results = self._results(plan, size, type(self.module).forward.__get__(self.module))
@@ -96,9 +96,9 @@ class Proof:
 
     def _results(self, plan: Plan, size: tuple[int, int], forward: Callable[..., Any]) -> Results:
         """Of a forward and its backward; an absent gradient is zero."""
-        x, rest = _probe(plan, self.module, size)
+        x, rest, named = _probe(plan, self.module, size)
         with use_backend("native" if "native" in available_backends("cpu", torch.float64) else "reference"):
-            output = forward(x, *rest)
+            output = forward(x, *rest, **named)
             outputs = _outputs(output)
             total = sum((y * torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)).sum() for y in outputs)
             assert isinstance(total, Tensor)
@@ -109,24 +109,24 @@ class Proof:
         return Results(type(output), len(outputs), found)
 
 
-def _read(plan: Plan, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    arguments = plan.read(given, {})
-    assert arguments is not None
-    return arguments
+def _run(plan: Plan, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    call = plan.read(given, named)
+    assert call is not None
+    return plan.run(module, *call[0], **call[1])
 
 
-def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor, tuple[Any, ...]]:
-    """x and the other arguments: also those that the plan takes though they are optional, for images of even width."""
+def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """x and the other arguments; on one of the images also those that the plan takes though they are optional."""
     generator, (height, width) = torch.Generator().manual_seed(1), size
     convention, channels = plan.arguments.convention, plan.channels(module)
     shape = (2, channels, height, width) if convention == "image" else (2, height * width, channels)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     rest: tuple[Any, ...] = {"image": (), "size": ((height, width),), "hw": (height, width)}[convention or ""]
     names = [name for name, _ in plan.arguments.optional]
-    if plan.taken() and height % 2 == 0:
+    if plan.taken() and size == plan.probe_sizes[-1]:
         before = [default for _, default in plan.arguments.optional[: names.index(plan.taken()[0])]]
         rest = (*rest, *before, torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
-    return x, rest
+    return x, rest, dict.fromkeys(plan.keywords(), True) if size == plan.probe_sizes[-1] else {}
 
 
 @contextmanager

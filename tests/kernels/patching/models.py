@@ -234,6 +234,34 @@ class TupleBlock(nn.Module):
         return (self.drop_path(self.mlp(self.layer_norm_2(x), height, width)) + x, *rest)
 
 
+class KeywordAttention(TupleAttention):
+    """Twice as much where attentions are to be returned, so that it shows what it was told."""
+
+    def forward(self, x: Tensor, height: int, width: int, **kwargs: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
+        (found,) = super().forward(x, height, width)
+        return found * (2 if kwargs.get("output_attentions") else 1), found
+
+
+class KeywordBlock(TupleBlock):
+    """SegFormer's of transformers 5: returns a tensor, hands any keyword on to the attention."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.attention = KeywordAttention(channels)
+
+    def forward(self, x: Tensor, height: int, width: int, **kwargs: bool) -> Tensor:  # type: ignore[override]
+        attended, _ = self.attention(self.layer_norm_1(x), height, width, **kwargs)
+        x = attended + x
+        return self.mlp(self.layer_norm_2(x), height, width) + x
+
+
+class DeafBlock(KeywordBlock):
+    """Keeps the keywords for itself."""
+
+    def forward(self, x: Tensor, height: int, width: int, **kwargs: bool) -> Tensor:  # type: ignore[override]
+        return super().forward(x, height, width)
+
+
 class ImageBlock(nn.Module):
     """segmentation_models_pytorch's: of an image."""
 

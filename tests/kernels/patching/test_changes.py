@@ -302,6 +302,20 @@ def test_arguments_by_name_and_optional_ones(block: models.TupleBlock) -> None:
         block(X, 6, 4, height=6)
 
 
+@pytest.mark.parametrize("make", [models.KeywordBlock, models.DeafBlock])
+def test_keywords_go_where_they_went(make: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    """To the attention, or nowhere; those that the proof does not know go to the original forward."""
+    block = make().eval()
+    calls = [{}, {"output_attentions": True}, {"output_hidden_states": True}, {"other": True}]
+    expected = [block(X, *SIZE, **named) for named in calls]
+    kernels.patch(block)
+    with caplog.at_level(logging.DEBUG, "msformer_kernels.patch"):
+        for named, output in zip(calls, expected, strict=True):
+            torch.testing.assert_close(block(X, *SIZE, **named), output, atol=3e-6, rtol=1e-5)
+    refused = [message for message in caplog.messages if message.startswith(make.__name__)]
+    assert len(refused) == (1 if make is models.KeywordBlock else 3)
+
+
 def test_the_reason_is_logged(block: models.TupleBlock, caplog: pytest.LogCaptureFixture) -> None:
     kernels.patch(block)
     block.mlp.dense1 = Adapter(block.mlp.dense1)  # type: ignore[assignment]

@@ -89,6 +89,16 @@ def test_without_an_example_nothing_is_timed(times: list[tuple[str, int]]) -> No
     assert "give `example`" in report.refused[0].reason
 
 
+def test_a_block_without_gain_is_reported_beside_its_feed_forward_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def medians(run: Callable[[nn.Module], Any], rivals: Sequence[nn.Module], samples: int) -> list[float]:
+        return [0.5 if isinstance(rivals[0], models.TupleBlock) else 2.0, 1.0]
+
+    monkeypatch.setattr(gain, "medians", medians)
+    report = kernels.patch(models.TupleBlock(), example=(torch.randn(1, 24, 8), 6, 4))
+    assert [r.name for r in report.replaced] == ["mlp"]
+    assert [r.name for r in report.refused] == [""]
+
+
 def test_min_gain_of_zero_takes_whatever_is_proved(times: list[tuple[str, int]]) -> None:
     assert len(kernels.patch(Model(), example=(torch.randn(1, 8, 6, 8),), min_gain=0).replaced) == 4
     assert times == []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import msformer_kernels as kernels
 
-IMAGE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def segformer() -> nn.Module:
@@ -67,16 +67,16 @@ def outputs(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("make", [segformer, pvt_v2, glpn, timm_pvt, unet], ids=lambda f: f.__name__)
 def test_feed_forward_layers_and_blocks_are_replaced(make: Any, training: bool) -> None:
     torch.manual_seed(0)
-    model = make().train(training)
+    model = make().double().train(training)  # in float32 the originals differ from that by up to 1e-3
     expected, expected_gradients = outputs(model)
     report = kernels.patch(model)
     assert [r.by for r in report.replaced] == ["block with mix_ffn", "mix_ffn"] * 8
     assert max(r.error for r in report.replaced) < 1e-12
     found, gradients = outputs(model)
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+        assert (a - b).norm() <= 1e-11 * b.norm()
     scale = max(float(g.norm()) for g in expected_gradients)
-    assert max(float((a - b).norm()) for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-4 * scale
+    assert max(float((a - b).norm()) for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-11 * scale
     report.undo()
 
 

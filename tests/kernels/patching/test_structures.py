@@ -51,6 +51,11 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
         HW,
         [("", "block with mix_ffn", "layer_norm_2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
     ),
+    "keyword block": (
+        models.KeywordBlock,
+        HW,
+        [("", "block with mix_ffn", "layer_norm_2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
+    ),
     "image block": (
         models.ImageBlock,
         (),

@@ -27,6 +27,8 @@ from msformer_kernels.patching.structures.mix_ffn import IDENTITY, MixFFNPlan
 
 CALLS = ("hw", "size", "image", "tokens")
 """How a block calls its attention: tokens and height, width; tokens and (height, width); an image; tokens alone."""
+KEYWORDS = ("output_attentions", "output_hidden_states")
+"""transformers hands these on from the model to the attention, which may look at them."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,39 @@ class BlockPlan(Plan):
     feed_forward: str
     inner: MixFFNPlan
     inner_attention: AttentionPlan | None
+    hands_on: bool
+    """Whether `KEYWORDS` go to the attention."""
 
     title: ClassVar[str] = "block with mix_ffn"
     probe_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((8, 16), (16, 8))
 
-    def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Any:
+    def keywords(self) -> tuple[str, ...]:
+        return KEYWORDS if self.hands_on else ()
+
+    def run(self, module: nn.Module, x: Tensor, *rest: Any, **keywords: Any) -> Any:
         convention = self.arguments.convention
         assert convention is not None
         tokens, height, width = as_tokens(convention, x, rest)
-        attended, returned = self._attend(module, tokens, height, width)
+        attended, returned = self._attend(module, tokens, height, width, keywords)
         norm = module.get_submodule(self.norm2)
         feed_forward = module.get_submodule(self.feed_forward)
         output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=True)
         output = as_given(convention, output, height, width)
         return (output, *returned) if self.returns_rest else output
 
-    def _attend(self, module: nn.Module, x: Tensor, height: int, width: int) -> tuple[Tensor, tuple[Any, ...]]:
+    def _attend(
+        self, module: nn.Module, x: Tensor, height: int, width: int, keywords: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """x + attention(norm1(x)), and what the attention returns besides."""
         norm, attention = module.get_submodule(self.norm1), module.get_submodule(self.attention)
         if self.inner_attention is not None:
             return self.inner_attention.compute(attention, x, norm=norm, residual=True), ()
         tokens = norm(x)
         if self.attention_call == "image":
-            found = attention(as_given("image", tokens, height, width))
+            found = attention(as_given("image", tokens, height, width), **keywords)
         else:
             size = {"hw": (height, width), "size": ((height, width),), "tokens": ()}[self.attention_call]
-            found = attention(tokens, *size, **({IDENTITY: x} if self.attention_adds else {}))
+            found = attention(tokens, *size, **({IDENTITY: x} if self.attention_adds else {}), **keywords)
         found, returned = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
         if self.attention_call == "image":
             found = as_tokens("image", found, ())[0]
@@ -110,9 +119,10 @@ def block_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
     plans: list[Plan] = []
     for attention in (found, None) if isinstance(found, AttentionPlan) else (None,):
         orders = [(a, b) for a, b in itertools.permutations(norms) if _fits_eps(own[b], own[feed_forward], plan)]
-        for (norm1, norm2), call, rest in itertools.product(orders, CALLS, (False, True)):
+        hands_on = (True, False) if arguments.any_keyword and attention is None else (False,)
+        for handed, (norm1, norm2), call, rest in itertools.product(hands_on, orders, CALLS, (False, True)):
             names = (norm1, others[0], call, adds, rest, norm2, feed_forward)
-            plans.append(BlockPlan(arguments, *names, plan, attention))
+            plans.append(BlockPlan(arguments, *names, plan, attention, handed))
     return Found(tuple(plans))
 
 

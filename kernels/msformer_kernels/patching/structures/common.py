@@ -19,10 +19,12 @@ SCALARS = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of a forward: the names of those that a call must give, and the others with their defaults."""
+    """Of a forward: the names of those that a call must give, the others with their defaults, and whether it takes any
+    keyword."""
 
     required: tuple[str, ...]
     optional: tuple[tuple[str, Any], ...]
+    any_keyword: bool = False
 
     @property
     def convention(self) -> str | None:
@@ -50,10 +52,11 @@ def arguments_of(module: nn.Module) -> Arguments:
     """Of the forward of a module's class; an argument by keyword only, or without a plain default, is left out."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward = type(module).forward.__get__(module)
-    found = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds]
+    parameters = inspect.signature(forward).parameters.values()
+    found = [p for p in parameters if p.kind in kinds]
     required = tuple(p.name for p in found if p.default is p.empty)
     optional = tuple((p.name, p.default) for p in found if isinstance(p.default, SCALARS))
-    return Arguments(required, optional)
+    return Arguments(required, optional, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,24 @@ class Plan:
     needs_example: ClassVar[str | None] = None
     """Why the plan is carried out only where an example shows a gain."""
 
-    def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
+    def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What `run` takes, of a call with these arguments; None where the plan does not take them."""
-        return self.arguments.read(given, named, self.taken())
+        handed = {n: v for n, v in named.items() if n in self.keywords()} if named else {}
+        others = {n: v for n, v in named.items() if n not in handed} if handed else named
+        values = self.arguments.read(given, others, self.taken())
+        return None if values is None else (values, handed)
 
     def taken(self) -> tuple[str, ...]:
         """Names of the optional arguments that the plan takes."""
         return ()
 
+    def keywords(self) -> tuple[str, ...]:
+        """Other boolean arguments by keyword that the plan takes."""
+        return ()
+
     def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Any:
-        """The module's forward through the operators; `rest` as `read` gives it."""
+        """The module's forward through the operators; the arguments, and `keywords` if there are any, as `read` gives
+        them."""
         raise NotImplementedError
 
     def fused(self) -> tuple[str, ...]:
