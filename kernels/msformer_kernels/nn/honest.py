@@ -122,8 +122,9 @@ def convolved(convolution: nn.Module, tokens: Tensor, size: tuple[int, int]) -> 
     image = tokens.transpose(1, 2).unflatten(2, size)
     if tokens.numel() > 0:
         return convolution(image).flatten(2).transpose(1, 2)
-    # a convolution refuses an empty image; one of zeros knows the channels, and gives zero gradients
-    found = convolution(image.new_zeros(1, image.shape[1], 1, 1)).flatten(2).transpose(1, 2)
+    # a convolution refuses an empty image; a pixel of zeros gives the channels, and zero gradients to all parameters
+    pixel = image.new_zeros(1, image.shape[1], 1, 1) + tokens.sum()
+    found = convolution(pixel).flatten(2).transpose(1, 2)
     return found[: tokens.shape[0], : tokens.shape[1]].expand(tokens.shape[0], tokens.shape[1], -1)
 
 

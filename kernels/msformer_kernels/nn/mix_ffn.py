@@ -147,7 +147,7 @@ class MixFFN(nn.Module):
             ("dwconv.dwconv", convolution, why_depthwise),
             ("fc2", fc2, why_linear),
         )
-        norm = modules.get("norm1") or self.norm1
+        norm = modules["norm1"] if "norm1" in modules else self.norm1
         return parts if norm is None else (*parts, ("norm1", norm, why_layer_norm))
 
     def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
