@@ -111,7 +111,7 @@ class MixFFN(nn.Module):
         dw_weight, dw_bias = weight_and_bias(modules["dwconv"]._modules["dwconv"])
         fc2_weight, fc2_bias = weight_and_bias(modules["fc2"])
         norm_weight, norm_bias, norm_eps = norm_arguments(norm, x.shape[-1], x)
-        hidden_norm = modules.get("norm1")
+        hidden_norm = self._hidden_norm()
         hidden_weight, hidden_bias = None, None
         if hidden_norm is not None:
             if norm is not None and norm.eps != hidden_norm.eps:
@@ -137,6 +137,10 @@ class MixFFN(nn.Module):
             residual=residual,
         )
 
+    def _hidden_norm(self) -> Any:
+        found = self._modules.get("norm1")
+        return self.norm1 if found is None else found  # an attribute that is a module is slow, one that is None is not
+
     def _parts(self) -> Parts:
         modules = self._modules
         fc1, mixer, fc2 = modules.get("fc1"), modules.get("dwconv"), modules.get("fc2")
@@ -147,7 +151,7 @@ class MixFFN(nn.Module):
             ("dwconv.dwconv", convolution, why_depthwise),
             ("fc2", fc2, why_linear),
         )
-        norm = modules["norm1"] if "norm1" in modules else self.norm1
+        norm = self._hidden_norm()
         return parts if norm is None else (*parts, ("norm1", norm, why_layer_norm))
 
     def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
