@@ -129,7 +129,7 @@ def test_a_transform_gives_what_the_reference_gives(name: str, float64_backend: 
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["vmap", "gradients_of_parameters_by_image", "models", "hessian", "jacrev_of_jacrev"])
+@pytest.mark.parametrize("name", ["vmap", "gradients_of_parameters_by_image", "models", "hessian", "autograd_of_grad"])
 def test_transforms_of_other_backends(name: str, backend: str) -> None:
     block, x = block_and_images(torch.float32)
     found, expected = both(lambda: TRANSFORMS[name](block, x), backend)
@@ -295,7 +295,7 @@ def test_the_log_says_what_is_not_a_call_of_the_backend(
     assert message in caplog.messages
 
 
-@pytest.mark.parametrize("name", ["vmap", "grad", "gradients_by_image", "jacrev"])
+@pytest.mark.parametrize("name", ["vmap", "grad", "gradients_by_image"])
 def test_compiled_transforms(name: str) -> None:
     require("native")
     torch._dynamo.reset()

@@ -193,6 +193,15 @@ def test_another_convolution(name: str, kind: str) -> None:
     assert layer.explain().fused == (kind == "without_bias")  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}])
+def test_a_convolution_that_gives_another_size_is_an_error(options: dict[str, Any]) -> None:
+    """Rather than a layer that takes its weight for that of the plain one."""
+    layer, x = layer_and_tokens("mix_ffn_skip")
+    place(layer, "dwconv.dwconv", nn.Conv2d(12, 12, 3, padding=1, groups=12, **options))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        layer(x, HEIGHT, WIDTH)
+
+
 @pytest.mark.parametrize("path", ["queries", "keys", "values", "reprojection"])
 def test_another_projection_sees_the_image(path: str) -> None:
     """Also in a block, where the attention gets tokens."""
