@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -240,12 +241,57 @@ def test_a_block_returns_what_it_did(make: type[nn.Module]) -> None:
     assert isinstance(call_forward(model, HW), tuple if make is models.TupleBlock else Tensor)
 
 
-def test_zero_weights_prove_nothing() -> None:
-    """With a last layer of zeros every activation gives the same output; the proof does not use these weights."""
+def test_weights_of_zero_prove_nothing() -> None:
+    """With weights of zero every activation gives the same output; the proof does not use these weights."""
     model = with_activation(nn.ELU())
-    nn.init.zeros_(model.fc2.weight)  # type: ignore[arg-type,union-attr]
+    for p in model.parameters():
+        nn.init.zeros_(p)
     with pytest.warns(UserWarning, match="computes something else"):
         kernels.patch(model)
+
+
+class StraightThrough(models.FlatMixFFN):
+    """The same output, another gradient."""
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        return x + (super().forward(x, feat_size) - x).detach()
+
+
+class HalfFrozen(models.FlatMixFFN):
+    """The same output, no gradient of the first layer."""
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        weight, bias = self.fc1.weight.detach(), self.fc1.bias.detach()
+        hidden = models.tokens_to_image(nn.functional.linear(x, weight, bias), *feat_size)
+        return self.fc2(self.act(models.image_to_tokens(self.dwconv(hidden))))
+
+
+@pytest.mark.parametrize("make", [StraightThrough, HalfFrozen])
+def test_the_same_output_with_another_gradient_is_something_else(make: type[nn.Module]) -> None:
+    with pytest.warns(UserWarning, match="computes something else"):
+        kernels.patch(make())
+
+
+class SeldomDropped(models.FlatMixFFN):
+    """Drops an output once in a million times; no probe would see it."""
+
+    def __init__(self, of_python: bool) -> None:
+        super().__init__()
+        self.of_python = of_python
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        x = super().forward(x, feat_size)
+        if not self.training:
+            return x
+        return x * float((random.random() if self.of_python else torch.rand(())) > 1e-6)
+
+
+@pytest.mark.parametrize("of_python", [False, True])
+def test_what_draws_random_numbers_keeps_its_forward_in_training(of_python: bool) -> None:
+    model = SeldomDropped(of_python)
+    assert "training" in kernels.patch(model).replaced[0].note
+    assert operators_called(model.train(), SIZE) == []
+    assert operators_called(model.eval(), SIZE) == ["msformer::mix_ffn"]
 
 
 def test_eps_is_read_from_the_layer() -> None:
