@@ -17,13 +17,13 @@ from msformer_kernels.patching.structures.common import SCALARS
 _FACTS: dict[type, tuple[str, ...]] = {
     nn.Linear: (),
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.LayerNorm: (),
+    nn.LayerNorm: ("eps",),
     nn.Dropout: ("p", "inplace"),
     nn.GELU: ("approximate",),
     nn.Identity: (),
     nn.Sequential: (),
 }
-"""What of PyTorch's own layers may be changed after they were made; eps is read at each call."""
+"""What of PyTorch's own layers may be changed after they were made."""
 _PLAIN: dict[type, frozenset[str]] = {
     nn.Linear: frozenset(vars(nn.Linear(1, 1))),
     nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),

@@ -294,15 +294,20 @@ def test_what_draws_random_numbers_keeps_its_forward_in_training(of_python: bool
     assert operators_called(model.eval(), SIZE) == ["msformer::mix_ffn"]
 
 
-def test_eps_is_read_from_the_layer() -> None:
-    model = models.PreNormMixFFN().eval()
-    report = kernels.patch(model)
+@pytest.mark.parametrize("changed", ["norm2", "mlp.norm1"])
+def test_the_eps_of_either_norm_counts(changed: str) -> None:
+    """The operator has one for both."""
+    x = torch.randn(1, 24, 8) * 1e-3
+    late, early, original = (models.EfficientBlock().eval() for _ in range(3))
+    late.load_state_dict(original.state_dict())
+    early.load_state_dict(original.state_dict())
+    kernels.patch(late)
+    for block in (late, early, original):
+        block.get_submodule(changed).eps = 1e-2  # type: ignore[assignment]
+    assert [r.name for r in kernels.patch(early).replaced] == ["attn", "mlp"]
     with torch.no_grad():
-        x = torch.randn(1, 24, 8) * 1e-3
-        model.norm.eps = 1e-2
-        found = model(x, (6, 4))
-        report.undo()
-        torch.testing.assert_close(found, model(x, (6, 4)), atol=1e-6, rtol=1e-4)
+        for block in (late, early):
+            torch.testing.assert_close(block(x, 6, 4), original(x, 6, 4), atol=1e-6, rtol=1e-5)
 
 
 def test_two_images_of_another_height_and_width_are_compared() -> None:

@@ -118,15 +118,10 @@ def block_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
     found = children.get(others[0])
     plans: list[Plan] = []
     for attention in (found, None) if isinstance(found, AttentionPlan) else (None,):
-        orders = [(a, b) for a, b in itertools.permutations(norms) if _fits_eps(own[b], own[feed_forward], plan)]
         hands_on = (True, False) if arguments.any_keyword and attention is None else (False,)
-        for handed, (norm1, norm2), call, rest in itertools.product(hands_on, orders, CALLS, (False, True)):
+        for handed, (norm1, norm2), call, rest in itertools.product(
+            hands_on, itertools.permutations(norms), CALLS, (False, True)
+        ):
             names = (norm1, others[0], call, adds, rest, norm2, feed_forward)
             plans.append(BlockPlan(arguments, *names, plan, attention, handed))
     return Found(tuple(plans))
-
-
-def _fits_eps(norm: Any, feed_forward: nn.Module, plan: MixFFNPlan) -> bool:
-    """The operator takes one eps for both norms."""
-    hidden: Any = None if plan.hidden_norm is None else feed_forward.get_submodule(plan.hidden_norm)
-    return hidden is None or bool(norm.eps == hidden.eps)

