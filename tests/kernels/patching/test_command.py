@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,10 +26,14 @@ number = lambda: 3
 """
 
 
+ROOT = Path(__file__).resolve().parents[3]
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "made.py").write_text(MADE)
     command = [sys.executable, "-m", "msformer_kernels.patch", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
 def test_it_prints_the_report_and_times(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from tests.kernels.patching import models
 X = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
 SIZE = (6, 4)
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 class Model(nn.Module):
     """Two blocks with a layer around them."""
@@ -98,7 +100,8 @@ def test_a_pickle_opens_in_another_process(model: Model, tmp_path: Path) -> None
         "from tests.kernels.patching.test_instances import X, operators; "
         "assert torch.equal(model(X), expected); print(operators(model))"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.strip() == "2", found.stderr
 
 
@@ -206,6 +209,6 @@ def test_another_dtype_after_the_patch(model: Model) -> None:
 
 
 def test_ddp_and_fsdp2_train_a_patched_model(tmp_path: Path) -> None:
-    code = Path(__file__).with_name("distributed.py")
-    found = subprocess.run([sys.executable, str(code), str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.patching.distributed", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.split() == ["ddp", "fsdp", "undo", "refuse"], found.stdout + found.stderr
