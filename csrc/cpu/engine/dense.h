@@ -12,8 +12,6 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-constexpr std::int64_t kDepthBlock =
-    128;  // products are sums of block sums, of so many terms each: shorter sums round less
 constexpr std::int64_t kGroupTokens =
     1024;  // tokens of the images that are worked on at once, unless one image has more
 
@@ -29,9 +27,7 @@ void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_pa
     const std::int64_t block = i / groups, group = i % groups;
     const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
     const Range panel_range{panels.count * group / groups, panels.count * (group + 1) / groups};
-    for (std::int64_t p = 0; p == 0 || p < k; p += kDepthBlock)
-      gemm_part<Values<T>>(row_range, panel_range, {p, min_of(k, p + kDepthBlock)}, k, panels, a, b,
-                           p ? Start::output : start, bias, c);
+    gemm_part<Values<T>>(row_range, panel_range, k, panels, a, b, start, bias, c);
   });
 }
 

@@ -93,36 +93,34 @@ struct Range {
   std::int64_t begin, end;
 };
 
-// The rows and panels of C = start + A B that are asked for. k, of which B has `depth` in all, is the range to sum
-// over; it counts elements, which may be pairs.
+// products are sums of block sums, of so many elements of k each: shorter sums round less, and a block of B stays in
+// the first cache
+constexpr std::int64_t kDepthBlock = 64;
+
+// The rows of one panel of C = start + A B, summed over one block of k.
+template <class E, int VECTORS>
+void gemm_panel(int vectors, Range rows, std::int64_t k, const Operand<typename E::Element>& a,
+                const typename E::Element* b, std::int64_t b_k, Start start, const typename E::Value* bias,
+                const Output<typename E::Value>& c, std::int64_t column) {
+  if (vectors == VECTORS)
+    return gemm_rows<E, kTileRows, VECTORS>(rows.begin, rows.end, k, a, b, b_k, start, bias, c, column);
+  if constexpr (VECTORS > 1) gemm_panel<E, VECTORS - 1>(vectors, rows, k, a, b, b_k, start, bias, c, column);
+}
+
+// The rows and panels of C = start + A B that are asked for; k counts elements, which may be pairs.
 template <class E>
-void gemm_part(Range rows, Range panel_range, Range k, std::int64_t depth, const Panels& panels,
+void gemm_part(Range rows, Range panel_range, std::int64_t k, const Panels& panels,
                const Operand<typename E::Element>& a, const Matrix<typename E::Element>& b, Start start,
                const typename E::Value* bias, const Output<typename E::Value>& c) {
   constexpr int W = kWidth<typename E::Value>;
-  const Operand<typename E::Element> a_part{a.data + k.begin * a.k_stride, a.row_stride, a.k_stride};
   for (std::int64_t panel = panel_range.begin; panel < panel_range.end; ++panel) {
     const std::int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
     const std::int64_t b_k = b.leading ? b.leading : vectors * W;
-    const auto* bp = (b.leading ? b.data + first * W : b.data + first * W * depth) + k.begin * b_k;
-    const auto* biases = bias ? bias + first * W : nullptr;
-    const std::int64_t size = k.end - k.begin;
-    switch (vectors) {
-      case 1:
-        gemm_rows<E, kTileRows, 1>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
-        break;
-      case 2:
-        gemm_rows<E, kTileRows, 2>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
-        break;
-#if MSFORMER_VECTOR_BYTES == 64
-      case 3:
-        gemm_rows<E, kTileRows, 3>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
-        break;
-      case 4:
-        gemm_rows<E, kTileRows, 4>(rows.begin, rows.end, size, a_part, bp, b_k, start, biases, c, first * W);
-        break;
-#endif
-    }
+    const auto* bp = b.leading ? b.data + first * W : b.data + first * W * k;
+    for (std::int64_t p = 0; p == 0 || p < k; p += kDepthBlock)
+      gemm_panel<E, kTileVectors>(static_cast<int>(vectors), rows, min_of(k - p, kDepthBlock),
+                                  {a.data + p * a.k_stride, a.row_stride, a.k_stride}, bp + p * b_k, b_k,
+                                  p ? Start::output : start, bias ? bias + first * W : nullptr, c, first * W);
   }
 }
 
@@ -132,7 +130,7 @@ inline void gemm(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const
                  const Matrix<typename E::Element>& b, Start start, const typename E::Value* bias,
                  const Output<typename E::Value>& c) {
   const Panels panels(n_padded / kWidth<typename E::Value>);
-  gemm_part<E>({0, rows}, {0, panels.count}, {0, k}, k, panels, a, b, start, bias, c);
+  gemm_part<E>({0, rows}, {0, panels.count}, k, panels, a, b, start, bias, c);
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

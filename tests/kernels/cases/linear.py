@@ -39,6 +39,7 @@ CASES = Cases(
         linear_case("expanded", batch=3, layout="expanded"),
     ],
     large=[
+        linear_case("columns", tokens=137, channels=37, layout="transposed"),
         linear_case("many_tokens", batch=2, tokens=2501, channels=33, out=150),
         linear_case("many_features", batch=1, tokens=20, channels=5003, out=21),
     ],
