@@ -100,8 +100,9 @@ def children(process: int) -> list[int]:
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("way", ["one after the other", "together"])
+@pytest.mark.parametrize(
+    ("number", "way"), [(signal.SIGTERM, "one after the other"), (signal.SIGINT, "together")], ids=str
+)
 def test_a_signal_leaves_a_partial_result_and_no_process(tmp_path: Path, number: signal.Signals, way: str) -> None:
     out = tmp_path / "check.json"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

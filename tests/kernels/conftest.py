@@ -11,26 +11,31 @@ import torch
 from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import require
 
-COMPILED = ["native-many_tokens", "native-few_tokens", "cuda", "triton-folded"]
-WITH_FLOAT64 = [name for name in COMPILED if name.startswith("native")]
+COMPILED = {"native": ("many_tokens", "few_tokens"), "cuda": (), "triton": ("folded",)}
+"""Backends, and the forms of those that work on images of many and of few tokens in different ways."""
+WITH_FORMS = ("efficient_self_attention", "mix_ffn")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` is each of `COMPILED`; in a class of tests of one operator, each that serves it."""
-    if "backend" in metafunc.fixturenames:
-        operator = getattr(metafunc.cls, "OPERATOR", None)
-        served = COMPILED if operator is None else OPERATORS[operator].served_by
-        metafunc.parametrize(
-            "backend", [b for b in COMPILED if b in served or b.split("-")[0] in served], indirect=True
-        )
+    """`backend` is each of `COMPILED`; in a class of tests of one operator, each that serves it. `float64_backend` is
+    for tests that need float64, or inputs too large for Triton's interpreter. Forms are told apart in the tests of
+    operators that have them."""
+    operator = getattr(metafunc.cls, "OPERATOR", None)
+    of_operators = metafunc.module.__name__.startswith("tests.kernels.ops.")
+    with_forms = operator in WITH_FORMS if operator else of_operators
+    for fixture, names in (("backend", list(COMPILED)), ("float64_backend", ["native"])):
+        if fixture in metafunc.fixturenames:
+            served = [n for n in names if operator is None or n in OPERATORS[operator].served_by]
+            metafunc.parametrize(fixture, [full for n in served for full in _forms(n, with_forms)], indirect=True)
+
+
+def _forms(name: str, with_forms: bool) -> list[str]:
+    return [f"{name}-{form}" for form in COMPILED[name]] if with_forms and COMPILED[name] else [name]
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A backend that is checked against the reference; skipped where it was not built.
-
-    The native kernels work on images of many and of few tokens in different ways; every test is for both.
-    """
+    """A backend that is checked against the reference; skipped where it was not built."""
     yield from _prepared(request.param, monkeypatch)
 
 
@@ -40,9 +45,9 @@ def unfolded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     yield from _prepared(request.param, monkeypatch)
 
 
-@pytest.fixture(params=WITH_FLOAT64)
+@pytest.fixture
 def float64_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """As `backend`, for tests that need float64, or inputs too large for Triton's interpreter."""
+    """As `backend`, of those that compute in float64."""
     yield from _prepared(request.param, monkeypatch)
 
 
@@ -51,15 +56,13 @@ def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     require(name)
     if name == "triton":
         calls = import_module("msformer_kernels.ops.efficient_self_attention.triton_calls")
-        monkeypatch.setattr(calls, "MOST_FOLDED", 128 if form == "folded" else 0)
+        monkeypatch.setattr(calls, "MOST_FOLDED", 0 if form == "unfolded" else 128)
         # in float32 the folded form has too many registers on a GPU, unless products are of tf32 (triton/test_tf32.py)
         monkeypatch.setattr(calls, "FOLDED_PRECISIONS", ("tf32", "tf32x3"))
-        yield name
-        return
-    if name == "native":
+    elif name == "native" and form:
         arguments = import_module("msformer_kernels.native.arguments")
         monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
-    if form == "unfolded":
+    elif form == "unfolded":
         calls = import_module("msformer_kernels.ops.efficient_self_attention.cuda_calls")
         monkeypatch.setattr(calls, "MOST_FOLDED", 0)
     yield name

@@ -315,7 +315,8 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_instruction_set_from_the_environment(backend: str) -> None:
+def test_instruction_set_from_the_environment() -> None:
+    require("native")
     code = "import msformer_kernels; from msformer_kernels import _native; print(_native.isa())"
     assert _run(code, MSFORMER_CPU_ISA="plain").stdout.strip() == "plain"
     failed = _run(code, MSFORMER_CPU_ISA="mmx")
@@ -323,15 +324,15 @@ def test_instruction_set_from_the_environment(backend: str) -> None:
     assert "unknown or unsupported instruction set 'mmx'; this machine has: " in failed.stderr
 
 
-def test_extension_shares_the_openmp_of_torch(backend: str) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_extension_shares_the_openmp_of_torch() -> None:
     """Two OpenMP runtimes in one process would fight over the cores and ignore torch.set_num_threads."""
+    require("native")
     code = (
         "import torch, msformer_kernels\n"
         "lines = [line.strip() for line in open('/proc/self/maps')]\n"
         "print(len({line.split('/')[-1] for line in lines if 'libgomp' in line or 'libomp' in line}))"
     )
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
     assert int(_run(code).stdout) <= 1
 
 

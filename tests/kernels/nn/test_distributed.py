@@ -61,32 +61,38 @@ def check_distributed(kind: str, block: Any, x: Tensor, mesh: DeviceMesh) -> tup
 CHECKS = {**dict.fromkeys(SHARDED, check_sharded), "replicated": check_distributed, "batch": check_distributed}
 
 
-def _run(rank: int, kind: str, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def check(kind: str, mesh: DeviceMesh) -> None:
     block, x = model_and_images()
     expected = block(x, 3, 4)
     other = copy.deepcopy(block)
     loss(*expected).backward()
-    if kind == "synchronized":
-        norm = nn.SyncBatchNorm.convert_sync_batchnorm(kernels.TokenBatchNorm(8))
-        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
-            norm(x)  # as PyTorch's own, rather than statistics of one process
-    else:
-        torch.testing.assert_close(CHECKS[kind](kind, other, x, mesh), expected)
-        for (name, parameter), own in zip(block.named_parameters(), other.parameters(), strict=True):
-            gradient: Any = own.grad
-            torch.testing.assert_close(
-                gradient.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    torch.testing.assert_close(CHECKS[kind](kind, other, x, mesh), expected)
+    for (name, parameter), own in zip(block.named_parameters(), other.parameters(), strict=True):
+        gradient: Any = own.grad
+        torch.testing.assert_close(
+            gradient.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{kind}, {n}: {m}"
+        )
+
+
+def check_synchronized_statistics() -> None:
+    norm = nn.SyncBatchNorm.convert_sync_batchnorm(kernels.TokenBatchNorm(8))
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        norm(model_and_images()[1])  # as PyTorch's own, rather than statistics of one process
+
+
+def _run(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in CHECKS:
+        check(kind, mesh)
+    check_synchronized_statistics()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads now and then abort the process while the interpreter shuts down
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", [*CHECKS, "synchronized"])
-def test_two_processes(kind: str, tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """Outputs and gradients are those of one."""
-    torch.multiprocessing.spawn(_run, (kind, str(tmp_path / "store")), nprocs=2)
+    torch.multiprocessing.spawn(_run, (str(tmp_path / "store"),), nprocs=2)
