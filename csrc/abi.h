@@ -76,7 +76,7 @@ struct SelfAttentionArguments {
 enum class ActivationFunction : int { gelu, gelu_tanh, relu, silu, hardswish, relu6, identity };
 
 template <class P>
-struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
+struct MixFFNParameters {  // dw_weight [hidden, kernel_size, kernel_size]
   P fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias;
   AffineParameters<P> hidden_norm, norm;
 };
@@ -85,6 +85,7 @@ struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
 struct MixFFNArguments {
   int num_threads;
   std::int64_t batch, height, width, channels, hidden;
+  std::int64_t kernel_size;  // 3, 5 or 7
   Form form;
   double norm_eps;
   bool skip, residual;

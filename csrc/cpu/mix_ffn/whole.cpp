@@ -5,8 +5,9 @@
 // group of images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time
 // (dense.h).
 //
-// U and dZ are kept with a border of zeros for the convolution: a row of an image is W + 1 tokens, the first of them
-// zero (also the right-hand neighbour of the row before), and a row of zeros lies above each image and below the last.
+// U and dZ are kept with a border of zeros for the convolution, whose taps reach R rows and columns far: a row of an
+// image is R + W tokens, the first R of them zero (also the right-hand neighbours of the row before), and R rows of
+// zeros lie above each image and below the last.
 #include "../engine/dense.h"
 #include "mix_ffn.h"
 
@@ -18,37 +19,39 @@ struct Whole : MixFFN<Values<T>> {
   using Base = MixFFN<Values<T>>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
+  using Base::kernel_size, Base::radius;
 
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
-  const std::int64_t pitch = a.width + 1;
-  const std::int64_t bordered_tokens = (group_images * (a.height + 1) + 1) * pitch + 1;
+  const std::int64_t pitch = a.width + radius;
+  const std::int64_t bordered_tokens = (group_images * (a.height + radius) + radius) * pitch + radius;
 
   explicit Whole(const MixFFNArguments& arguments) : Base(arguments) {}
 
-  // where row r of the group (image r / height) begins in a bordered tensor: the zero token left of its first
-  std::int64_t bordered_row(std::int64_t row) const { return (row + row / a.height + 1) * pitch; }
+  // where row r of the group (image r / height) begins in a bordered tensor: the zero tokens left of its first
+  std::int64_t bordered_row(std::int64_t row) const { return (row + (row / a.height + 1) * radius) * pitch; }
+  // where its first token is, in values
+  std::int64_t bordered_values(std::int64_t row) const { return (bordered_row(row) + radius) * hidden_width; }
 
   void make_offsets(std::int64_t* offsets) const {
     for (std::int64_t row = 0; row < group_images * a.height; ++row)
-      for (std::int64_t c = 0; c < a.width; ++c)
-        offsets[row * a.width + c] = (bordered_row(row) + 1 + c) * hidden_width;
+      for (std::int64_t c = 0; c < a.width; ++c) offsets[row * a.width + c] = bordered_values(row) + c * hidden_width;
   }
 
   void clear_border(T* bordered) const {
-    for (std::int64_t i = 0; i <= group_images; ++i)
-      fill(bordered + i * (a.height + 1) * pitch * hidden_width, pitch * hidden_width, T(0));
-    for (std::int64_t row = 0; row < group_images * a.height; ++row)
-      fill(bordered + bordered_row(row) * hidden_width, hidden_width, T(0));
-    fill(bordered + (bordered_tokens - 1) * hidden_width, hidden_width, T(0));
+    const auto clear = [&](std::int64_t token, std::int64_t count) {
+      fill(bordered + token * hidden_width, count * hidden_width, T(0));
+    };
+    for (std::int64_t i = 0; i <= group_images; ++i) clear(i * (a.height + radius) * pitch, radius * pitch);
+    for (std::int64_t row = 0; row < group_images * a.height; ++row) clear(bordered_row(row), radius);
+    clear(bordered_tokens - radius, radius);
   }
 
-  struct Neighbours {
-    const T* rows[3];
-  };
-  Neighbours neighbours(const T* bordered, std::int64_t row) const {
-    const T* center = bordered + bordered_row(row) * hidden_width;
-    return {{center - pitch * hidden_width, center, center + pitch * hidden_width}};
+  TapRows<T> neighbours(const T* bordered, std::int64_t row) const {
+    TapRows<T> found;
+    for (std::int64_t i = 0; i < kernel_size; ++i)
+      found.row[i] = bordered + (bordered_row(row) + (i - radius) * pitch) * hidden_width;
+    return found;
   }
 
   // calls task(row of the group) for the image rows of `images` images, in parallel
@@ -72,7 +75,7 @@ struct Whole : MixFFN<Values<T>> {
                     {u, 0, offsets});
     if (!this->activates_hidden()) return;
     for_rows(images, [&](std::int64_t row) {
-      this->activate_hidden(a.width, u + (bordered_row(row) + 1) * hidden_width,
+      this->activate_hidden(a.width, u + bordered_values(row),
                             before ? before + row * a.width * hidden_width : nullptr);
     });
   }
@@ -115,7 +118,8 @@ struct Whole : MixFFN<Values<T>> {
       hidden_tokens(s.weights, images, s.x, s.offsets, s.u, nullptr);
       for_rows(images, [&](std::int64_t row) {
         T* z = s.z + row * a.width * hidden_width;
-        depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+        depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
+                            z);
         this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
       });
       dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
@@ -136,7 +140,7 @@ struct Whole : MixFFN<Values<T>> {
     std::int64_t* offsets;
     BackwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
-          vectors(arena, m.width, m.hidden_width),
+          vectors(arena, m.width, m.hidden_width, m.tap_count),
           fc1_transposed(arena.take<T>(m.hidden * m.width)),
           fc2_transposed(arena.take<T>(m.channels * m.hidden_width)),
           fc1_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.hidden, m.channels))),
@@ -161,9 +165,10 @@ struct Whole : MixFFN<Values<T>> {
     for_rows(images, [&](std::int64_t row) {
       T* z = s.z + row * a.width * hidden_width;
       T* activated = s.activated + row * a.width * hidden_width;
-      T* grad_z = s.grad_z + (bordered_row(row) + 1) * hidden_width;
+      T* grad_z = s.grad_z + bordered_values(row);
       T* partial = s.hidden_partials + row * 2 * hidden_width;
-      depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+      depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
+                          z);
       fill(partial, 2 * hidden_width, T(0));
       this->activation_backward(s.weights.hidden_norm, a.width, z, activated, grad_z, partial, partial + hidden_width);
     });
@@ -173,8 +178,8 @@ struct Whole : MixFFN<Values<T>> {
   void convolution_gradients(const BackwardBuffers& s, std::int64_t images) const {
     for_hidden_slices([&](Range slice) {
       for (std::int64_t row = 0; row < images * a.height; ++row)
-        depthwise_weight_backward<T>(neighbours(s.u, row).rows, s.grad_z + (bordered_row(row) + 1) * hidden_width,
-                                     a.width, hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
+        depthwise_weight_backward<T>(kernel_size, neighbours(s.u, row), s.grad_z + bordered_values(row), a.width,
+                                     hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
       const std::int64_t size = slice.end - slice.begin;
       const T* partials = s.hidden_partials + slice.begin;
       add_column_sums(images * a.height, size, partials, 2 * hidden_width, s.vectors.hidden_weight + slice.begin);
@@ -183,7 +188,8 @@ struct Whole : MixFFN<Values<T>> {
     });
     for_rows(images, [&](std::int64_t row) {
       const std::int64_t at = row * a.width * hidden_width;
-      depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width, s.z + at);
+      depthwise<T, true>(kernel_size, neighbours(s.grad_z, row), s.weights.taps, nullptr, a.width, hidden_width,
+                         s.z + at);
       if (this->activates_hidden()) this->activate_hidden_backward(a.width, s.before + at, s.z + at);
     });
   }

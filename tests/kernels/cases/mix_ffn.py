@@ -15,6 +15,7 @@ def mix_ffn_case(
     width: int = 7,
     channels: int = 6,
     hidden: int = 10,
+    kernel_size: int = 3,
     hidden_norm: bool = True,
     norm: bool = True,
     biases: bool = True,
@@ -31,7 +32,7 @@ def mix_ffn_case(
             "x": strided(random(batch, height * width, channels), layout),
             "fc1_weight": random(hidden, channels, scale=channels**-0.5),
             "fc1_bias": bias(hidden),
-            "dw_weight": random(hidden, 1, 3, 3, scale=0.5),
+            "dw_weight": random(hidden, 1, kernel_size, kernel_size, scale=1.5 / kernel_size),
             "dw_bias": bias(hidden),
             "fc2_weight": random(channels, hidden, scale=max(1, hidden) ** -0.5),
             "fc2_bias": bias(channels),
@@ -91,6 +92,12 @@ CASES = Cases(
             skip=False,
             hidden_norm=False,
         ),
+        # several strips and bands, and an image that the taps of its centre leave on every side
+        mix_ffn_case("five", batch=2, height=30, width=70, hidden=18, kernel_size=5),
+        mix_ffn_case(
+            "seven", height=43, width=71, channels=3, hidden=9, kernel_size=7, skip=False, inner_activation="silu"
+        ),
+        mix_ffn_case("seven_small", batch=3, height=2, width=5, kernel_size=7, hidden_norm=False, layout="transposed"),
         mix_ffn_case("columns", height=9, width=13, channels=37, hidden=50, layout="transposed"),
         mix_ffn_case("large", height=71, width=79, channels=20, hidden=80),
         mix_ffn_case("wide", batch=2, height=9, width=150, channels=33, hidden=130, skip=False, hidden_norm=False),

@@ -102,6 +102,19 @@ def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
         assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
 
 
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_gradients_of_larger_convolutions(kernel_size: int, float64_backend: str) -> None:
+    """Of an image that is narrower than they are."""
+    case = mix_ffn_case("larger", height=6, width=3, channels=2, hidden=3, kernel_size=kernel_size)
+    tensors = cast(case.draw(), torch.float64)
+    names = [n for n, x in tensors.items() if x is not None]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_gradients_through_an_activation_before_the_convolution(skip: bool, float64_backend: str) -> None:
     case = mix_ffn_case("inner", skip=skip, hidden_norm=skip, inner_activation="gelu_tanh", activation="silu")
@@ -114,12 +127,19 @@ def test_gradients_through_an_activation_before_the_convolution(skip: bool, floa
     assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
 
 
-def test_the_kernels_of_a_gpu_have_no_activation_before_the_convolution() -> None:
-    case = mix_ffn_case("inner", inner_activation="relu")
-    for name in ("cuda", "triton"):
-        require(name)
-        with pytest.raises(kernels.BackendError, match="inner_activation is 'relu', its kernels have none"):
-            run(case, cast(case.draw(), torch.float32), name)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"inner_activation": "relu"}, "inner_activation is 'relu', its kernels have none"),
+        ({"kernel_size": 7}, "dw_weight is 7x7, its kernels take 3x3 alone"),
+    ],
+)
+def test_the_kernels_of_a_gpu_have_the_published_form_alone(options: dict[str, Any], reason: str, name: str) -> None:
+    require(name)
+    case = mix_ffn_case("other", **options)
+    with pytest.raises(kernels.BackendError, match=reason):
+        run(case, cast(case.draw(), torch.float32), name)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -159,7 +179,14 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"fc1_weight: expected \[hidden, C\] = \(8, 4\), got \(8, 5\)",
     ),
-    ({"dw_weight": torch.randn(8, 3, 3)}, ValueError, r"dw_weight: expected .* = \(8, 1, 3, 3\), got"),
+    (
+        {"dw_weight": torch.randn(8, 3, 3)},
+        ValueError,
+        r"dw_weight: expected .* = \(8, 1, k, k\) with k = 3 or 5 or 7, got \(8, 3, 3\)",
+    ),
+    ({"dw_weight": torch.randn(8, 1, 9, 9)}, ValueError, r"dw_weight: .* got \(8, 1, 9, 9\)"),
+    ({"dw_weight": torch.randn(8, 1, 3, 5)}, ValueError, r"dw_weight: .* got \(8, 1, 3, 5\)"),
+    ({"dw_weight": torch.randn(4, 1, 5, 5)}, ValueError, r"dw_weight: .* = \(8, 1, k, k\) .* got \(4, 1, 5, 5\)"),
     ({"fc2_weight": torch.randn(8, 4)}, ValueError, r"fc2_weight: expected \[C, hidden\] = \(4, 8\), got"),
     ({"hidden_norm_bias": torch.randn(8)}, ValueError, "hidden_norm_bias: given without hidden_norm_weight"),
     (

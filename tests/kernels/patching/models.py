@@ -341,8 +341,8 @@ class LongerMixFFN(nn.Module):
 
 
 class WideMixFFN(FlatMixFFN):
-    """A 5x5 convolution."""
+    """A larger convolution."""
 
-    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+    def __init__(self, kernel_size: int = 7, channels: int = 8, hidden: int = 16) -> None:
         super().__init__(channels, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 5, 1, 2, groups=hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, 1, kernel_size // 2, groups=hidden)

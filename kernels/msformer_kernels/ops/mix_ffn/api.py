@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from msformer_kernels.core.validation import check_norm, check_rank, check_shape
-from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS, KERNEL_SIZES
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 
 
@@ -19,6 +19,21 @@ def check_image(x: Tensor, height: int, width: int) -> None:
 def check_activation(name: str, argument: str = "activation") -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"{argument}: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def check_kernel_size(size: int) -> None:
+    if size not in KERNEL_SIZES:
+        raise ValueError(f"kernel_size: expected one of {', '.join(map(str, KERNEL_SIZES))}, got {size!r}")
+
+
+def check_taps(taps: Tensor, hidden: int) -> None:
+    """The weight of the depthwise convolution is square, of one of the sizes."""
+    size = taps.shape[2] if taps.dim() == 4 else 0
+    if size not in KERNEL_SIZES or tuple(taps.shape) != (hidden, 1, size, size):
+        sizes = " or ".join(map(str, KERNEL_SIZES))
+        raise ValueError(
+            f"dw_weight: expected [hidden, 1, k, k] = ({hidden}, 1, k, k) with k = {sizes}, got {tuple(taps.shape)}"
+        )
 
 
 @OPERATOR.public
@@ -44,7 +59,7 @@ def mix_ffn(
     residual: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Feed-forward layer that mixes neighbours: ``[x +] W_2 act([LN](dw3x3(U) [+ U]))``, ``U = W_1 [LN](x)``.
+    """Feed-forward layer that mixes neighbours: ``[x +] W_2 act([LN](dw(U) [+ U]))``, ``U = W_1 [LN](x)``.
 
     MixFFN: Xie et al., "SegFormer", NeurIPS 2021. With ``skip`` and a hidden norm the MixFFN-skip of MISSFormer (Huang
     et al., 2021) and MS-Former. The compiled backends never write the hidden ``N x hidden`` tensor to memory, and save
@@ -54,7 +69,8 @@ def mix_ffn(
         x: tokens ``[B, height * width, C]``, row by row, floating point, any strides.
         height, width: of the image.
         fc1_weight, fc1_bias: ``[hidden, C]``, ``[hidden]`` or None.
-        dw_weight, dw_bias: depthwise 3x3 convolution, zero padded: ``[hidden, 1, 3, 3]``, ``[hidden]`` or None.
+        dw_weight, dw_bias: depthwise convolution, zero padded to the same size: ``[hidden, 1, k, k]`` with k = 3, 5 or 7,
+            ``[hidden]`` or None.
         fc2_weight, fc2_bias: ``[C, hidden]``, ``[C]`` or None.
         skip: adds the input of the convolution to its output.
         hidden_norm_weight, hidden_norm_bias: ``[hidden]``; a LayerNorm before the activation, unless the weight is
@@ -80,7 +96,7 @@ def mix_ffn(
     channels, hidden = x.shape[2], fc1_weight.shape[0]
     check_shape("fc1_weight", fc1_weight, (hidden, channels), "[hidden, C]")
     check_shape("fc1_bias", fc1_bias, (hidden,), "[hidden]")
-    check_shape("dw_weight", dw_weight, (hidden, 1, 3, 3), "[hidden, 1, 3, 3]")
+    check_taps(dw_weight, hidden)
     check_shape("dw_bias", dw_bias, (hidden,), "[hidden]")
     check_shape("fc2_weight", fc2_weight, (channels, hidden), "[C, hidden]")
     check_shape("fc2_bias", fc2_bias, (channels,), "[C]")

@@ -36,6 +36,7 @@ def _options(call: Any) -> tuple[Any, ...]:
         call.width,
         channels,
         call.fc1_weight.shape[0],
+        call.dw_weight.shape[2],
         arguments.FORM,
         call.norm_eps,
         call.skip,

@@ -1,6 +1,6 @@
 """MixFFN in plain PyTorch: the specification of the operator.
 
-    U = [act_1](x W_1 + b_1),   Z = dw3x3(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
+    U = [act_1](x W_1 + b_1),   Z = dw(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
 
 Xie et al., "SegFormer", NeurIPS 2021 (MixFFN); Huang et al., "MISSFormer", 2021 (the skip form with a hidden
 LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form).
@@ -26,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 """By name, in the order of `ActivationFunction` in csrc/abi.h."""
+
+KERNEL_SIZES = (3, 5, 7)
+"""Rows and columns of the depthwise convolution."""
 
 
 def mix_ffn(
@@ -65,4 +68,5 @@ def _convolve(hidden: Tensor, height: int, width: int, weight: Tensor, bias: Ten
         # a convolution refuses an empty image; adding its parameters to no tokens gives them zero gradients
         return hidden + sum(p.sum() for p in (weight, bias) if p is not None)
     image = hidden.transpose(1, 2).unflatten(2, (height, width))
-    return F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0]).flatten(2).transpose(1, 2)
+    convolved = F.conv2d(image, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+    return convolved.flatten(2).transpose(1, 2)

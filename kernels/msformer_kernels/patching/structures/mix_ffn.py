@@ -1,4 +1,4 @@
-"""MixFFN: two pointwise layers around a depthwise 3x3 convolution, with or without a norm, a skip, a residual."""
+"""MixFFN: two pointwise layers around a depthwise convolution, with or without a norm, a skip, a residual."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from msformer_kernels.ops.mix_ffn import mix_ffn
-from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS, KERNEL_SIZES
 from msformer_kernels.patching.structures.common import (
     NOTHING,
     Found,
@@ -35,7 +35,7 @@ INNER = ("identity", "relu", SAME)
 
 @dataclass(frozen=True)
 class MixFFNPlan(Plan):
-    """``fc2(act([hidden norm](dw3x3(u) [+ u])))``, ``u = [inner act](fc1([norm](x)))``, and what is added to it."""
+    """``fc2(act([hidden norm](dw(u) [+ u])))``, ``u = [inner act](fc1([norm](x)))``, and what is added to it."""
 
     fc1: str
     convolution: str
@@ -159,13 +159,12 @@ def _why_not(
         return f"MixFFN has no {type(layers[others[0]]).__name__} ({others[0]})"
     if len(pointwise) != 2:
         return f"MixFFN has 2 pointwise layers, this has {len(pointwise)} ({', '.join(pointwise)})"
-    wanted = ((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
-    padding = (1, 1) if convolution.padding == "same" else convolution.padding
-    if (convolution.kernel_size, convolution.stride, padding, convolution.dilation, convolution.padding_mode) != wanted:
+    if not _keeps_the_size(convolution):
+        sizes = ", ".join(f"{k}x{k}" for k in KERNEL_SIZES)
         return (
             f"its depthwise convolution is {convolution.kernel_size}, stride {convolution.stride}, padding "
-            f"{convolution.padding}, dilation {convolution.dilation}, {convolution.padding_mode}; only 3x3 with stride "
-            "1 and 1 zero around is fused"
+            f"{convolution.padding}, dilation {convolution.dilation}, {convolution.padding_mode}; only {sizes} with "
+            "stride 1 and as many zeros around as keep the size are fused"
         )
     shapes = [features(layers[n]) for n in pointwise]
     hidden = convolution.in_channels
@@ -178,3 +177,11 @@ def _why_not(
             "(x, (height, width)) or an image"
         )
     return None
+
+
+def _keeps_the_size(convolution: Any) -> bool:
+    """Whether a depthwise convolution is one of the operator's."""
+    size = convolution.kernel_size[0]
+    padding = (size // 2, size // 2) if convolution.padding == "same" else convolution.padding
+    found = (convolution.kernel_size, convolution.stride, padding, convolution.dilation, convolution.padding_mode)
+    return size in KERNEL_SIZES and found == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), "zeros")
