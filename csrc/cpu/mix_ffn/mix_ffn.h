@@ -105,6 +105,7 @@ struct MixFFN {
   const MixFFNArguments& a;
   const std::int64_t channels = a.channels, hidden = a.hidden;
   const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
+  const std::int64_t activated = a.gated ? hidden / 2 : hidden, activated_width = padded<T>(activated);  // of T
   const std::int64_t kernel_size = a.kernel_size, radius = kernel_size / 2, tap_count = kernel_size * kernel_size;
 
   static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
@@ -215,22 +216,26 @@ struct MixFFN {
       store(grad + i, load(grad + i) * activate<T>(a.inner_activation, load(before + i)).slope);
   }
 
-  // hidden norm and activation of rows, in place
+  // hidden norm and activation of rows, in place; T of rows with a gate is in their first half
   void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
-    for_few_rows(tokens,
-                 [&](std::int64_t first, auto count) { activate_rows<count()>(norm, z + first * hidden_width); });
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      T* rows = z + first * hidden_width;
+      a.gated ? gate_rows<count()>(rows) : activate_rows<count()>(norm, rows);
+    });
   }
 
-  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
+  // From z, t = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
   // weight_sum and bias_sum take up the gradients of the norm's parameters.
-  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* activated, T* grad, T* weight_sum,
+  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* t, T* grad, T* weight_sum,
                            T* bias_sum) const {
     for_few_rows(tokens, [&](std::int64_t first, auto count) {
       const std::int64_t at = first * hidden_width;
-      if (norm.weight)
-        norm_activation_backward_rows<count()>(norm, z + at, activated + at, grad + at, weight_sum, bias_sum);
+      if (a.gated)
+        gate_backward_rows<count()>(z + at, t + at, grad + at);
+      else if (norm.weight)
+        norm_activation_backward_rows<count()>(norm, z + at, t + at, grad + at, weight_sum, bias_sum);
       else
-        activation_backward_rows<count()>(z + at, activated + at, grad + at);
+        activation_backward_rows<count()>(z + at, t + at, grad + at);
     });
   }
 
@@ -259,18 +264,43 @@ struct MixFFN {
     }
   }
 
+  // calls task(where a vector of values is in the rows, where its gates are)
+  template <int ROWS, class Task>
+  void for_gates(const Task& task) const {
+    for (int r = 0; r < ROWS; ++r)
+      for (std::int64_t c = 0; c < activated; c += kWidth<T>)
+        task(r * hidden_width + c, r * hidden_width + activated + c);
+  }
+
   template <int ROWS>
-  void activation_backward_rows(const T* z, T* activated, T* grad) const {
+  void gate_rows(T* z) const {
+    for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
+      store(z + value, load(z + value) * activate<T>(a.activation, load(z + gate)).value);
+    });
+  }
+
+  template <int ROWS>
+  void gate_backward_rows(const T* z, T* t, T* grad) const {
+    for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
+      const Activated<T> f = activate<T>(a.activation, load(z + gate));
+      const Vector<T> x = load(z + value), g = load(grad + value);
+      store(t + value, x * f.value);
+      store(grad + value, g * f.value);
+      store(grad + gate, g * x * f.slope);
+    });
+  }
+
+  template <int ROWS>
+  void activation_backward_rows(const T* z, T* t, T* grad) const {
     for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
       const Activated<T> f = activate<T>(a.activation, load(z + i));
-      store(activated + i, f.value);
+      store(t + i, f.value);
       store(grad + i, load(grad + i) * f.slope);
     }
   }
 
   template <int ROWS>
-  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum,
-                                     T* bias_sum) const {
+  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* t, T* grad, T* weight_sum, T* bias_sum) const {
     constexpr int W = kWidth<T>;
     T mean[ROWS], rstd[ROWS];
     for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
@@ -287,7 +317,7 @@ struct MixFFN {
         weight_gradient += g * x;
         bias_gradient += g;
         store(z + at, x);
-        store(activated + at, f.value);
+        store(t + at, f.value);
         store(grad + at, scaled);
         sum[r] += scaled;
         dot[r] += scaled * x;

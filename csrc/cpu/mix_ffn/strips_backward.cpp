@@ -18,21 +18,21 @@ struct Backward : MixFFN<E> {
   using Weights = typename Base::Weights;
   using Piece = typename Base::Piece;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::strip_columns;
-  using Base::kernel_size, Base::radius;
+  using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
   explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
 
   struct Products {      // weights as the backward products want them
-    Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, hidden_width]
+    Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, activated_width]
     Products(Arena& arena, const Backward& b)
         : fc1(arena.take<Element>(E::packed_size(b.hidden, b.width))),
-          fc2(arena.take<Element>(E::packed_size(b.channels, b.hidden_width))) {}
+          fc2(arena.take<Element>(E::packed_size(b.channels, b.activated_width))) {}
   };
 
   struct Rows {
     T *x, *normalized, *grad_output, *grad_x, *rstd;
     RowRing<T> u, before, grad_z;  // before: U without its activation
-    T *z, *activated, *grad_u;
+    T *z, *t, *grad_u;
     T *hidden_weight, *hidden_bias;  // gradients of the hidden norm, summed over one image row
     Rows(Arena& arena, const Backward& b) {
       const std::int64_t most = b.strip_columns + 4 * b.radius;
@@ -45,7 +45,7 @@ struct Backward : MixFFN<E> {
       before = b.activates_hidden() ? b.take_ring(arena, most) : RowRing<T>{b.kernel_size};
       grad_z = b.take_ring(arena, most);
       z = arena.take<T>(most * b.hidden_width);
-      activated = arena.take<T>(most * b.hidden_width);
+      t = arena.take<T>(most * b.hidden_width);
       grad_u = arena.take<T>(most * b.hidden_width);
       hidden_weight = arena.take<T>(b.hidden_width);
       hidden_bias = arena.take<T>(b.hidden_width);
@@ -53,11 +53,11 @@ struct Backward : MixFFN<E> {
   };
 
   struct TokenSums : VectorGradients<T> {
-    T *fc1, *fc2;  // [C, hidden_width] both
+    T *fc1, *fc2;  // [C, hidden_width], [C, activated_width]
     TokenSums(Arena& arena, const Backward& b)
         : VectorGradients<T>(arena, b.width, b.hidden_width, b.tap_count),
           fc1(arena.take<T>(b.channels * b.hidden_width)),
-          fc2(arena.take<T>(b.channels * b.hidden_width)) {}
+          fc2(arena.take<T>(b.channels * b.activated_width)) {}
   };
 
   template <class Pieces>
@@ -80,7 +80,7 @@ struct Backward : MixFFN<E> {
     T* grad = grad_z + (first - begin) * hidden_width;
 
     load_tokens(a.grad_output, p.batch, 0, row * a.width + first, last - first, channels, s.grad_output, width);
-    multiply<E>(last - first, channels, hidden_width, s.grad_output, width, products.fc2, grad, hidden_width);
+    multiply<E>(last - first, channels, activated_width, s.grad_output, width, products.fc2, grad, hidden_width);
     // u starts `radius` columns left of `begin`, where the taps of the token at `begin` start
     const TapRows<T> rows = s.u.around(row, (first - begin) * hidden_width);
     depthwise<T, false>(kernel_size, rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
@@ -91,7 +91,7 @@ struct Backward : MixFFN<E> {
     const std::int64_t skip = p.column_begin - first;
     const auto activate_columns = [&](std::int64_t begin, std::int64_t end, bool own) {
       const std::int64_t at = begin * hidden_width;
-      this->activation_backward(w.hidden_norm, end - begin, s.z + at, s.activated + at, grad + at,
+      this->activation_backward(w.hidden_norm, end - begin, s.z + at, s.t + at, grad + at,
                                 own ? s.hidden_weight : nullptr, s.hidden_bias);
     };
     activate_columns(0, skip, false);
@@ -101,8 +101,8 @@ struct Backward : MixFFN<E> {
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const T* own_grad_output = s.grad_output + skip * width;
-    multiply_transposed_add<E>(channels, columns, hidden_width, own_grad_output, width,
-                               s.activated + skip * hidden_width, hidden_width, sums.fc2, hidden_width);
+    multiply_transposed_add<E>(channels, columns, activated_width, own_grad_output, width, s.t + skip * hidden_width,
+                               hidden_width, sums.fc2, activated_width);
     add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
     const std::int64_t own = radius * hidden_width;
     depthwise_weight_backward<T>(kernel_size, s.u.around(row, own), grad_z + own, columns, hidden_width,
@@ -148,8 +148,8 @@ struct Backward : MixFFN<E> {
       for (std::int64_t c = 0; c < channels; ++c) {
         for (std::int64_t j = begin; j < end; ++j)
           static_cast<T*>(a.gradients.fc1_weight)[j * channels + c] = s.fc1[c * hidden_width + j];
-        for (std::int64_t j = begin; j < end; ++j)
-          static_cast<T*>(a.gradients.fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
+        for (std::int64_t j = begin; j < min_of(end, activated); ++j)
+          static_cast<T*>(a.gradients.fc2_weight)[c * activated + j] = s.fc2[c * activated_width + j];
       }
     });
     s.write(a);
@@ -165,7 +165,8 @@ struct Backward : MixFFN<E> {
     w.fill_in(*this);
     Products products(arena, *this);
     pack<E>(a.num_threads, products.fc1, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden, channels);
-    pack<E>(a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1, channels, hidden);
+    pack<E>(a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), activated, 1, channels,
+            activated);
     T* partials = arena.take<T>((groups + 1) * size);
 
     parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {

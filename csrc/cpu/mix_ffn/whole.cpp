@@ -19,7 +19,7 @@ struct Whole : MixFFN<Values<T>> {
   using Base = MixFFN<Values<T>>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
-  using Base::kernel_size, Base::radius;
+  using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
@@ -92,7 +92,7 @@ struct Whole : MixFFN<Values<T>> {
     std::int64_t* offsets;
     ForwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
-          fc2(arena.take<T>(m.hidden * m.width)),
+          fc2(arena.take<T>(m.activated * m.width)),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
           u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
@@ -108,7 +108,8 @@ struct Whole : MixFFN<Values<T>> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.weights.fill_in(*this);
-    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, hidden, hidden, channels);
+    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
+                    channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     make_offsets(s.offsets);
     clear_border(s.u);
@@ -122,7 +123,7 @@ struct Whole : MixFFN<Values<T>> {
                             z);
         this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
       });
-      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
+      dense_tokens<T>(a.num_threads, tokens, activated, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
@@ -131,10 +132,10 @@ struct Whole : MixFFN<Values<T>> {
   struct BackwardBuffers {
     Weights weights;
     VectorGradients<T> vectors;
-    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, hidden_width]
+    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, activated_width]
     T *fc1_gradient, *fc2_gradient;      // staged
     T *x, *normalized, *rstd, *grad_output, *grad_x;
-    T *u, *before, *grad_z, *z, *activated;  // before: U without its activation
+    T *u, *before, *grad_z, *z, *t;  // before: U without its activation
     T *hidden_partials,
         *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
     std::int64_t* offsets;
@@ -142,9 +143,9 @@ struct Whole : MixFFN<Values<T>> {
         : weights(arena, m),
           vectors(arena, m.width, m.hidden_width, m.tap_count),
           fc1_transposed(arena.take<T>(m.hidden * m.width)),
-          fc2_transposed(arena.take<T>(m.channels * m.hidden_width)),
+          fc2_transposed(arena.take<T>(m.channels * m.activated_width)),
           fc1_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.hidden, m.channels))),
-          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.hidden))),
+          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.activated))),
           x(arena.take<T>(m.group_tokens * m.width)),
           normalized(arena.take<T>(m.group_tokens * m.width)),
           rstd(arena.take<T>(m.group_tokens)),
@@ -154,23 +155,23 @@ struct Whole : MixFFN<Values<T>> {
           before(m.activates_hidden() ? arena.take<T>(m.group_tokens * m.hidden_width) : nullptr),
           grad_z(arena.take<T>(m.bordered_tokens * m.hidden_width)),
           z(arena.take<T>(m.group_tokens * m.hidden_width)),
-          activated(arena.take<T>(m.group_tokens * m.hidden_width)),
+          t(arena.take<T>(m.group_tokens * m.hidden_width)),
           hidden_partials(arena.take<T>(m.group_images * m.a.height * 2 * m.hidden_width)),
           norm_partials(arena.take<T>(token_blocks(m.group_tokens) * 2 * m.width)),
           offsets(arena.take<std::int64_t>(m.group_tokens)) {}
   };
 
-  // dZ of all rows, from U and grad_z = dT; T in s.activated
+  // dZ of all rows, from U and grad_z = dT; T in s.t
   void activation_gradients(const BackwardBuffers& s, std::int64_t images) const {
     for_rows(images, [&](std::int64_t row) {
       T* z = s.z + row * a.width * hidden_width;
-      T* activated = s.activated + row * a.width * hidden_width;
+      T* t = s.t + row * a.width * hidden_width;
       T* grad_z = s.grad_z + bordered_values(row);
       T* partial = s.hidden_partials + row * 2 * hidden_width;
       depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
                           z);
       fill(partial, 2 * hidden_width, T(0));
-      this->activation_backward(s.weights.hidden_norm, a.width, z, activated, grad_z, partial, partial + hidden_width);
+      this->activation_backward(s.weights.hidden_norm, a.width, z, t, grad_z, partial, partial + hidden_width);
     });
   }
 
@@ -204,10 +205,10 @@ struct Whole : MixFFN<Values<T>> {
     s.vectors.clear();
     pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1,
                     hidden, channels);
-    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1,
-                    channels, hidden);
+    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), activated, 1,
+                    channels, activated);
     const WeightGradient<T> fc1(a.gradients.fc1_weight, hidden, channels, s.fc1_gradient);
-    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, hidden, s.fc2_gradient);
+    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, activated, s.fc2_gradient);
     make_offsets(s.offsets);
     clear_border(s.u);
     clear_border(s.grad_z);
@@ -217,10 +218,10 @@ struct Whole : MixFFN<Values<T>> {
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
       hidden_tokens(s.weights, images, s.x, s.offsets, s.u, s.before);
-      dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
+      dense_tokens<T>(a.num_threads, tokens, channels, activated_width, s.grad_output, width, s.fc2_transposed, nullptr,
                       {s.grad_z, 0, s.offsets});
       activation_gradients(s, images);
-      dense_weights<T>(a.num_threads, channels, tokens, hidden_width, s.grad_output, width, s.activated, hidden_width,
+      dense_weights<T>(a.num_threads, channels, tokens, activated_width, s.grad_output, width, s.t, hidden_width,
                        fc2.data(), fc2.leading(), first > 0);
       convolution_gradients(s, images);
       dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(),

@@ -166,8 +166,8 @@ def explained(
     dtype: torch.dtype | None,
     ask: Callable[[str | torch.device, torch.dtype, str], Explanation] = explain,
 ) -> LayerExplanation:
-    """Of a layer that is one operator, `fused`, or uses others where it calls its parts. `ask` explains an operator for a
-    device and dtype."""
+    """Of a layer that is one operator, `fused`, or uses others where it calls its parts. `ask` explains an operator for
+    a device and dtype."""
     checks: dict[str, str | None] = {"every module": why_any_is_called()}
     checks |= {name: check(module) for name, module, check in parts}
     is_fused = all(reason is None for reason in checks.values())

@@ -2,8 +2,11 @@
 
     U = [act_1](x W_1 + b_1),   Z = dw(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
 
+With a gate, output = (Z_1 * act(Z_2)) W_2 + b_2 [+ x], where Z_1 and Z_2 are the halves of Z.
+
 Xie et al., "SegFormer", NeurIPS 2021 (MixFFN); Huang et al., "MISSFormer", 2021 (the skip form with a hidden
-LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form).
+LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form); Xie et al.,
+"SANA", 2024 (the gate).
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ def mix_ffn(
     activation: str = "gelu",
     inner_activation: str = "identity",
     residual: bool = False,
+    gated: bool = False,
 ) -> Tensor:
     """See `msformer_kernels.ops.mix_ffn`."""
     tokens = layer_norm(x, norm_weight, norm_bias, norm_eps)
@@ -59,7 +63,12 @@ def mix_ffn(
     if skip:
         mixed = mixed + hidden
     mixed = layer_norm(mixed, hidden_norm_weight, hidden_norm_bias, norm_eps)
-    output = F.linear(ACTIVATIONS[activation](mixed), fc2_weight, fc2_bias)
+    if gated:
+        value, gate = mixed.chunk(2, dim=2)
+        activated = value * ACTIVATIONS[activation](gate)
+    else:
+        activated = ACTIVATIONS[activation](mixed)
+    output = F.linear(activated, fc2_weight, fc2_bias)
     return x + output if residual else output
 
 

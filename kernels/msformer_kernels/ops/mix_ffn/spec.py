@@ -28,6 +28,8 @@ def _needs_the_published_form(call: Any) -> str | None:
     """Why the kernels of a GPU do not take a call; None if they do."""
     if call.inner_activation != "identity":
         return f"inner_activation is {call.inner_activation!r}, its kernels have none"
+    if call.gated:
+        return "gated is True, its kernels have no gate"
     if (size := call.dw_weight.shape[2]) != 3:
         return f"dw_weight is {size}x{size}, its kernels take 3x3 alone"
     return None
