@@ -76,7 +76,7 @@ struct SelfAttentionArguments {
 enum class ActivationFunction : int { gelu, gelu_tanh, relu, silu, hardswish, relu6, identity };
 
 template <class P>
-struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
+struct MixFFNParameters {  // dw_weight [hidden, kernel_size, kernel_size], fc2_weight [C, hidden or, gated, half]
   P fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias;
   AffineParameters<P> hidden_norm, norm;
 };
@@ -85,10 +85,12 @@ struct MixFFNParameters {  // dw_weight [hidden, 3, 3]
 struct MixFFNArguments {
   int num_threads;
   std::int64_t batch, height, width, channels, hidden;
+  std::int64_t kernel_size;  // 3, 5 or 7
   Form form;
   double norm_eps;
   bool skip, residual;
-  ActivationFunction activation, inner_activation;  // of Z, and of U before the convolution
+  bool gated;  // the second half of Z, activated, gates the first; a half is a multiple of 16 and Z has no norm
+  ActivationFunction activation, inner_activation;  // of Z or its gate, and of U before the convolution
   Activation x;
   MixFFNParameters<const void*> parameters;
   Activation output;       // forward

@@ -67,11 +67,11 @@ inline Vector<T> splat(T x) {
 }
 
 template <class T>
-inline T max_of(T a, T b) {
+constexpr T max_of(T a, T b) {
   return a > b ? a : b;
 }
 template <class T>
-inline T min_of(T a, T b) {
+constexpr T min_of(T a, T b) {
   return a < b ? a : b;
 }
 

@@ -2,7 +2,7 @@
 // and the activation.
 //
 // An image is cut into strips of columns and bands of rows; a piece (image, strip, band) walks its rows from top to
-// bottom and keeps three rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole
+// bottom and keeps k rows of the hidden tensor U = x W_1 + b_1 in scratch, each with a few halo columns. The whole
 // N x hidden tensor never exists. Outside the image U is zero (the convolution is zero padded), not b_1.
 #pragma once
 
@@ -11,6 +11,7 @@
 #include "../base/norm.h"
 #include "../base/tokens.h"
 #include "../engine/products.h"
+#include "depthwise.h"
 
 namespace msformer::MSFORMER_VARIANT {
 
@@ -24,8 +25,8 @@ template <class T>
 struct VectorGradients {
   T *taps, *fc1_bias, *dw_bias, *hidden_weight, *hidden_bias, *fc2_bias, *norm_weight, *norm_bias;
 
-  VectorGradients(Arena& arena, std::int64_t width, std::int64_t hidden_width)
-      : taps(arena.take<T>(9 * hidden_width)),
+  VectorGradients(Arena& arena, std::int64_t width, std::int64_t hidden_width, std::int64_t tap_count)
+      : taps(arena.take<T>(tap_count * hidden_width)),
         fc1_bias(arena.take<T>(hidden_width)),
         dw_bias(arena.take<T>(hidden_width)),
         hidden_weight(arena.take<T>(hidden_width)),
@@ -40,9 +41,10 @@ struct VectorGradients {
   }
 
   void write(const MixFFNArguments& a) const {
+    const std::int64_t tap_count = a.kernel_size * a.kernel_size;
     for (std::int64_t j = 0; j < a.hidden; ++j)
-      for (std::int64_t tap = 0; tap < 9; ++tap)
-        static_cast<T*>(a.gradients.dw_weight)[j * 9 + tap] = taps[tap * padded<T>(a.hidden) + j];
+      for (std::int64_t tap = 0; tap < tap_count; ++tap)
+        static_cast<T*>(a.gradients.dw_weight)[j * tap_count + tap] = taps[tap * padded<T>(a.hidden) + j];
     copy_out(fc1_bias, a.hidden, a.gradients.fc1_bias);
     copy_out(dw_bias, a.hidden, a.gradients.dw_bias);
     copy_out(fc2_bias, a.channels, a.gradients.fc2_bias);
@@ -103,6 +105,8 @@ struct MixFFN {
   const MixFFNArguments& a;
   const std::int64_t channels = a.channels, hidden = a.hidden;
   const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
+  const std::int64_t activated = a.gated ? hidden / 2 : hidden, activated_width = padded<T>(activated);  // of T
+  const std::int64_t kernel_size = a.kernel_size, radius = kernel_size / 2, tap_count = kernel_size * kernel_size;
 
   static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
   const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
@@ -112,10 +116,11 @@ struct MixFFN {
 
   explicit MixFFN(const MixFFNArguments& arguments) : a(arguments) {}
 
-  // bands of at most kBandRows; more of them where a few small images would leave cores idle
+  // bands of at most kBandRows; more of them where a few small images would leave cores idle, but not so low that the
+  // rows around them, which are made twice, weigh
   std::int64_t count_bands() const {
     const std::int64_t others = max_of<std::int64_t>(1, a.batch * strips);
-    const std::int64_t wanted = min_of((kWantedPieces + others - 1) / others, a.height / kLeastBandRows);
+    const std::int64_t wanted = min_of((kWantedPieces + others - 1) / others, a.height / (kLeastBandRows * radius));
     return max_of<std::int64_t>(1, max_of((a.height + kBandRows - 1) / kBandRows, wanted));
   }
 
@@ -131,14 +136,14 @@ struct MixFFN {
   struct Weights {
     Element* fc1;  // packed [C, hidden_width]
     T* fc1_bias;
-    T *taps, *dw_bias;  // [9, hidden_width]; the skip connection is part of the centre tap
+    T *taps, *dw_bias;  // [tap_count, hidden_width]; the skip connection is part of the centre tap
     T *hidden_weight, *hidden_bias, *norm_weight, *norm_bias;
     Norm<T> norm, hidden_norm;
 
     Weights(Arena& arena, const MixFFN& m)
         : fc1(arena.take<Element>(E::packed_size(m.channels, m.hidden_width))),
           fc1_bias(arena.take<T>(m.hidden_width)),
-          taps(arena.take<T>(9 * m.hidden_width)),
+          taps(arena.take<T>(m.tap_count * m.hidden_width)),
           dw_bias(arena.take<T>(m.hidden_width)),
           hidden_weight(arena.take<T>(m.hidden_width)),
           hidden_bias(arena.take<T>(m.hidden_width)),
@@ -150,11 +155,12 @@ struct MixFFN {
       pack<E>(a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels, m.hidden);
       copy_padded(fc1_bias, a.parameters.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.parameters.dw_bias, m.hidden);
-      fill(taps, 9 * m.hidden_width, T(0));
-      for (std::int64_t tap = 0; tap < 9; ++tap)
+      fill(taps, m.tap_count * m.hidden_width, T(0));
+      for (std::int64_t tap = 0; tap < m.tap_count; ++tap) {
+        const T added = a.skip && tap == m.tap_count / 2 ? T(1) : T(0);
         for (std::int64_t c = 0; c < m.hidden; ++c)
-          taps[tap * m.hidden_width + c] =
-              static_cast<const T*>(a.parameters.dw_weight)[c * 9 + tap] + (a.skip && tap == 4 ? T(1) : T(0));
+          taps[tap * m.hidden_width + c] = static_cast<const T*>(a.parameters.dw_weight)[c * m.tap_count + tap] + added;
+      }
       const T eps = static_cast<T>(a.norm_eps);
       if (a.parameters.norm.weight)
         norm = {copy_padded(norm_weight, a.parameters.norm.weight, m.channels),
@@ -164,6 +170,12 @@ struct MixFFN {
                        copy_padded(hidden_bias, a.parameters.hidden_norm.bias, m.hidden), eps};
     }
   };
+
+  RowRing<T> take_ring(Arena& arena, std::int64_t columns) const {
+    RowRing<T> ring{kernel_size};
+    for (std::int64_t i = 0; i < kernel_size; ++i) ring.rows[i] = arena.take<T>(columns * hidden_width);
+    return ring;
+  }
 
   // x of one image row, columns [begin, end), after the norm
   void load_row(const Norm<T>& norm, std::int64_t batch, std::int64_t row, std::int64_t begin, std::int64_t end, T* x,
@@ -204,22 +216,26 @@ struct MixFFN {
       store(grad + i, load(grad + i) * activate<T>(a.inner_activation, load(before + i)).slope);
   }
 
-  // hidden norm and activation of rows, in place
+  // hidden norm and activation of rows, in place; T of rows with a gate is in their first half
   void normalize_and_activate(const Norm<T>& norm, std::int64_t tokens, T* z) const {
-    for_few_rows(tokens,
-                 [&](std::int64_t first, auto count) { activate_rows<count()>(norm, z + first * hidden_width); });
+    for_few_rows(tokens, [&](std::int64_t first, auto count) {
+      T* rows = z + first * hidden_width;
+      a.gated ? gate_rows<count()>(rows) : activate_rows<count()>(norm, rows);
+    });
   }
 
-  // From z, activated = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
+  // From z, t = T, and grad (of T) becomes dZ. With a norm, z becomes the normalised z, and unless null
   // weight_sum and bias_sum take up the gradients of the norm's parameters.
-  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* activated, T* grad, T* weight_sum,
+  void activation_backward(const Norm<T>& norm, std::int64_t tokens, T* z, T* t, T* grad, T* weight_sum,
                            T* bias_sum) const {
     for_few_rows(tokens, [&](std::int64_t first, auto count) {
       const std::int64_t at = first * hidden_width;
-      if (norm.weight)
-        norm_activation_backward_rows<count()>(norm, z + at, activated + at, grad + at, weight_sum, bias_sum);
+      if (a.gated)
+        gate_backward_rows<count()>(z + at, t + at, grad + at);
+      else if (norm.weight)
+        norm_activation_backward_rows<count()>(norm, z + at, t + at, grad + at, weight_sum, bias_sum);
       else
-        activation_backward_rows<count()>(z + at, activated + at, grad + at);
+        activation_backward_rows<count()>(z + at, t + at, grad + at);
     });
   }
 
@@ -248,18 +264,43 @@ struct MixFFN {
     }
   }
 
+  // calls task(where a vector of values is in the rows, where its gates are)
+  template <int ROWS, class Task>
+  void for_gates(const Task& task) const {
+    for (int r = 0; r < ROWS; ++r)
+      for (std::int64_t c = 0; c < activated; c += kWidth<T>)
+        task(r * hidden_width + c, r * hidden_width + activated + c);
+  }
+
   template <int ROWS>
-  void activation_backward_rows(const T* z, T* activated, T* grad) const {
+  void gate_rows(T* z) const {
+    for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
+      store(z + value, load(z + value) * activate<T>(a.activation, load(z + gate)).value);
+    });
+  }
+
+  template <int ROWS>
+  void gate_backward_rows(const T* z, T* t, T* grad) const {
+    for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
+      const Activated<T> f = activate<T>(a.activation, load(z + gate));
+      const Vector<T> x = load(z + value), g = load(grad + value);
+      store(t + value, x * f.value);
+      store(grad + value, g * f.value);
+      store(grad + gate, g * x * f.slope);
+    });
+  }
+
+  template <int ROWS>
+  void activation_backward_rows(const T* z, T* t, T* grad) const {
     for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
       const Activated<T> f = activate<T>(a.activation, load(z + i));
-      store(activated + i, f.value);
+      store(t + i, f.value);
       store(grad + i, load(grad + i) * f.slope);
     }
   }
 
   template <int ROWS>
-  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* activated, T* grad, T* weight_sum,
-                                     T* bias_sum) const {
+  void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* t, T* grad, T* weight_sum, T* bias_sum) const {
     constexpr int W = kWidth<T>;
     T mean[ROWS], rstd[ROWS];
     for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, mean[r], rstd[r]);
@@ -276,7 +317,7 @@ struct MixFFN {
         weight_gradient += g * x;
         bias_gradient += g;
         store(z + at, x);
-        store(activated + at, f.value);
+        store(t + at, f.value);
         store(grad + at, scaled);
         sum[r] += scaled;
         dot[r] += scaled * x;
@@ -297,71 +338,5 @@ struct MixFFN {
     }
   }
 };
-
-// out [tokens, leading] = depthwise 3x3 of three rows plus bias; rows[i] points at the token left of the first output.
-// One vector of channels at a time goes along the row: its weights and the last two columns stay in registers.
-// FLIP applies the transposed convolution.
-template <class T, bool FLIP>
-void depthwise(const T* const rows[3], const T* taps, const T* bias, std::int64_t tokens, std::int64_t leading,
-               T* out) {
-  for (std::int64_t c = 0; c < leading; c += kWidth<T>) {
-    Vector<T> weight[9], left[3], middle[3];
-#pragma GCC unroll 9
-    for (int k = 0; k < 9; ++k) weight[k] = load(taps + (FLIP ? 8 - k : k) * leading + c);
-#pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r) {
-      left[r] = load(rows[r] + c);
-      middle[r] = load(rows[r] + leading + c);
-    }
-    const Vector<T> start = bias ? load(bias + c) : Vector<T>{};
-    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
-    T* to = out + c;
-    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, to += leading) {
-      const Vector<T> right[3] = {load(above), load(at), load(below)};
-      Vector<T> sum[3];
-#pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) {
-        sum[r] = left[r] * weight[3 * r];
-        sum[r] += middle[r] * weight[3 * r + 1];
-        sum[r] += right[r] * weight[3 * r + 2];
-        left[r] = middle[r];
-        middle[r] = right[r];
-      }
-      store(to, (sum[0] + start) + (sum[1] + sum[2]));
-    }
-  }
-}
-
-// Adds the gradients of the convolution's taps [9, leading] and bias over `tokens` tokens, for the given columns, from
-// dZ and the rows of U above, at and below; rows[i] points at the token left of the first.
-template <class T>
-void depthwise_weight_backward(const T* const rows[3], const T* grad_z, std::int64_t tokens, std::int64_t leading,
-                               Range columns, T* taps, T* bias) {
-  for (std::int64_t c = columns.begin; c < columns.end; c += kWidth<T>) {
-    Vector<T> tap[9] = {}, sum{}, left[3], middle[3];
-#pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r) {
-      left[r] = load(rows[r] + c);
-      middle[r] = load(rows[r] + leading + c);
-    }
-    const T *above = rows[0] + 2 * leading + c, *at = rows[1] + 2 * leading + c, *below = rows[2] + 2 * leading + c;
-    const T* from = grad_z + c;
-    for (std::int64_t t = 0; t < tokens; ++t, above += leading, at += leading, below += leading, from += leading) {
-      const Vector<T> g = load(from), right[3] = {load(above), load(at), load(below)};
-      sum += g;
-#pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) {
-        tap[3 * r] += g * left[r];
-        tap[3 * r + 1] += g * middle[r];
-        tap[3 * r + 2] += g * right[r];
-        left[r] = middle[r];
-        middle[r] = right[r];
-      }
-    }
-    store(bias + c, load(bias + c) + sum);
-#pragma GCC unroll 9
-    for (int k = 0; k < 9; ++k) store(taps + k * leading + c, load(taps + k * leading + c) + tap[k]);
-  }
-}
 
 }  // namespace msformer::MSFORMER_VARIANT

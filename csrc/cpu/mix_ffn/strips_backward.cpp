@@ -1,8 +1,9 @@
 // MixFFN backward by recomputation: nothing of the forward is saved but its inputs.
 //
-// A piece walks its rows with two rows of lag. For a new image row r: U(r), with two halo columns on each side; then
-// for row r-1, with one halo column: dT = dY W_2^T, the convolution, the hidden norm, the activation and their
-// gradients, which give dZ; then for row r-2: dU = dw3x3^T(dZ), dX = dU W_1^T and the gradient of the norm before.
+// A piece walks its rows with a lag. With taps that reach R = k / 2 rows and columns far, for a new image row r: U(r),
+// with 2R halo columns on each side; then for row r-R, with R halo columns: dT = dY W_2^T, the convolution, the hidden
+// norm, the activation and their gradients, which give dZ; then for row r-2R: dU = dw^T(dZ), dX = dU W_1^T and the
+// gradient of the norm before.
 // Weight gradients are summed over the piece's own tokens only, in a fixed number of groups of pieces.
 #include "mix_ffn.h"
 
@@ -17,32 +18,34 @@ struct Backward : MixFFN<E> {
   using Weights = typename Base::Weights;
   using Piece = typename Base::Piece;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::strip_columns;
+  using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
   explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
 
   struct Products {      // weights as the backward products want them
-    Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, hidden_width]
+    Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, activated_width]
     Products(Arena& arena, const Backward& b)
         : fc1(arena.take<Element>(E::packed_size(b.hidden, b.width))),
-          fc2(arena.take<Element>(E::packed_size(b.channels, b.hidden_width))) {}
+          fc2(arena.take<Element>(E::packed_size(b.channels, b.activated_width))) {}
   };
 
   struct Rows {
     T *x, *normalized, *grad_output, *grad_x, *rstd;
-    T *u[3], *before[3], *grad_z[3], *z, *activated, *grad_u;  // before: U without its activation
+    RowRing<T> u, before, grad_z;  // before: U without its activation
+    T *z, *t, *grad_u;
     T *hidden_weight, *hidden_bias;  // gradients of the hidden norm, summed over one image row
     Rows(Arena& arena, const Backward& b) {
-      const std::int64_t most = b.strip_columns + 4;
+      const std::int64_t most = b.strip_columns + 4 * b.radius;
       x = arena.take<T>(most * b.width);
       normalized = arena.take<T>(most * b.width);
       grad_output = arena.take<T>(most * b.width);
       grad_x = arena.take<T>(most * b.width);
       rstd = arena.take<T>(most);
-      for (T*& row : u) row = arena.take<T>(most * b.hidden_width);
-      for (T*& row : before) row = b.activates_hidden() ? arena.take<T>(most * b.hidden_width) : nullptr;
-      for (T*& row : grad_z) row = arena.take<T>(most * b.hidden_width);
+      u = b.take_ring(arena, most);
+      before = b.activates_hidden() ? b.take_ring(arena, most) : RowRing<T>{b.kernel_size};
+      grad_z = b.take_ring(arena, most);
       z = arena.take<T>(most * b.hidden_width);
-      activated = arena.take<T>(most * b.hidden_width);
+      t = arena.take<T>(most * b.hidden_width);
       grad_u = arena.take<T>(most * b.hidden_width);
       hidden_weight = arena.take<T>(b.hidden_width);
       hidden_bias = arena.take<T>(b.hidden_width);
@@ -50,11 +53,11 @@ struct Backward : MixFFN<E> {
   };
 
   struct TokenSums : VectorGradients<T> {
-    T *fc1, *fc2;  // [C, hidden_width] both
+    T *fc1, *fc2;  // [C, hidden_width], [C, activated_width]
     TokenSums(Arena& arena, const Backward& b)
-        : VectorGradients<T>(arena, b.width, b.hidden_width),
+        : VectorGradients<T>(arena, b.width, b.hidden_width, b.tap_count),
           fc1(arena.take<T>(b.channels * b.hidden_width)),
-          fc2(arena.take<T>(b.channels * b.hidden_width)) {}
+          fc2(arena.take<T>(b.channels * b.activated_width)) {}
   };
 
   template <class Pieces>
@@ -64,11 +67,12 @@ struct Backward : MixFFN<E> {
     return counter.used();
   }
 
-  // dZ of image row `row` for the piece's columns and one halo column on each side
+  // dZ of image row `row` for the piece's columns and `radius` halo columns on each side
   void grad_hidden_row(const Weights& w, const Products& products, const Piece& p, std::int64_t row, Rows& s,
                        const TokenSums& sums) const {
-    T* grad_z = s.grad_z[(row + 3) % 3];
-    const std::int64_t begin = p.column_begin - 1, end = p.column_end + 1, columns = p.column_end - p.column_begin;
+    T* grad_z = s.grad_z.at(row);
+    const std::int64_t columns = p.column_end - p.column_begin;
+    const std::int64_t begin = p.column_begin - radius, end = p.column_end + radius;
     if (row < 0 || row >= a.height) return fill(grad_z, (end - begin) * hidden_width, T(0));
     const std::int64_t first = max_of<std::int64_t>(begin, 0), last = min_of(end, a.width);
     fill(grad_z, (first - begin) * hidden_width, T(0));
@@ -76,11 +80,10 @@ struct Backward : MixFFN<E> {
     T* grad = grad_z + (first - begin) * hidden_width;
 
     load_tokens(a.grad_output, p.batch, 0, row * a.width + first, last - first, channels, s.grad_output, width);
-    multiply<E>(last - first, channels, hidden_width, s.grad_output, width, products.fc2, grad, hidden_width);
-    // u starts two columns left of the piece, its row at the token left of `first` is one before
-    const std::int64_t offset = (first - 1 - (p.column_begin - 2)) * hidden_width;
-    const T* const rows[3] = {s.u[(row + 2) % 3] + offset, s.u[row % 3] + offset, s.u[(row + 1) % 3] + offset};
-    depthwise<T, false>(rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
+    multiply<E>(last - first, channels, activated_width, s.grad_output, width, products.fc2, grad, hidden_width);
+    // u starts `radius` columns left of `begin`, where the taps of the token at `begin` start
+    const TapRows<T> rows = s.u.around(row, (first - begin) * hidden_width);
+    depthwise<T, false>(kernel_size, rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
     const bool own_row = row >= p.row_begin && row < p.row_end;
     fill(s.hidden_weight, hidden_width, T(0));
     fill(s.hidden_bias, hidden_width, T(0));
@@ -88,7 +91,7 @@ struct Backward : MixFFN<E> {
     const std::int64_t skip = p.column_begin - first;
     const auto activate_columns = [&](std::int64_t begin, std::int64_t end, bool own) {
       const std::int64_t at = begin * hidden_width;
-      this->activation_backward(w.hidden_norm, end - begin, s.z + at, s.activated + at, grad + at,
+      this->activation_backward(w.hidden_norm, end - begin, s.z + at, s.t + at, grad + at,
                                 own ? s.hidden_weight : nullptr, s.hidden_bias);
     };
     activate_columns(0, skip, false);
@@ -98,24 +101,22 @@ struct Backward : MixFFN<E> {
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const T* own_grad_output = s.grad_output + skip * width;
-    multiply_transposed_add<E>(channels, columns, hidden_width, own_grad_output, width,
-                               s.activated + skip * hidden_width, hidden_width, sums.fc2, hidden_width);
+    multiply_transposed_add<E>(channels, columns, activated_width, own_grad_output, width, s.t + skip * hidden_width,
+                               hidden_width, sums.fc2, activated_width);
     add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
-    const T* const own_rows[3] = {rows[0] + skip * hidden_width, rows[1] + skip * hidden_width,
-                                  rows[2] + skip * hidden_width};
-    depthwise_weight_backward<T>(own_rows, grad_z + hidden_width, columns, hidden_width, {0, hidden_width}, sums.taps,
-                                 sums.dw_bias);
+    const std::int64_t own = radius * hidden_width;
+    depthwise_weight_backward<T>(kernel_size, s.u.around(row, own), grad_z + own, columns, hidden_width,
+                                 {0, hidden_width}, sums.taps, sums.dw_bias);
   }
 
   // dX of the piece's part of image row `row`
   void grad_x_row(const Weights& w, const Products& products, const Piece& p, std::int64_t row, Rows& s,
                   const TokenSums& sums) const {
     const std::int64_t columns = p.column_end - p.column_begin, token = row * a.width + p.column_begin;
-    const T* const rows[3] = {s.grad_z[(row + 2) % 3], s.grad_z[row % 3], s.grad_z[(row + 1) % 3]};
-    depthwise<T, true>(rows, w.taps, nullptr, columns, hidden_width, s.grad_u);
-    // the rows of U have two columns more on each side
+    depthwise<T, true>(kernel_size, s.grad_z.around(row), w.taps, nullptr, columns, hidden_width, s.grad_u);
+    // the rows of U have more columns on each side
     if (this->activates_hidden())
-      this->activate_hidden_backward(columns, s.before[row % 3] + 2 * hidden_width, s.grad_u);
+      this->activate_hidden_backward(columns, s.before.at(row) + 2 * radius * hidden_width, s.grad_u);
     add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
     multiply_transposed_add<E>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1,
@@ -132,11 +133,11 @@ struct Backward : MixFFN<E> {
   }
 
   void walk(const Weights& w, const Products& products, const Piece& p, Rows& s, const TokenSums& sums) const {
-    for (std::int64_t row = p.row_begin - 2; row <= p.row_end + 1; ++row) {
-      this->hidden_row(w, p.batch, row, p.column_begin - 2, p.column_end + 2, s.x, s.u[(row + 3) % 3],
-                       s.before[(row + 3) % 3]);
-      if (row - 1 >= p.row_begin - 1) grad_hidden_row(w, products, p, row - 1, s, sums);
-      if (row - 2 >= p.row_begin) grad_x_row(w, products, p, row - 2, s, sums);
+    const std::int64_t halo = 2 * radius;
+    for (std::int64_t row = p.row_begin - halo; row < p.row_end + halo; ++row) {
+      this->hidden_row(w, p.batch, row, p.column_begin - halo, p.column_end + halo, s.x, s.u.at(row), s.before.at(row));
+      if (row >= p.row_begin) grad_hidden_row(w, products, p, row - radius, s, sums);
+      if (row - halo >= p.row_begin) grad_x_row(w, products, p, row - halo, s, sums);
     }
   }
 
@@ -147,8 +148,8 @@ struct Backward : MixFFN<E> {
       for (std::int64_t c = 0; c < channels; ++c) {
         for (std::int64_t j = begin; j < end; ++j)
           static_cast<T*>(a.gradients.fc1_weight)[j * channels + c] = s.fc1[c * hidden_width + j];
-        for (std::int64_t j = begin; j < end; ++j)
-          static_cast<T*>(a.gradients.fc2_weight)[c * hidden + j] = s.fc2[c * hidden_width + j];
+        for (std::int64_t j = begin; j < min_of(end, activated); ++j)
+          static_cast<T*>(a.gradients.fc2_weight)[c * activated + j] = s.fc2[c * activated_width + j];
       }
     });
     s.write(a);
@@ -164,7 +165,8 @@ struct Backward : MixFFN<E> {
     w.fill_in(*this);
     Products products(arena, *this);
     pack<E>(a.num_threads, products.fc1, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden, channels);
-    pack<E>(a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1, channels, hidden);
+    pack<E>(a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), activated, 1, channels,
+            activated);
     T* partials = arena.take<T>((groups + 1) * size);
 
     parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {

@@ -5,8 +5,9 @@
 // group of images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time
 // (dense.h).
 //
-// U and dZ are kept with a border of zeros for the convolution: a row of an image is W + 1 tokens, the first of them
-// zero (also the right-hand neighbour of the row before), and a row of zeros lies above each image and below the last.
+// U and dZ are kept with a border of zeros for the convolution, whose taps reach R rows and columns far: a row of an
+// image is R + W tokens, the first R of them zero (also the right-hand neighbours of the row before), and R rows of
+// zeros lie above each image and below the last.
 #include "../engine/dense.h"
 #include "mix_ffn.h"
 
@@ -18,37 +19,39 @@ struct Whole : MixFFN<Values<T>> {
   using Base = MixFFN<Values<T>>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
+  using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
-  const std::int64_t pitch = a.width + 1;
-  const std::int64_t bordered_tokens = (group_images * (a.height + 1) + 1) * pitch + 1;
+  const std::int64_t pitch = a.width + radius;
+  const std::int64_t bordered_tokens = (group_images * (a.height + radius) + radius) * pitch + radius;
 
   explicit Whole(const MixFFNArguments& arguments) : Base(arguments) {}
 
-  // where row r of the group (image r / height) begins in a bordered tensor: the zero token left of its first
-  std::int64_t bordered_row(std::int64_t row) const { return (row + row / a.height + 1) * pitch; }
+  // where row r of the group (image r / height) begins in a bordered tensor: the zero tokens left of its first
+  std::int64_t bordered_row(std::int64_t row) const { return (row + (row / a.height + 1) * radius) * pitch; }
+  // where its first token is, in values
+  std::int64_t bordered_values(std::int64_t row) const { return (bordered_row(row) + radius) * hidden_width; }
 
   void make_offsets(std::int64_t* offsets) const {
     for (std::int64_t row = 0; row < group_images * a.height; ++row)
-      for (std::int64_t c = 0; c < a.width; ++c)
-        offsets[row * a.width + c] = (bordered_row(row) + 1 + c) * hidden_width;
+      for (std::int64_t c = 0; c < a.width; ++c) offsets[row * a.width + c] = bordered_values(row) + c * hidden_width;
   }
 
   void clear_border(T* bordered) const {
-    for (std::int64_t i = 0; i <= group_images; ++i)
-      fill(bordered + i * (a.height + 1) * pitch * hidden_width, pitch * hidden_width, T(0));
-    for (std::int64_t row = 0; row < group_images * a.height; ++row)
-      fill(bordered + bordered_row(row) * hidden_width, hidden_width, T(0));
-    fill(bordered + (bordered_tokens - 1) * hidden_width, hidden_width, T(0));
+    const auto clear = [&](std::int64_t token, std::int64_t count) {
+      fill(bordered + token * hidden_width, count * hidden_width, T(0));
+    };
+    for (std::int64_t i = 0; i <= group_images; ++i) clear(i * (a.height + radius) * pitch, radius * pitch);
+    for (std::int64_t row = 0; row < group_images * a.height; ++row) clear(bordered_row(row), radius);
+    clear(bordered_tokens - radius, radius);
   }
 
-  struct Neighbours {
-    const T* rows[3];
-  };
-  Neighbours neighbours(const T* bordered, std::int64_t row) const {
-    const T* center = bordered + bordered_row(row) * hidden_width;
-    return {{center - pitch * hidden_width, center, center + pitch * hidden_width}};
+  TapRows<T> neighbours(const T* bordered, std::int64_t row) const {
+    TapRows<T> found;
+    for (std::int64_t i = 0; i < kernel_size; ++i)
+      found.row[i] = bordered + (bordered_row(row) + (i - radius) * pitch) * hidden_width;
+    return found;
   }
 
   // calls task(row of the group) for the image rows of `images` images, in parallel
@@ -72,7 +75,7 @@ struct Whole : MixFFN<Values<T>> {
                     {u, 0, offsets});
     if (!this->activates_hidden()) return;
     for_rows(images, [&](std::int64_t row) {
-      this->activate_hidden(a.width, u + (bordered_row(row) + 1) * hidden_width,
+      this->activate_hidden(a.width, u + bordered_values(row),
                             before ? before + row * a.width * hidden_width : nullptr);
     });
   }
@@ -89,7 +92,7 @@ struct Whole : MixFFN<Values<T>> {
     std::int64_t* offsets;
     ForwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
-          fc2(arena.take<T>(m.hidden * m.width)),
+          fc2(arena.take<T>(m.activated * m.width)),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
           u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
@@ -105,7 +108,8 @@ struct Whole : MixFFN<Values<T>> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.weights.fill_in(*this);
-    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, hidden, hidden, channels);
+    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
+                    channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     make_offsets(s.offsets);
     clear_border(s.u);
@@ -115,10 +119,11 @@ struct Whole : MixFFN<Values<T>> {
       hidden_tokens(s.weights, images, s.x, s.offsets, s.u, nullptr);
       for_rows(images, [&](std::int64_t row) {
         T* z = s.z + row * a.width * hidden_width;
-        depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+        depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
+                            z);
         this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
       });
-      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
+      dense_tokens<T>(a.num_threads, tokens, activated, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
@@ -127,20 +132,20 @@ struct Whole : MixFFN<Values<T>> {
   struct BackwardBuffers {
     Weights weights;
     VectorGradients<T> vectors;
-    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, hidden_width]
+    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, activated_width]
     T *fc1_gradient, *fc2_gradient;      // staged
     T *x, *normalized, *rstd, *grad_output, *grad_x;
-    T *u, *before, *grad_z, *z, *activated;  // before: U without its activation
+    T *u, *before, *grad_z, *z, *t;  // before: U without its activation
     T *hidden_partials,
         *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
     std::int64_t* offsets;
     BackwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
-          vectors(arena, m.width, m.hidden_width),
+          vectors(arena, m.width, m.hidden_width, m.tap_count),
           fc1_transposed(arena.take<T>(m.hidden * m.width)),
-          fc2_transposed(arena.take<T>(m.channels * m.hidden_width)),
+          fc2_transposed(arena.take<T>(m.channels * m.activated_width)),
           fc1_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.hidden, m.channels))),
-          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.hidden))),
+          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.activated))),
           x(arena.take<T>(m.group_tokens * m.width)),
           normalized(arena.take<T>(m.group_tokens * m.width)),
           rstd(arena.take<T>(m.group_tokens)),
@@ -150,22 +155,23 @@ struct Whole : MixFFN<Values<T>> {
           before(m.activates_hidden() ? arena.take<T>(m.group_tokens * m.hidden_width) : nullptr),
           grad_z(arena.take<T>(m.bordered_tokens * m.hidden_width)),
           z(arena.take<T>(m.group_tokens * m.hidden_width)),
-          activated(arena.take<T>(m.group_tokens * m.hidden_width)),
+          t(arena.take<T>(m.group_tokens * m.hidden_width)),
           hidden_partials(arena.take<T>(m.group_images * m.a.height * 2 * m.hidden_width)),
           norm_partials(arena.take<T>(token_blocks(m.group_tokens) * 2 * m.width)),
           offsets(arena.take<std::int64_t>(m.group_tokens)) {}
   };
 
-  // dZ of all rows, from U and grad_z = dT; T in s.activated
+  // dZ of all rows, from U and grad_z = dT; T in s.t
   void activation_gradients(const BackwardBuffers& s, std::int64_t images) const {
     for_rows(images, [&](std::int64_t row) {
       T* z = s.z + row * a.width * hidden_width;
-      T* activated = s.activated + row * a.width * hidden_width;
-      T* grad_z = s.grad_z + (bordered_row(row) + 1) * hidden_width;
+      T* t = s.t + row * a.width * hidden_width;
+      T* grad_z = s.grad_z + bordered_values(row);
       T* partial = s.hidden_partials + row * 2 * hidden_width;
-      depthwise<T, false>(neighbours(s.u, row).rows, s.weights.taps, s.weights.dw_bias, a.width, hidden_width, z);
+      depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
+                          z);
       fill(partial, 2 * hidden_width, T(0));
-      this->activation_backward(s.weights.hidden_norm, a.width, z, activated, grad_z, partial, partial + hidden_width);
+      this->activation_backward(s.weights.hidden_norm, a.width, z, t, grad_z, partial, partial + hidden_width);
     });
   }
 
@@ -173,8 +179,8 @@ struct Whole : MixFFN<Values<T>> {
   void convolution_gradients(const BackwardBuffers& s, std::int64_t images) const {
     for_hidden_slices([&](Range slice) {
       for (std::int64_t row = 0; row < images * a.height; ++row)
-        depthwise_weight_backward<T>(neighbours(s.u, row).rows, s.grad_z + (bordered_row(row) + 1) * hidden_width,
-                                     a.width, hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
+        depthwise_weight_backward<T>(kernel_size, neighbours(s.u, row), s.grad_z + bordered_values(row), a.width,
+                                     hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
       const std::int64_t size = slice.end - slice.begin;
       const T* partials = s.hidden_partials + slice.begin;
       add_column_sums(images * a.height, size, partials, 2 * hidden_width, s.vectors.hidden_weight + slice.begin);
@@ -183,7 +189,8 @@ struct Whole : MixFFN<Values<T>> {
     });
     for_rows(images, [&](std::int64_t row) {
       const std::int64_t at = row * a.width * hidden_width;
-      depthwise<T, true>(neighbours(s.grad_z, row).rows, s.weights.taps, nullptr, a.width, hidden_width, s.z + at);
+      depthwise<T, true>(kernel_size, neighbours(s.grad_z, row), s.weights.taps, nullptr, a.width, hidden_width,
+                         s.z + at);
       if (this->activates_hidden()) this->activate_hidden_backward(a.width, s.before + at, s.z + at);
     });
   }
@@ -198,10 +205,10 @@ struct Whole : MixFFN<Values<T>> {
     s.vectors.clear();
     pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1,
                     hidden, channels);
-    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), hidden, 1,
-                    channels, hidden);
+    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), activated, 1,
+                    channels, activated);
     const WeightGradient<T> fc1(a.gradients.fc1_weight, hidden, channels, s.fc1_gradient);
-    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, hidden, s.fc2_gradient);
+    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, activated, s.fc2_gradient);
     make_offsets(s.offsets);
     clear_border(s.u);
     clear_border(s.grad_z);
@@ -211,10 +218,10 @@ struct Whole : MixFFN<Values<T>> {
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
       hidden_tokens(s.weights, images, s.x, s.offsets, s.u, s.before);
-      dense_tokens<T>(a.num_threads, tokens, channels, hidden_width, s.grad_output, width, s.fc2_transposed, nullptr,
+      dense_tokens<T>(a.num_threads, tokens, channels, activated_width, s.grad_output, width, s.fc2_transposed, nullptr,
                       {s.grad_z, 0, s.offsets});
       activation_gradients(s, images);
-      dense_weights<T>(a.num_threads, channels, tokens, hidden_width, s.grad_output, width, s.activated, hidden_width,
+      dense_weights<T>(a.num_threads, channels, tokens, activated_width, s.grad_output, width, s.t, hidden_width,
                        fc2.data(), fc2.leading(), first > 0);
       convolution_gradients(s, images);
       dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(),

@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as modules
 
 from msformer_kernels.core.backends import Explanation, explain
+from msformer_kernels.ops.mix_ffn.reference import KERNEL_SIZES
 
 Check = Callable[[Any], "str | None"]
 """Says why a submodule must be called; None if its parameters may be taken."""
@@ -67,12 +68,12 @@ def why_pointwise(module: Any) -> str | None:
 
 
 def why_depthwise(module: Any) -> str | None:
-    """Of a 3x3 depthwise convolution, zero padded."""
-    return (
-        why_called(module, nn.Conv2d)
-        or why_parameters(module)
-        or _why_other_convolution(module, (3, 3), (1, 1), module.out_channels)
-    )
+    """Of a depthwise convolution of a size that `mix_ffn` takes, zero padded to keep the size of the image."""
+    why = why_called(module, nn.Conv2d) or why_parameters(module)
+    if why is not None:
+        return why
+    size = module.kernel_size[0] if module.kernel_size[0] in KERNEL_SIZES else KERNEL_SIZES[0]
+    return _why_other_convolution(module, (size, size), (size // 2, size // 2), module.out_channels)
 
 
 def why_parameters(module: Any) -> str | None:
@@ -163,8 +164,10 @@ def explained(
     norm: nn.Module | None,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
+    ask: Callable[[str | torch.device, torch.dtype, str], Explanation] = explain,
 ) -> LayerExplanation:
-    """Of a layer that is one operator, `fused`, or uses others where it calls its parts."""
+    """Of a layer that is one operator, `fused`, or uses others where it calls its parts. `ask` explains an operator for
+    a device and dtype."""
     checks: dict[str, str | None] = {"every module": why_any_is_called()}
     checks |= {name: check(module) for name, module, check in parts}
     is_fused = all(reason is None for reason in checks.values())
@@ -172,5 +175,5 @@ def explained(
     reasons = {name: reason for name, reason in checks.items() if reason is not None}
     first = next(layer.parameters(), torch.empty(0))
     where, kind = first.device if device is None else device, first.dtype if dtype is None else dtype
-    operators = {name: explain(where, kind, name) for name in ([fused] if is_fused else otherwise)}
+    operators = {name: ask(where, kind, name) for name in ([fused] if is_fused else otherwise)}
     return LayerExplanation(type(layer).__name__, is_fused, reasons, operators)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from msformer_kernels.core.backends import Explanation
 from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.honest import (
@@ -22,16 +24,16 @@ from msformer_kernels.nn.honest import (
     why_not_fused,
 )
 from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
-from msformer_kernels.ops.mix_ffn.api import check_activation, check_image, mix_ffn
+from msformer_kernels.ops.mix_ffn.api import check_activation, check_image, check_kernel_size, mix_ffn
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
 class DepthwiseConv(nn.Module):
-    """The 3x3 depthwise convolution of tokens, under the name of the published checkpoints, `dwconv.dwconv`."""
+    """The depthwise convolution of tokens, under the name of the published checkpoints, `dwconv.dwconv`."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """``[B, height * width, channels]`` -> the same shape."""
@@ -55,26 +57,30 @@ def _why_holder(module: Any) -> str | None:
 
 
 class MixFFN(nn.Module):
-    """MixFFN of SegFormer (Xie et al., NeurIPS 2021): Linear, depthwise 3x3, activation, Linear.
+    """MixFFN of SegFormer (Xie et al., NeurIPS 2021): Linear, depthwise convolution, activation, Linear.
 
     Args:
         in_features: C, of the input and the output.
         hidden_features: usually 4C.
         activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or ``"relu6"``.
+        kernel_size: of the convolution: 3 as published, 5 or 7.
 
     Raises:
-        ValueError: features below 1, an unknown activation.
+        ValueError: features below 1, an unknown activation, another kernel size.
     """
 
     skip = False
 
-    def __init__(self, in_features: int, hidden_features: int, activation: str = "gelu") -> None:
+    def __init__(
+        self, in_features: int, hidden_features: int, activation: str = "gelu", *, kernel_size: int = 3
+    ) -> None:
         super().__init__()
         check_positive(in_features=in_features, hidden_features=hidden_features)
         check_activation(activation)
+        check_kernel_size(kernel_size)
         self.activation = activation
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.dwconv = DepthwiseConv(hidden_features)
+        self.dwconv = DepthwiseConv(hidden_features, kernel_size)
         self.fc2 = nn.Linear(hidden_features, in_features)
         self.norm1: nn.LayerNorm | None = None
         self.register_load_state_dict_pre_hook(accept_other_names)
@@ -175,7 +181,21 @@ class MixFFN(nn.Module):
     ) -> LayerExplanation:
         """Tells whether a call with this norm runs fused, which backend it gets on this device and dtype (of the
         parameters, by default), and if it calls submodules, which, and why."""
-        return explained(self, self._parts(), "mix_ffn", (), norm, device, dtype)
+        return explained(self, self._parts(), "mix_ffn", (), norm, device, dtype, self._explain_operator)
+
+    def _explain_operator(self, device: str | torch.device, dtype: torch.dtype, name: str) -> Explanation:
+        """Of a call with these options and sizes, by which some backends are limited."""
+        with FakeTensorMode():
+            fc1_weight, fc1_bias, *others = (
+                None if p is None else torch.empty(p.shape, device=device, dtype=dtype)
+                for layer in (self.fc1, self.dwconv.dwconv, self.fc2)
+                for p in weight_and_bias(layer)
+            )
+            assert fc1_weight is not None
+            x = fc1_weight.new_empty(1, 1, fc1_weight.shape[1])
+            found = mix_ffn.explain(x, 1, 1, fc1_weight, fc1_bias, *others)  # type: ignore[attr-defined]
+        assert isinstance(found, Explanation)
+        return found
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -190,6 +210,8 @@ class MixFFNSkip(MixFFN):
 
     skip = True
 
-    def __init__(self, in_features: int, hidden_features: int, activation: str = "gelu") -> None:
-        super().__init__(in_features, hidden_features, activation)
+    def __init__(
+        self, in_features: int, hidden_features: int, activation: str = "gelu", *, kernel_size: int = 3
+    ) -> None:
+        super().__init__(in_features, hidden_features, activation, kernel_size=kernel_size)
         self.norm1 = nn.LayerNorm(hidden_features)

@@ -15,6 +15,7 @@ def mix_ffn_case(
     width: int = 7,
     channels: int = 6,
     hidden: int = 10,
+    kernel_size: int = 3,
     hidden_norm: bool = True,
     norm: bool = True,
     biases: bool = True,
@@ -23,6 +24,7 @@ def mix_ffn_case(
     activation: str = "gelu",
     inner_activation: str = "identity",
     residual: bool = True,
+    gated: bool = False,
     norm_eps: float = 1e-5,
 ) -> Case:
     def make() -> Tensors:
@@ -31,9 +33,9 @@ def mix_ffn_case(
             "x": strided(random(batch, height * width, channels), layout),
             "fc1_weight": random(hidden, channels, scale=channels**-0.5),
             "fc1_bias": bias(hidden),
-            "dw_weight": random(hidden, 1, 3, 3, scale=0.5),
+            "dw_weight": random(hidden, 1, kernel_size, kernel_size, scale=1.5 / kernel_size),
             "dw_bias": bias(hidden),
-            "fc2_weight": random(channels, hidden, scale=max(1, hidden) ** -0.5),
+            "fc2_weight": random(channels, hidden // 2 if gated else hidden, scale=max(1, hidden) ** -0.5),
             "fc2_bias": bias(channels),
             "hidden_norm_weight": random(hidden) + 1 if hidden_norm else None,
             "hidden_norm_bias": bias(hidden) if hidden_norm else None,
@@ -47,6 +49,7 @@ def mix_ffn_case(
             "activation": activation,
             "inner_activation": inner_activation,
             "residual": residual,
+            "gated": gated,
             "norm_eps": norm_eps,
             "backend": backend,
         }
@@ -90,6 +93,19 @@ CASES = Cases(
             activation="identity",
             skip=False,
             hidden_norm=False,
+        ),
+        # bands, strips, and images that are smaller than the convolution
+        mix_ffn_case("five", height=28, width=9, channels=9, hidden=18, kernel_size=5),
+        mix_ffn_case(
+            "seven", height=6, width=71, channels=9, hidden=9, kernel_size=7, skip=False, inner_activation="silu"
+        ),
+        mix_ffn_case("seven_small", batch=3, height=2, width=5, kernel_size=7, hidden_norm=False, layout="transposed"),
+        # halves of whole vectors, and others
+        mix_ffn_case(
+            "gated", width=72, hidden=64, hidden_norm=False, gated=True, inner_activation="silu", activation="silu"
+        ),
+        mix_ffn_case(
+            "gated_odd", batch=2, hidden=22, kernel_size=5, hidden_norm=False, gated=True, biases=False, skip=False
         ),
         mix_ffn_case("columns", height=9, width=13, channels=37, hidden=50, layout="transposed"),
         mix_ffn_case("large", height=71, width=79, channels=20, hidden=80),

@@ -12,6 +12,7 @@ from torch.nn.modules import module as modules
 
 import msformer_kernels as kernels
 from msformer_kernels.nn.mix_ffn import DepthwiseConv
+from tests.kernels.cases import require
 from tests.kernels.nn.tools import CALLS, DIM, HEIGHT, WEIGHTS, WIDTH, Adapter, outputs, place, written_out
 
 LAYERS: dict[str, Any] = {
@@ -177,6 +178,8 @@ CONVOLUTIONS = {
     "dilated": lambda n: nn.Conv2d(n, n, 3, padding=2, dilation=2, groups=n),
     "reflecting": lambda n: nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect", groups=n),
     "large": lambda n: nn.Conv2d(n, n, 5, padding=2, groups=n),
+    "too_large": lambda n: nn.Conv2d(n, n, 9, padding=4, groups=n),
+    "oblong": lambda n: nn.Conv2d(n, n, (5, 3), padding=(2, 1), groups=n),
     "dense": lambda n: nn.Conv2d(n, n, 3, padding=1),
     "grouped": lambda n: nn.Conv2d(n, n, 3, padding=1, groups=n // 2),
     "same": lambda n: nn.Conv2d(n, n, 3, padding="same", groups=n),
@@ -190,7 +193,7 @@ def test_another_convolution(name: str, kind: str) -> None:
     layer, x = layer_and_tokens(name)
     place(layer, "dwconv.dwconv", CONVOLUTIONS[kind](12))
     check(layer, x)
-    assert layer.explain().fused == (kind == "without_bias")  # type: ignore[operator]
+    assert layer.explain().fused == (kind in ("large", "without_bias"))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}])
@@ -408,3 +411,12 @@ def test_explanations() -> None:
     linear = kernels.TokenLinear(3, 4)
     WEIGHTS["narrow_weight"](nn.Sequential(linear), "0")
     assert linear.explain().reasons == {"parameters": "has a parameter of type Stored"}
+
+
+def test_the_explanation_knows_what_limits_a_backend() -> None:
+    require("triton")
+    with kernels.use_backend("triton"):
+        small, large = (kernels.MixFFN(4, 8, kernel_size=k).explain().operators["mix_ffn"] for k in (3, 5))
+    assert small.chosen == "triton"
+    assert large.chosen is None
+    assert "dw_weight is 5x5" in large.rule

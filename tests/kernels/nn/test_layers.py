@@ -79,8 +79,9 @@ def test_block_is_norm_attention_residual_norm_ffn_residual(ffn: str) -> None:
     assert context.shape == (2, 2, 4, 4)
 
 
-def test_mix_ffn_skip_written_out() -> None:
-    layer = kernels.MixFFNSkip(6, 10)
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+def test_mix_ffn_skip_written_out(kernel_size: int) -> None:
+    layer = kernels.MixFFNSkip(6, 10, kernel_size=kernel_size)
     x = torch.randn(2, 12, 6)
     hidden = layer.fc1(x)
     mixed = layer.dwconv.dwconv(hidden.transpose(1, 2).view(2, 10, 3, 4)).flatten(2).transpose(1, 2)
@@ -161,6 +162,8 @@ def test_layers_refuse_bad_sizes() -> None:
         kernels.MixFFN(4, -4)
     with pytest.raises(ValueError, match="activation: expected one of"):
         kernels.MixFFN(4, 8, activation="swish")
+    with pytest.raises(ValueError, match="kernel_size: expected one of 3, 5, 7, got 4"):
+        kernels.MixFFN(4, 8, kernel_size=4)
     with pytest.raises(ValueError, match="ffn: expected one of mix_skip, mix, mlp, got 'moe'"):
         kernels.EfficientTransformerBlock(8, ffn="moe")
     with pytest.raises(ValueError, match="x: has 6 tokens"):

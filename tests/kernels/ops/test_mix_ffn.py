@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import msformer_kernels as kernels
@@ -80,6 +81,15 @@ def test_mix_ffn_by_hand() -> None:
     assert found[0, 0, 0].item() == pytest.approx(1 + z * 0.5 * (1 + math.erf(z / math.sqrt(2))))
 
 
+def test_the_second_half_gates_the_first(float64_backend: str) -> None:
+    """A value of -3 and a gate of 2; the other way round it would be 0."""
+    fc1, tap, one = (torch.tensor(v, dtype=torch.float64) for v in ([[-3], [2]], [1, 1], [[1]]))
+    taps = F.pad(tap.view(2, 1, 1, 1), (1, 1, 1, 1))
+    options = {"activation": "relu", "gated": True, "backend": float64_backend}
+    found = kernels.mix_ffn(one[None], 1, 1, fc1, None, taps, None, one, None, **options)
+    assert found.item() == -6
+
+
 @pytest.mark.accuracy
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
@@ -102,6 +112,19 @@ def test_activation_over_its_whole_range(activation: str, backend: str) -> None:
         assert error <= 2 * allowed + 2 * ulp, f"{name}: error {error:.3g}, eager {allowed:.3g}, ulp {ulp:.3g}"
 
 
+@pytest.mark.parametrize("options", [{"kernel_size": 5}, {"kernel_size": 7}, {"gated": True, "hidden_norm": False}])
+def test_gradients_of_larger_convolutions_and_of_gates(options: dict[str, Any], float64_backend: str) -> None:
+    """Of an image that is narrower than the convolutions."""
+    case = mix_ffn_case("larger", height=6, width=3, channels=2, **({"hidden": 4} | options))
+    tensors = cast(case.draw(), torch.float64)
+    names = [n for n, x in tensors.items() if x is not None]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return case.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_gradients_through_an_activation_before_the_convolution(skip: bool, float64_backend: str) -> None:
     case = mix_ffn_case("inner", skip=skip, hidden_norm=skip, inner_activation="gelu_tanh", activation="silu")
@@ -114,12 +137,20 @@ def test_gradients_through_an_activation_before_the_convolution(skip: bool, floa
     assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
 
 
-def test_the_kernels_of_a_gpu_have_no_activation_before_the_convolution() -> None:
-    case = mix_ffn_case("inner", inner_activation="relu")
-    for name in ("cuda", "triton"):
-        require(name)
-        with pytest.raises(kernels.BackendError, match="inner_activation is 'relu', its kernels have none"):
-            run(case, cast(case.draw(), torch.float32), name)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"inner_activation": "relu"}, "inner_activation is 'relu', its kernels have none"),
+        ({"gated": True, "hidden_norm": False}, "gated is True, its kernels have no gate"),
+        ({"kernel_size": 7}, "dw_weight is 7x7, its kernels take 3x3 alone"),
+    ],
+)
+def test_the_kernels_of_a_gpu_have_the_published_form_alone(options: dict[str, Any], reason: str, name: str) -> None:
+    require(name)
+    case = mix_ffn_case("other", **options)
+    with pytest.raises(kernels.BackendError, match=reason):
+        run(case, cast(case.draw(), torch.float32), name)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -159,8 +190,18 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"fc1_weight: expected \[hidden, C\] = \(8, 4\), got \(8, 5\)",
     ),
-    ({"dw_weight": torch.randn(8, 3, 3)}, ValueError, r"dw_weight: expected .* = \(8, 1, 3, 3\), got"),
+    (
+        {"dw_weight": torch.randn(8, 3, 3)},
+        ValueError,
+        r"dw_weight: expected .* = \(8, 1, k, k\) with k = 3 or 5 or 7, got \(8, 3, 3\)",
+    ),
+    ({"dw_weight": torch.randn(8, 1, 9, 9)}, ValueError, r"dw_weight: .* got \(8, 1, 9, 9\)"),
+    ({"dw_weight": torch.randn(8, 1, 3, 5)}, ValueError, r"dw_weight: .* got \(8, 1, 3, 5\)"),
+    ({"dw_weight": torch.randn(4, 1, 5, 5)}, ValueError, r"dw_weight: .* = \(8, 1, k, k\) .* got \(4, 1, 5, 5\)"),
     ({"fc2_weight": torch.randn(8, 4)}, ValueError, r"fc2_weight: expected \[C, hidden\] = \(4, 8\), got"),
+    ({"gated": True}, ValueError, r"fc2_weight: expected \[C, hidden / 2\] = \(4, 4\), got \(4, 8\)"),
+    ({"gated": True, "fc1_weight": torch.randn(7, 4), "dw_weight": torch.randn(7, 1, 3, 3)}, ValueError, "has 7 rows"),
+    ({"gated": True, "hidden_norm_weight": torch.randn(8)}, ValueError, "hidden_norm_weight: expected None"),
     ({"hidden_norm_bias": torch.randn(8)}, ValueError, "hidden_norm_bias: given without hidden_norm_weight"),
     (
         {"hidden_norm_weight": torch.randn(4)},

@@ -323,6 +323,32 @@ class GatedFFN(nn.Module):
         return self.conv_point(x * F.silu(gate))
 
 
+class NormedGateFFN(GatedFFN):
+    """The gate alone has a norm, without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
+        return self.conv_point(x * F.silu(F.normalize(gate, dim=1)))
+
+
+class PartlyMixedFFN(nn.Module):
+    """MambaOut's: some channels go through the convolution, and others are gates."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16, mixed: int = 6) -> None:
+        super().__init__()
+        self.sizes = (hidden, hidden - mixed, mixed)
+        self.norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, 2 * hidden)
+        self.conv = nn.Conv2d(mixed, mixed, 7, padding=3, groups=mixed)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, W, C]``."""
+        gate, kept, mixed = self.fc1(self.norm(x)).split(self.sizes, -1)
+        mixed = self.conv(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.fc2(F.gelu(gate) * torch.cat((kept, mixed), -1))
+
+
 class LongerMixFFN(nn.Module):
     """segformer-pytorch: a further 1x1 convolution of the hidden channels."""
 
@@ -341,8 +367,8 @@ class LongerMixFFN(nn.Module):
 
 
 class WideMixFFN(FlatMixFFN):
-    """A 5x5 convolution."""
+    """A larger convolution."""
 
-    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+    def __init__(self, kernel_size: int = 7, channels: int = 8, hidden: int = 16) -> None:
         super().__init__(channels, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 5, 1, 2, groups=hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, 1, kernel_size // 2, groups=hidden)

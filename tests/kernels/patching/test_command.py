@@ -14,10 +14,10 @@ from msformer_kernels.patching import command
 
 MADE = """
 import torch
-from tests.kernels.patching.models import ImageMixFFN, GatedFFN
+from tests.kernels.patching.models import ImageMixFFN, LongerMixFFN
 
 def model():
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), ImageMixFFN(), GatedFFN())
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), ImageMixFFN(), LongerMixFFN())
 
 def with_inputs():
     return ImageMixFFN().double(), torch.randn(1, 8, 5, 7, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_it_prints_the_report_and_times(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stderr == ""
     assert re.search(r"^  1 +ImageMixFFN +mix_ffn +gelu_tanh +\de-1\d$", found.stdout, re.M)
-    assert "GatedFFN: 2: it is gated" in found.stdout
+    assert "LongerMixFFN: 2: MixFFN has 2 pointwise layers" in found.stdout
     assert "inputs (1, 3, 6, 5)" in found.stdout
     for row in ("forward", r"forward \+ backward"):
         assert re.search(rf"^  {row} +[\d.]+ ms +[\d.]+ ms +[\d.]+ x +\S+( MiB)? +\S+( MiB)?$", found.stdout, re.M)

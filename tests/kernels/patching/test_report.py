@@ -40,7 +40,7 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
 
 
 def test_dry_run_reports_and_changes_nothing() -> None:
-    model, twin = nn.Sequential(models.TupleBlock(), models.GatedFFN()), nn.Sequential(models.TupleBlock())
+    model, twin = nn.Sequential(models.TupleBlock(), models.LongerMixFFN()), nn.Sequential(models.TupleBlock())
     dry, wet = kernels.patch(model, dry_run=True), kernels.patch(twin)
     assert names(dry) == names(wet) == ["0", "0.mlp"]
     assert [r.name for r in dry.refused] == ["1"]
@@ -156,7 +156,7 @@ def test_only_the_innermost_module_is_named() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = models.GatedFFN()
+            self.inner = models.LongerMixFFN()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.inner(x)

@@ -26,6 +26,12 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
         SIZE,
         [("", "mix_ffn", "gelu, relu before the convolution")],
     ),
+    "gated": (
+        models.GatedFFN,
+        (),
+        [("", "mix_ffn", "silu, silu before the convolution, gated")],
+    ),
+    "7x7": (models.WideMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
     "silu": (lambda: with_activation(nn.SiLU()), SIZE, [("", "mix_ffn", "silu")]),
     "convolutions": (models.ConvMixFFN, SIZE, [("", "mix_ffn", "gelu, adds identity")]),
     "image": (models.ImageMixFFN, (), [("", "mix_ffn", "gelu_tanh")]),
@@ -130,9 +136,10 @@ def test_published_structures_are_replaced_and_compute_the_same(name: str) -> No
 
 NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tanh before": (lambda: with_activation_before(nn.Tanh()), r"computes something else: mix_ffn .* differs by"),
-    "gated": (models.GatedFFN, "gated"),
+    "MambaOut": (models.PartlyMixedFFN, "mixes 6 of the 32 channels that its first layer gives, as in MambaOut; only"),
+    "gate of a norm": (models.NormedGateFFN, "computes something else: mix_ffn .*gated"),
     "longer": (models.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
-    "5x5": (models.WideMixFFN, r"depthwise convolution is \(5, 5\)"),
+    "9x9": (lambda: models.WideMixFFN(9), r"convolution is \(9, 9\), .*; only 3x3, 5x5, 7x7 with stride 1"),
     "elu": (lambda: with_activation(nn.ELU()), "computes something else"),
     "other width": (lambda: with_last(nn.Linear(16, 5)), "output features differ"),
     "circular": (

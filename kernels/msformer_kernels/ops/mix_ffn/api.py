@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from msformer_kernels.core.validation import check_norm, check_rank, check_shape
-from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS, KERNEL_SIZES
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 
 
@@ -19,6 +19,29 @@ def check_image(x: Tensor, height: int, width: int) -> None:
 def check_activation(name: str, argument: str = "activation") -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"{argument}: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def check_kernel_size(size: int) -> None:
+    if size not in KERNEL_SIZES:
+        raise ValueError(f"kernel_size: expected one of {', '.join(map(str, KERNEL_SIZES))}, got {size!r}")
+
+
+def check_taps(taps: Tensor, hidden: int) -> None:
+    """The weight of the depthwise convolution is square, of one of the sizes."""
+    size = taps.shape[2] if taps.dim() == 4 else 0
+    if size not in KERNEL_SIZES or tuple(taps.shape) != (hidden, 1, size, size):
+        sizes = " or ".join(map(str, KERNEL_SIZES))
+        raise ValueError(
+            f"dw_weight: expected [hidden, 1, k, k] = ({hidden}, 1, k, k) with k = {sizes}, got {tuple(taps.shape)}"
+        )
+
+
+def check_gate(hidden: int, hidden_norm_weight: Tensor | None) -> None:
+    """What a gate asks of the other arguments."""
+    if hidden % 2:
+        raise ValueError(f"fc1_weight: has {hidden} rows, expected an even number, values and gates, as gated is True")
+    if hidden_norm_weight is not None:
+        raise ValueError("hidden_norm_weight: expected None, as gated is True")
 
 
 @OPERATOR.public
@@ -42,20 +65,24 @@ def mix_ffn(
     activation: str = "gelu",
     inner_activation: str = "identity",
     residual: bool = False,
+    gated: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Feed-forward layer that mixes neighbours: ``[x +] W_2 act([LN](dw3x3(U) [+ U]))``, ``U = W_1 [LN](x)``.
+    """Feed-forward layer that mixes neighbours: ``[x +] W_2 act([LN](dw(U) [+ U]))``, ``U = W_1 [LN](x)``.
+
+    With a gate ``[x +] W_2 (Z_1 * act(Z_2))``, ``Z = dw(U) [+ U]``, its first and second half along the channels.
 
     MixFFN: Xie et al., "SegFormer", NeurIPS 2021. With ``skip`` and a hidden norm the MixFFN-skip of MISSFormer (Huang
-    et al., 2021) and MS-Former. The compiled backends never write the hidden ``N x hidden`` tensor to memory, and save
-    nothing for the backward but their inputs.
+    et al., 2021) and MS-Former; with a gate GLUMBConv of SANA (Xie et al., 2024). The compiled backends never write the
+    hidden ``N x hidden`` tensor to memory, and save nothing for the backward but their inputs.
 
     Args:
         x: tokens ``[B, height * width, C]``, row by row, floating point, any strides.
         height, width: of the image.
         fc1_weight, fc1_bias: ``[hidden, C]``, ``[hidden]`` or None.
-        dw_weight, dw_bias: depthwise 3x3 convolution, zero padded: ``[hidden, 1, 3, 3]``, ``[hidden]`` or None.
-        fc2_weight, fc2_bias: ``[C, hidden]``, ``[C]`` or None.
+        dw_weight, dw_bias: depthwise convolution, zero padded to keep the size: ``[hidden, 1, k, k]`` with k = 3, 5 or
+            7, ``[hidden]`` or None.
+        fc2_weight, fc2_bias: ``[C, hidden]``, or ``[C, hidden / 2]`` if gated; ``[C]`` or None.
         skip: adds the input of the convolution to its output.
         hidden_norm_weight, hidden_norm_bias: ``[hidden]``; a LayerNorm before the activation, unless the weight is
         None.
@@ -65,6 +92,8 @@ def mix_ffn(
             ``"relu6"`` or ``"identity"``.
         inner_activation: after the first product, before the convolution; as `activation`.
         residual: adds x (before the norm) to the output.
+        gated: `activation` is that of the gate, the second half of the hidden channels, whose number is even. There is
+            no hidden norm then.
         backend: see `msformer_kernels.use_backend`.
 
     Returns:
@@ -72,7 +101,7 @@ def mix_ffn(
         gives an empty output and zero gradients.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown activation or backend.
+        ValueError: shapes or devices that do not fit, an unknown activation or backend, a gate with a hidden norm.
         TypeError: dtypes that are mixed (outside autocast) or not floating point.
         BackendError: the chosen backend is not available for the call.
     """
@@ -80,9 +109,13 @@ def mix_ffn(
     channels, hidden = x.shape[2], fc1_weight.shape[0]
     check_shape("fc1_weight", fc1_weight, (hidden, channels), "[hidden, C]")
     check_shape("fc1_bias", fc1_bias, (hidden,), "[hidden]")
-    check_shape("dw_weight", dw_weight, (hidden, 1, 3, 3), "[hidden, 1, 3, 3]")
+    check_taps(dw_weight, hidden)
     check_shape("dw_bias", dw_bias, (hidden,), "[hidden]")
-    check_shape("fc2_weight", fc2_weight, (channels, hidden), "[C, hidden]")
+    if gated:
+        check_gate(hidden, hidden_norm_weight)
+        check_shape("fc2_weight", fc2_weight, (channels, hidden // 2), "[C, hidden / 2]")
+    else:
+        check_shape("fc2_weight", fc2_weight, (channels, hidden), "[C, hidden]")
     check_shape("fc2_bias", fc2_bias, (channels,), "[C]")
     check_norm("hidden_norm", hidden_norm_weight, hidden_norm_bias, hidden)
     check_norm("norm", norm_weight, norm_bias, channels)

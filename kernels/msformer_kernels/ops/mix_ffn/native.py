@@ -5,9 +5,11 @@ The backward recomputes everything from the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msformer_kernels import _native
@@ -25,6 +27,10 @@ from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
+_MULTIPLE = 16
+"""Of which the halves of gated hidden channels are to be one (csrc/abi.h)."""
+_BY_HALVES = ("fc1_weight", "fc1_bias", "dw_weight", "dw_bias")
+
 
 def _options(call: Any) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
@@ -36,17 +42,43 @@ def _options(call: Any) -> tuple[Any, ...]:
         call.width,
         channels,
         call.fc1_weight.shape[0],
+        call.dw_weight.shape[2],
         arguments.FORM,
         call.norm_eps,
         call.skip,
         call.residual,
+        call.gated,
         _ACTIVATIONS[call.activation],
         _ACTIVATIONS[call.inner_activation],
     )
 
 
+def _missing(call: Any) -> int:
+    """How many channels a half of a gated call lacks."""
+    return -(call.fc1_weight.shape[0] // 2) % _MULTIPLE if call.gated else 0
+
+
+def _with_whole_halves(call: Any) -> Any:
+    """The call with channels of zeros behind both halves of a gated one, as many as the kernels want."""
+    missing = _missing(call)
+    if missing == 0:
+        return call
+    widened = {name: _widen_halves(p, missing) for name in _BY_HALVES if (p := getattr(call, name)) is not None}
+    return call._replace(fc2_weight=F.pad(call.fc2_weight, (0, missing)), **widened)
+
+
+def _widen_halves(parameter: Tensor, missing: int) -> Tensor:
+    zeros = parameter.new_zeros(missing, *parameter.shape[1:])
+    values, gates = parameter.chunk(2)
+    return torch.cat((values, zeros, gates, zeros))
+
+
+def _cut_halves(gradient: Tensor, missing: int) -> Tensor:
+    return gradient.unflatten(0, (2, -1))[:, :-missing].flatten(0, 1)
+
+
 def forward(call: Any) -> Tensor:
-    x = call.x
+    x, call = call.x, _with_whole_halves(call)
     parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(x.dtype))
     output = x.new_empty(x.shape)
     _native.mix_ffn_forward((*_options(call), *activation(x), *addresses(parameters), *activation(output)))
@@ -54,6 +86,19 @@ def forward(call: Any) -> Tensor:
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    grad_x, *gradients = _backward(_with_whole_halves(call), grads)
+    missing = _missing(call)
+    if missing == 0:
+        return grad_x, *gradients
+    cut: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(_BY_HALVES, lambda g: _cut_halves(g, missing))
+    cut["fc2_weight"] = lambda g: g[:, :-missing]
+    return grad_x, *(
+        cut[name](grad) if name in cut and grad.numel() > 0 else grad
+        for name, grad in zip(OPERATOR.parameters, gradients, strict=True)
+    )
+
+
+def _backward(call: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
     parameters = contiguous(given, arithmetic_dtype(x.dtype))
     gradients = empty_gradients(given, x)

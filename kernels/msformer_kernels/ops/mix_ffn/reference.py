@@ -1,9 +1,12 @@
 """MixFFN in plain PyTorch: the specification of the operator.
 
-    U = [act_1](x W_1 + b_1),   Z = dw3x3(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
+    U = [act_1](x W_1 + b_1),   Z = dw(U) + b_d [+ U],   output = act([LayerNorm](Z)) W_2 + b_2 [+ x]
+
+With a gate, output = (Z_1 * act(Z_2)) W_2 + b_2 [+ x], where Z_1 and Z_2 are the halves of Z.
 
 Xie et al., "SegFormer", NeurIPS 2021 (MixFFN); Huang et al., "MISSFormer", 2021 (the skip form with a hidden
-LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form).
+LayerNorm); Wang et al., "PVT v2", 2022 (an activation before the convolution too, in its linear form); Xie et al.,
+"SANA", 2024 (the gate).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By name, in the order of `ActivationFunction` in csrc/abi.h."""
 
+KERNEL_SIZES = (3, 5, 7)
+"""Rows and columns of the depthwise convolution."""
+
 
 def mix_ffn(
     x: Tensor,
@@ -48,6 +54,7 @@ def mix_ffn(
     activation: str = "gelu",
     inner_activation: str = "identity",
     residual: bool = False,
+    gated: bool = False,
 ) -> Tensor:
     """See `msformer_kernels.ops.mix_ffn`."""
     tokens = layer_norm(x, norm_weight, norm_bias, norm_eps)
@@ -56,7 +63,12 @@ def mix_ffn(
     if skip:
         mixed = mixed + hidden
     mixed = layer_norm(mixed, hidden_norm_weight, hidden_norm_bias, norm_eps)
-    output = F.linear(ACTIVATIONS[activation](mixed), fc2_weight, fc2_bias)
+    if gated:
+        value, gate = mixed.chunk(2, dim=2)
+        activated = value * ACTIVATIONS[activation](gate)
+    else:
+        activated = ACTIVATIONS[activation](mixed)
+    output = F.linear(activated, fc2_weight, fc2_bias)
     return x + output if residual else output
 
 
@@ -65,4 +77,5 @@ def _convolve(hidden: Tensor, height: int, width: int, weight: Tensor, bias: Ten
         # a convolution refuses an empty image; adding its parameters to no tokens gives them zero gradients
         return hidden + sum(p.sum() for p in (weight, bias) if p is not None)
     image = hidden.transpose(1, 2).unflatten(2, (height, width))
-    return F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0]).flatten(2).transpose(1, 2)
+    convolved = F.conv2d(image, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+    return convolved.flatten(2).transpose(1, 2)

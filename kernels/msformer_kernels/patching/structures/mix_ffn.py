@@ -1,4 +1,4 @@
-"""MixFFN: two pointwise layers around a depthwise 3x3 convolution, with or without a norm, a skip, a residual."""
+"""MixFFN: two pointwise layers around a depthwise convolution, with or without a gate, a norm, a skip, a residual."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from msformer_kernels.ops.mix_ffn import mix_ffn
-from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS, KERNEL_SIZES
 from msformer_kernels.patching.structures.common import (
     NOTHING,
     Found,
@@ -35,7 +35,8 @@ INNER = ("identity", "relu", SAME)
 
 @dataclass(frozen=True)
 class MixFFNPlan(Plan):
-    """``fc2(act([hidden norm](dw3x3(u) [+ u])))``, ``u = [inner act](fc1([norm](x)))``, and what is added to it."""
+    """``fc2(act([hidden norm](dw(u) [+ u])))``, ``u = [inner act](fc1([norm](x)))``, and what is added to it; or
+    with a gate, ``fc2(z_1 * act(z_2))``, of the halves of ``z = dw(u) [+ u]``."""
 
     fc1: str
     convolution: str
@@ -47,6 +48,7 @@ class MixFFNPlan(Plan):
     norm: str | None = None
     adds: str | None = None
     """``"x"``, or ``"identity"``: the argument of that name, or x without one."""
+    gated: bool = False
 
     title: ClassVar[str] = "mix_ffn"
 
@@ -97,6 +99,7 @@ class MixFFNPlan(Plan):
             activation=self.activation,
             inner_activation=self.inner_activation,
             residual=residual,
+            gated=self.gated,
         )
 
     def fused(self) -> tuple[str, ...]:
@@ -109,6 +112,7 @@ class MixFFNPlan(Plan):
     def options(self) -> str:
         words = [self.activation]
         words += [f"{self.inner_activation} before the convolution"] * (self.inner_activation != "identity")
+        words += ["gated"] * self.gated
         words += ["skip"] * self.skip
         words += [f"hidden norm {self.hidden_norm}"] * (self.hidden_norm is not None)
         words += [f"norm {self.norm}"] * (self.norm is not None)
@@ -132,19 +136,30 @@ def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
     hidden = convolution.in_channels
     plans: list[Plan] = []
     adds = [None, *([IDENTITY] if IDENTITY in dict(arguments.optional) else []), "x"]
-    for fc1, fc2 in itertools.permutations(pointwise):
-        if features(layers[fc1])[0] != hidden or features(layers[fc2]) != features(layers[fc1])[::-1]:
-            continue
+    for fc1, fc2 in _orders(layers, pointwise, hidden):
+        gated = features(layers[fc2])[1] != hidden
         outer = [None, *(n for n in norms if is_norm(layers[n], features(layers[fc1])[1]))]
-        inner = [None, *(n for n in norms if is_norm(layers[n], hidden))]
+        inner = [None] if gated else [None, *(n for n in norms if is_norm(layers[n], hidden))]
         for before, norm, hidden_norm, added, skip, activation in itertools.product(
             INNER, outer, inner, adds, (False, True), ACTIVATIONS
         ):
             if norm and norm == hidden_norm:
                 continue
             names = (fc1, depthwise[0], fc2, activation, activation if before == SAME else before)
-            plans.append(MixFFNPlan(arguments, *names, skip, hidden_norm, norm, added))
+            plans.append(MixFFNPlan(arguments, *names, skip, hidden_norm, norm, added, gated))
     return Found(tuple(plans), alike=True)
+
+
+def _orders(layers: dict[str, nn.Module], pointwise: list[str], hidden: int) -> list[tuple[str, str]]:
+    """The first and the second layer of a MixFFN with these hidden channels: its second takes all of them or, with a
+    gate, half."""
+    return [
+        (fc1, fc2)
+        for fc1, fc2 in itertools.permutations(pointwise, 2)
+        if features(layers[fc1])[0] == hidden
+        and features(layers[fc2])[1] in (hidden, hidden / 2)
+        and features(layers[fc2])[0] == features(layers[fc1])[1]
+    ]
 
 
 def _why_not(
@@ -159,22 +174,36 @@ def _why_not(
         return f"MixFFN has no {type(layers[others[0]]).__name__} ({others[0]})"
     if len(pointwise) != 2:
         return f"MixFFN has 2 pointwise layers, this has {len(pointwise)} ({', '.join(pointwise)})"
-    wanted = ((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
-    padding = (1, 1) if convolution.padding == "same" else convolution.padding
-    if (convolution.kernel_size, convolution.stride, padding, convolution.dilation, convolution.padding_mode) != wanted:
+    if not _keeps_the_size(convolution):
+        sizes = ", ".join(f"{k}x{k}" for k in KERNEL_SIZES)
         return (
             f"its depthwise convolution is {convolution.kernel_size}, stride {convolution.stride}, padding "
-            f"{convolution.padding}, dilation {convolution.dilation}, {convolution.padding_mode}; only 3x3 with stride "
-            "1 and 1 zero around is fused"
+            f"{convolution.padding}, dilation {convolution.dilation}, {convolution.padding_mode}; only {sizes} with "
+            "stride 1 and as many zeros around as keep the size are fused"
         )
     shapes = [features(layers[n]) for n in pointwise]
     hidden = convolution.in_channels
-    if all(out != hidden for out, _ in shapes) or all(into != hidden for _, into in shapes):
-        return f"it is gated (GLU) or split: layers {shapes} (out, in) around {hidden} channels"
-    if shapes[0] != shapes[1][::-1]:
-        return f"its output features differ from its input features: layers {shapes} (out, in)"
+    if not _orders(layers, pointwise, hidden):
+        around = f"layers {shapes} (out, in) around {hidden} channels"
+        widest = max(out for out, _ in shapes)
+        if any(out == hidden and into in (hidden, hidden / 2) for (out, _), (_, into) in (shapes, shapes[::-1])):
+            return f"its output features differ from its input features: {around}"
+        if widest > hidden:
+            return (
+                f"its convolution mixes {hidden} of the {widest} channels that its first layer gives, as in MambaOut; "
+                "only a convolution of all of them is fused"
+            )
+        return f"it is split: {around}"
     if arguments_of(module).convention is None:
         return f"its forward takes {len(arguments_of(module).required)} arguments, expected (x, height, width), " + (
             "(x, (height, width)) or an image"
         )
     return None
+
+
+def _keeps_the_size(convolution: Any) -> bool:
+    """Whether a depthwise convolution is one of the operator's."""
+    size = convolution.kernel_size[0]
+    padding = (size // 2, size // 2) if convolution.padding == "same" else convolution.padding
+    found = (convolution.kernel_size, convolution.stride, padding, convolution.dilation, convolution.padding_mode)
+    return size in KERNEL_SIZES and found == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), "zeros")
