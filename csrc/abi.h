@@ -27,12 +27,18 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
 // tokens.
 enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
 
+// What queries and keys are weighed by: a softmax each; the square root of the number of kept tokens; ReLU, with the
+// sum of the keys dividing the output.
+enum class Normalization : int { softmax, scaling, relu };
+
 // query [B, H, Nq, Dk], key [B, H, N, Dk], value [B, H, N, Dv]
 struct AttentionArguments {
   int num_threads;
   std::int64_t batch, heads, query_tokens, key_tokens, key_channels, value_channels;
   double query_scale, key_scale, output_scale;
-  bool normalize_query, softmax;  // softmax: else "scaling" by the square root of the number of kept tokens
+  bool normalize_query;
+  Normalization normalization;
+  double eps;  // added to what ReLU attention divides by
   Activation query, key, value;
   Mask mask;
   void *context, *key_max, *key_sum;  // [B, H, Dk, Dv], [B, H, Dk], [B, H, Dk]

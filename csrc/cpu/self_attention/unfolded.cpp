@@ -107,7 +107,8 @@ struct Unfolded {
     attention.key_channels = keys / a.heads;
     attention.value_channels = values / a.heads;
     attention.query_scale = attention.key_scale = attention.output_scale = 1;
-    attention.normalize_query = attention.softmax = true;
+    attention.normalize_query = true;
+    attention.normalization = Normalization::softmax;
     attention.query = heads(t.query, key_width, keys);
     attention.key = heads(t.key, key_width, keys);
     attention.value = heads(t.value, value_width, values);

@@ -40,6 +40,8 @@ class Part:
     facts: tuple[tuple[str, Any], ...]
     fused: bool
     """Whether an operator takes its parameters."""
+    helpers: tuple[tuple[str, type], ...] = ()
+    """Objects that it may leave its work to, as diffusers does, by name, with their classes."""
 
 
 def base_class(module: nn.Module) -> type:
@@ -54,7 +56,18 @@ def part(path: tuple[str, ...], module: nn.Module, fused: bool) -> Part:
     names = _FACTS.get(base)
     if names is None:
         names = tuple(n for n, v in vars(module).items() if n != "training" and n[0] != "_" and _is_setting(v))
-    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused)
+    helpers = () if base in _FACTS else tuple((n, type(v)) for n, v in vars(module).items() if _is_helper(v))
+    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused, helpers)
+
+
+def _is_helper(value: Any) -> bool:
+    """An object of a class of somebody's own that can be called."""
+    return (
+        callable(value)
+        and hasattr(type(value), "__dict__")
+        and "__call__" in vars(type(value))
+        and not isinstance(value, (nn.Module, type))
+    )
 
 
 def _is_setting(value: Any) -> bool:
@@ -125,4 +138,7 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...], eval_only: bool) -> 
         for name, value in found.facts:
             if getattr(child, name, None) != value:
                 return f"{'.'.join((*found.path, name))} is {getattr(child, name, None)} now"
+        for name, kind in found.helpers:
+            if type(getattr(child, name, None)) is not kind:
+                return f"{'.'.join((*found.path, name))} is a {type(getattr(child, name, None)).__name__} now"
     return None

@@ -1,5 +1,8 @@
 """Whether a module computes what a plan says: by numbers, in float64, on a copy with random weights.
 
+A module that goes to float32 by itself, as many an attention does under lower precision, stays in float64: what it
+computes is compared, not where it rounds.
+
 Weights that were set to zero or to one prove nothing, so all are random. Output and the gradient of every parameter and
 of the input are compared, on images whose height is not their width, in evaluation and in training mode. Class names
 are no evidence: modules of one name differ, and modules of different names are the same.
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from msformer_kernels.core.backends import available_backends, use_backend
 from msformer_kernels.patching.structures import Plan
@@ -131,9 +135,32 @@ def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor
 
 @contextmanager
 def plain_mode() -> Iterator[None]:
-    """Gradients, no autocast, tensors on the CPU, whatever is set around."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    """Gradients, no autocast, tensors on the CPU, nothing rounded to float32, whatever is set around."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        _StaysWide(),
+    ):
         yield
+
+
+class _StaysWide(TorchFunctionMode):
+    """Conversions of float64 to float32 keep float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in _CONVERSIONS and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = [torch.float64 if value is torch.float32 else value for value in args]
+            named = {n: torch.float64 if value is torch.float32 else value for n, value in named.items()}
+        return func(*args, **named)
+
+
+_CONVERSIONS = (Tensor.float, Tensor.to, Tensor.type)
+"""Ways to another dtype that a forward takes."""
 
 
 @contextmanager

@@ -63,6 +63,24 @@ CASES = Cases(
         attention_case(
             "scaling_long", query_tokens=7, tokens=700, key_channels=8, value_channels=70, normalization="scaling"
         ),
+        attention_case("relu_rows", batch=2, query_tokens=137, tokens=301, query_scale=-0.7, normalization="relu"),
+        attention_case(
+            "relu_columns",
+            heads=2,
+            query_tokens=205,
+            tokens=330,
+            key_channels=17,
+            value_channels=19,
+            mask="random",
+            layout="transposed",
+            key_scale=1.4,
+            output_scale=0.3,
+            normalization="relu",
+            eps=1e-3,
+        ),
+        attention_case(
+            "relu_plain", heads=3, layout="transposed", normalize_query=False, normalization="relu", output_scale=0.6
+        ),
     ],
     empty=[
         attention_case("empty_batch", batch=0),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import msformer_kernels as kernels
 from tests.kernels.cases import Case, attention_case, cast, require, run
+from tests.kernels.cases.base import strided
 from tests.kernels.cases.efficient_attention import CASES
 from tests.kernels.ops.shared import DTYPES, OperatorTests, check_error_rule
 
@@ -78,7 +80,59 @@ def test_scaling_normalization_is_linear_attention_over_n() -> None:
     torch.testing.assert_close(output, q @ k.transpose(-1, -2) @ v / 6)
 
 
-@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_relu_attention_by_hand() -> None:
+    """As EfficientViT and SANA write it: a further feature of ones sums the keys."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3))
+    with_ones = torch.nn.functional.pad(v, (0, 1), value=1.0)
+    expected = q.relu() @ (k.relu().transpose(-1, -2) @ with_ones)
+    expected = expected[..., :-1] / (expected[..., -1:] + 1e-5)
+    output, context = kernels.efficient_attention(q, k, v, normalization="relu", eps=1e-5, backend="reference")
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(context, k.relu().transpose(-1, -2) @ v)
+    plain, _ = kernels.efficient_attention(q, k, v, normalization="relu", normalize_query=False, backend="reference")
+    torch.testing.assert_close(plain, q.relu() @ context)
+
+
+@pytest.mark.parametrize("name", ["relu_rows", "relu_columns", "relu_plain"])
+def test_gradients_of_relu_attention(name: str, float64_backend: str) -> None:
+    tensors = cast(CASES[name].draw(), torch.float64)
+    names = [n for n, x in tensors.items() if x is not None and x.requires_grad]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return CASES[name].call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[n] for n in names], fast_mode=True, eps=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("backend_name", ["reference", "native"])
+def test_relu_of_nothing_positive_gives_zeros_and_finite_gradients(backend_name: str, layout: str) -> None:
+    """A query without positive features is divided by eps alone; so is every one where no key has any."""
+    require(backend_name)
+    torch.manual_seed(0)
+    q, k, v = (strided(torch.randn(1, 2, 5, 3), layout) for _ in range(3))
+    for keys in (k, -k.abs()):
+        leaves = [x.clone().requires_grad_() for x in (q, keys, v)]
+        with torch.no_grad():
+            leaves[0][:, :, 2].abs_().neg_()
+            leaves[0][:, :, 3] = 0
+        output, _ = kernels.efficient_attention(*leaves, normalization="relu", backend=backend_name)
+        assert not output[:, :, 2:4].any()
+        assert output[:, :, 0].any() == (keys is k)
+        gradients = torch.autograd.grad(output.sum(), leaves)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert not gradients[0][:, :, 2:4].any()
+
+
+def test_the_kernels_of_a_gpu_have_no_relu_attention() -> None:
+    for name in ("cuda", "triton"):
+        require(name)
+        with pytest.raises(kernels.BackendError, match="no kernels for normalization 'relu'"):
+            attention(normalization="relu", backend=name)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling", "relu"])
 def test_masking_equals_removing(normalization: str) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 4)
@@ -256,7 +310,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"value": torch.randn(2, 3, 7, 6, device=meta)}, ValueError, "value: is on meta, but query is on cpu"),
     ({"mask": torch.ones(2, 7)}, TypeError, "mask: expected a boolean tensor .* got torch.float32"),
     ({"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"mask: expected \[B, N\] = \(2, 7\), got"),
-    ({"normalization": "l2"}, ValueError, "normalization: expected one of softmax, scaling, got 'l2'"),
+    ({"normalization": "l2"}, ValueError, "normalization: expected one of softmax, scaling, relu, got 'l2'"),
+    ({"normalization": "relu", "eps": 0.0}, ValueError, "eps: expected at least 1e-30 with normalization 'relu', got"),
 ]
 
 

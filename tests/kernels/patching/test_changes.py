@@ -322,3 +322,20 @@ def test_the_reason_is_logged(block: models.TupleBlock, caplog: pytest.LogCaptur
     with caplog.at_level(logging.DEBUG, "msformer_kernels.patch"):
         block(X, *SIZE)
     assert "TupleBlock runs its own forward: mlp.dense1 is a Adapter now" in caplog.messages
+
+
+class DoublingProcessor(models.Processor):
+    def __call__(self, attn: models.SplitMultiScaleAttention, x: Tensor) -> Tensor:
+        return 2 * super().__call__(attn, x)
+
+
+@pytest.mark.parametrize("name", ["processor", "nonlinearity", "eps"])
+def test_a_changed_attention_runs_its_own_forward(name: str) -> None:
+    """Also where it leaves the work to an object that is no module."""
+    model, original = models.SplitMultiScaleAttention(), models.SplitMultiScaleAttention()
+    original.load_state_dict(model.state_dict())
+    kernels.patch(model, min_gain=0)
+    x = torch.randn(1, 8, 5, 4)
+    for m in (model, original):
+        setattr(m, name, {"processor": DoublingProcessor(), "nonlinearity": Negated(), "eps": 3.0}[name])
+    assert torch.equal(model(x), original(x))

@@ -53,6 +53,21 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
         (),
         [("", "efficient_attention", "2 heads, scale 0.5")],
     ),
+    "multi-scale attention": (
+        models.MultiScaleAttention,
+        (),
+        [("", "efficient_attention", "relu, 4 channels a head, 3 scales, eps 1e-05")],
+    ),
+    "one scale": (
+        lambda: models.MultiScaleAttention(scales=()),
+        (),
+        [("", "efficient_attention", "relu, 4 channels a head, 1 scales, eps 1e-05")],
+    ),
+    "split multi-scale attention": (
+        models.SplitMultiScaleAttention,
+        (),
+        [("", "efficient_attention", "relu, 4 channels a head, 2 scales, eps 1e-15, adds x")],
+    ),
     "tuple block": (
         models.TupleBlock,
         HW,
@@ -211,7 +226,7 @@ class TransposedAttention(models.EfficientAttention):
         return self.reprojection(self.values(x) * self.queries(x).flatten(2).softmax(-1).view_as(x) + self.keys(x))
 
 
-@pytest.mark.parametrize("make", [ScaledAttention, TransposedAttention])
+@pytest.mark.parametrize("make", [ScaledAttention, TransposedAttention, models.UnevenMultiScaleAttention])
 def test_an_attention_that_computes_something_else_stays(make: type[nn.Module]) -> None:
     model = make()
     with pytest.warns(UserWarning, match="no module looks like one"):

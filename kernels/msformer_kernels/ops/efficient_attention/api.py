@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from msformer_kernels.core.validation import check_mask, check_rank, check_shape
+from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
-NORMALIZATIONS = ("softmax", "scaling")
+LEAST_EPS = 1e-30
+"""Its reciprocal is finite in float32, and so are gradients in which it is a factor."""
 
 
 @OPERATOR.public
@@ -22,11 +24,13 @@ def efficient_attention(
     output_scale: float = 1.0,
     normalize_query: bool = True,
     normalization: str = "softmax",
+    eps: float = 1e-15,
     backend: str | None = None,
 ) -> None:
     """Attention in time and memory linear in the number of tokens: ``output_scale * rho_q(Q) (rho_k(K)^T V)``.
 
-    Shen et al., "Efficient Attention: Attention with Linear Complexities", WACV 2021.
+    Shen et al., "Efficient Attention: Attention with Linear Complexities", WACV 2021; with ``normalization="relu"`` the
+    linear attention of EfficientViT (Cai et al., ICCV 2023) and SANA.
 
     Args:
         query: ``[B, heads, Nq, Dk]``, floating point, any strides.
@@ -37,9 +41,13 @@ def efficient_attention(
         query_scale: multiplies the query before its normalisation.
         key_scale: multiplies the key before its normalisation.
         output_scale: multiplies the output, not the context.
-        normalize_query: False leaves the (scaled) query as it is.
+        normalize_query: False leaves the (scaled) query as it is; with ``"relu"`` it is its ReLU, divided by nothing.
         normalization: ``"softmax"``: the query over its features, the key over its tokens. ``"scaling"``: both divided
-            by the square root of the number of key tokens that are kept.
+            by the square root of the number of key tokens that are kept. ``"relu"``: the ReLU of both, and the query
+            divided by ``relu(Q) . sum_n relu(K_n) + eps``; it gives zeros where it has no positive feature, or meets no
+            positive key.
+        eps: of ``"relu"`` with `normalize_query`, at least 1e-30, so that nothing is divided by zero. EfficientViT and
+            SANA have 1e-15, timm 1e-5. The other normalisations do not use it.
         backend: see `msformer_kernels.use_backend`.
 
     Returns:
@@ -48,7 +56,7 @@ def efficient_attention(
         inputs). Both are differentiable. A batch, query or key of size 0 gives empty outputs, zero contexts.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown normalization or backend.
+        ValueError: shapes or devices that do not fit, an unknown normalization or backend, an eps that is too small.
         TypeError: dtypes that are mixed or not floating point, a mask that is not boolean.
         BackendError: the chosen backend is not available for the call.
     """
@@ -62,3 +70,5 @@ def efficient_attention(
     check_mask(mask, batch, tokens, query.device)
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+    if normalization == "relu" and not eps >= LEAST_EPS:
+        raise ValueError(f"eps: expected at least {LEAST_EPS:g} with normalization 'relu', got {eps}")

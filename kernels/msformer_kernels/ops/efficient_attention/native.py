@@ -13,6 +13,7 @@ from torch import Tensor
 from msformer_kernels import _native
 from msformer_kernels.core.layout import room_like
 from msformer_kernels.native.arguments import activation, addresses, mask_argument
+from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
 
@@ -31,7 +32,8 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         call.key_scale,
         call.output_scale,
         call.normalize_query,
-        call.normalization == "softmax",
+        NORMALIZATIONS.index(call.normalization),
+        call.eps,
         *activation(call.query),
         *activation(call.key),
         *activation(call.value),

@@ -4,8 +4,10 @@
 
 rho_q is a softmax over the features of one query, rho_k a softmax over the tokens of one key feature (Shen et al.,
 "Efficient Attention: Attention with Linear Complexities", WACV 2021, eq. 5-7); or both divide by the square root of the
-number of tokens ("scaling"). bfloat16 and float16 are computed in float32 and rounded at the end, for the softmax over
-N tokens has mean probability 1 / N.
+number of tokens ("scaling"). With "relu" both are ReLU, and each query is divided by its product with the sum of the
+keys (Cai et al., "EfficientViT: Lightweight Multi-Scale Attention for High-Resolution Dense Prediction", ICCV 2023,
+eq. 2-3). bfloat16 and float16 are computed in float32 and rounded at the end, for the softmax over N tokens has mean
+probability 1 / N, and sums of N keys exceed float16.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
+
+NORMALIZATIONS = ("softmax", "scaling", "relu")
 
 
 def efficient_attention(
@@ -27,6 +31,7 @@ def efficient_attention(
     output_scale: float = 1.0,
     normalize_query: bool = True,
     normalization: str = "softmax",
+    eps: float = 1e-15,
 ) -> tuple[Tensor, Tensor]:
     """See `msformer_kernels.ops.efficient_attention`."""
     device_type = query.device.type
@@ -43,6 +48,7 @@ def efficient_attention(
                 output_scale=output_scale,
                 normalize_query=normalize_query,
                 normalization=normalization,
+                eps=eps,
             )
     dtype = query.dtype
     wide = arithmetic_dtype(dtype)
@@ -53,6 +59,10 @@ def efficient_attention(
     if normalization == "softmax":
         key = _softmax_over_tokens(key, masked)
         query = query.softmax(-1) if normalize_query else query
+    elif normalization == "relu":
+        key, query = key.relu(), query.relu()
+        key = key if masked is None else key.masked_fill(masked, 0)
+        query = query / (query @ key.sum(-2).unsqueeze(-1) + eps) if normalize_query else query
     else:
         kept = torch.tensor(key.shape[2], device=key.device) if mask is None else mask.sum(-1)[:, None, None, None]
         length = kept.to(wide).clamp(min=1).sqrt()

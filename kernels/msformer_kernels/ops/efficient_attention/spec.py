@@ -1,5 +1,5 @@
 """The declaration of ``msformer::efficient_attention``. The op also returns the maximum and sum of the key softmax,
-which its backward needs."""
+or the sum of keys that ReLU attention divides by, which its backward needs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def _products(call: Any) -> int:
     return batch * heads * (queries + keys) * channels * values
 
 
+def _why_not_relu(call: Any) -> str | None:
+    """Of the GPU backends."""
+    return "it has no kernels for normalization 'relu'" if call.normalization == "relu" else None
+
+
 OPERATOR = Operator(
     efficient_attention,
     outputs=("output", "context"),
@@ -44,4 +49,5 @@ OPERATOR = Operator(
     without_gradient=("mask",),
     keeps_layout=True,
     autocast=cast_inputs,
+    limits={"cuda": _why_not_relu, "triton": _why_not_relu},
 )

@@ -1,0 +1,123 @@
+// Blocks of tokens whose features lie side by side: [tokens, features].
+#pragma once
+
+#include "problem.h"
+
+namespace msformer::MSFORMER_VARIANT {
+
+template <class T>
+class Rows {
+ public:
+  Rows(Arena& arena, const Problem<T>& problem)
+      : p_(problem),
+        keys_(arena.take<T>(kBlockTokens * p_.key_width)),
+        values_(arena.take<T>(kBlockTokens * p_.value_width)),
+        grad_keys_(arena.take<T>(kBlockTokens * p_.key_width)),
+        grad_values_(arena.take<T>(kBlockTokens * p_.value_width)),
+        factors_(arena.take<T>(kBlockTokens)) {}
+
+  // adds keys and values of one block to the sums
+  void add_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, KeySums<T> sums) {
+    load_keys(batch, head, token, tokens);
+    if (p_.softmax()) return accumulate_keys<Values<T>>(tokens, p_.keys, keys_, values_, p_.value_width, sums);
+    if (p_.relu()) add_column_sums(tokens, p_.key_width, keys_, p_.key_width, sums.sum);
+    multiply_transposed_add<Values<T>>(p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
+                                       sums.values, p_.value_width);
+  }
+
+  void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
+    load_queries(batch, head, token, tokens, context);
+    multiply_rows(tokens, p_.keys, p_.value_width, keys_, p_.key_width, context, p_.value_width, values_,
+                  p_.value_width);
+    scale_rows(values_, tokens * p_.value_width, static_cast<T>(p_.a.output_scale));
+    store_tokens(p_.a.output, batch, head, token, tokens, p_.values, values_, p_.value_width);
+  }
+
+  // of one block: grad_query, and its part of the gradient of context and key sum, without output_scale
+  void write_query_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                            const T* context, const T* context_transposed, T* grad_context) {
+    const std::int64_t width = p_.key_width;
+    load_queries(batch, head, token, tokens, context);
+    load_tokens(p_.a.grad_output, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
+    multiply_transposed_add<Values<T>>(p_.keys, tokens, p_.value_width, keys_, width, grad_values_, p_.value_width,
+                                       grad_context, p_.value_width);
+    multiply<Values<T>>(tokens, p_.values, width, grad_values_, p_.value_width, context_transposed, grad_keys_, width);
+    const T scale = p_.query_factor(batch) * static_cast<T>(p_.a.output_scale);
+    if (p_.query_softmax()) {
+      softmax_rows_backward(keys_, grad_keys_, tokens, 1, width, scale);
+    } else {
+      if (p_.divides()) divide_backward(tokens, context + p_.key_sum_at(), grad_context + p_.key_sum_at());
+      if (p_.relu())
+        relu_rows_backward(keys_, grad_keys_, tokens * width, scale);
+      else
+        scale_rows(grad_keys_, tokens * width, scale);
+    }
+    store_tokens(p_.a.grad_query, batch, head, token, tokens, p_.keys, grad_keys_, width);
+  }
+
+  void write_key_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                          const T* grad_context, const T* grad_transposed, KeyStatistics<T> statistics) {
+    const std::int64_t width = p_.key_width;
+    load_keys(batch, head, token, tokens);
+    if (p_.softmax()) key_softmax(tokens, width, keys_, statistics.max, statistics.inverse_sum);
+    multiply_rows(tokens, p_.keys, p_.value_width, keys_, width, grad_context, p_.value_width, grad_values_,
+                  p_.value_width);
+    store_tokens(p_.a.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
+    multiply<Values<T>>(tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
+                        p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
+    const T scale = p_.key_factor(batch);
+    if (p_.softmax()) {
+      if (tokens == p_.a.key_tokens) key_softmax_delta_of_block(tokens, width, keys_, grad_keys_, statistics.delta);
+      key_softmax_backward(tokens, width, keys_, statistics.delta, grad_keys_);
+    }
+    if (p_.relu())
+      relu_rows_backward(keys_, grad_keys_, tokens * width, scale);
+    else
+      scale_rows(grad_keys_, tokens * width, scale);
+    apply_mask<T>(p_.a.mask, batch, token, tokens, T(0), grad_keys_, width, nullptr, 0);
+    store_tokens(p_.a.grad_key, batch, head, token, tokens, p_.keys, grad_keys_, width);
+  }
+
+ private:
+  void load_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens) {
+    load_tokens(p_.a.key, batch, head, token, tokens, p_.keys, keys_, p_.key_width);
+    load_tokens(p_.a.value, batch, head, token, tokens, p_.values, values_, p_.value_width);
+    scale_rows(keys_, tokens * p_.key_width, p_.key_factor(batch));
+    if (p_.relu()) relu_rows(keys_, tokens * p_.key_width);
+    apply_mask(p_.a.mask, batch, token, tokens, p_.masked_logit(), keys_, p_.key_width, values_, p_.value_width);
+  }
+
+  // rho_q; where ReLU attention divides, 1 / its sums are kept
+  void load_queries(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
+    const std::int64_t width = p_.key_width;
+    load_tokens(p_.a.query, batch, head, token, tokens, p_.keys, keys_, width);
+    scale_rows(keys_, tokens * width, p_.query_factor(batch));
+    if (p_.relu()) relu_rows(keys_, tokens * width);
+    if (p_.divides()) {
+      const T *key_sum = context + p_.key_sum_at(), eps = static_cast<T>(p_.a.eps);
+      for (std::int64_t i = 0; i < tokens; ++i) {
+        factors_[i] = T(1) / (dot_rows(keys_ + i * width, key_sum, width) + eps);
+        scale_rows(keys_ + i * width, width, factors_[i]);
+      }
+    }
+    if (!p_.query_softmax()) return;
+    set_padding(keys_, tokens, p_.keys, width, -kInfinity<T>);
+    softmax_rows(keys_, tokens, 1, width);
+  }
+
+  // phi / (phi . z + eps): grad (in place) becomes that of phi, and what z gets is added to grad_sum
+  void divide_backward(std::int64_t tokens, const T* key_sum, T* grad_sum) {
+    const std::int64_t width = p_.key_width;
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      const T *q = keys_ + i * width, dot = dot_rows(q, grad_keys_ + i * width, width);
+      add_scaled(-dot, q, width, grad_sum);
+      add_scaled(-dot, key_sum, width, grad_keys_ + i * width);
+      scale_rows(grad_keys_ + i * width, width, factors_[i]);
+    }
+  }
+
+  const Problem<T>& p_;
+  T *keys_, *values_, *grad_keys_, *grad_values_, *factors_;
+};
+
+}  // namespace msformer::MSFORMER_VARIANT
