@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.activations import Activation, activation_name
 from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.honest import (
     LayerExplanation,
@@ -22,7 +23,7 @@ from msformer_kernels.nn.honest import (
     why_not_fused,
 )
 from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
-from msformer_kernels.ops.mix_ffn.api import check_activation, check_image, mix_ffn
+from msformer_kernels.ops.mix_ffn.api import check_image, mix_ffn
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
@@ -60,7 +61,10 @@ class MixFFN(nn.Module):
     Args:
         in_features: C, of the input and the output.
         hidden_features: usually 4C.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or ``"relu6"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"``, ``"relu6"`` or
+            ``"identity"``; or the module of PyTorch that computes it, its class, or its function (``nn.GELU()``,
+            ``nn.SiLU``, ``F.relu``).
+        inner_activation: likewise, after the first Linear; none by default.
 
     Raises:
         ValueError: features below 1, an unknown activation.
@@ -68,11 +72,17 @@ class MixFFN(nn.Module):
 
     skip = False
 
-    def __init__(self, in_features: int, hidden_features: int, activation: str = "gelu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+    ) -> None:
         super().__init__()
         check_positive(in_features=in_features, hidden_features=hidden_features)
-        check_activation(activation)
-        self.activation = activation
+        self.activation = activation_name(activation)
+        self.inner_activation = activation_name(inner_activation, "inner_activation")
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.dwconv = DepthwiseConv(hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -134,6 +144,7 @@ class MixFFN(nn.Module):
             norm_bias=norm_bias,
             norm_eps=norm_eps,
             activation=self.activation,
+            inner_activation=self.inner_activation,
             residual=residual,
         )
 
@@ -157,7 +168,7 @@ class MixFFN(nn.Module):
     def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
         """`forward` that calls every submodule."""
         check_image(x, height, width)
-        hidden = self.fc1(x if norm is None else norm(x))
+        hidden = ACTIVATIONS[self.inner_activation](self.fc1(x if norm is None else norm(x)))
         mixed = self.dwconv(hidden, height, width)
         if self.skip:
             mixed = mixed + hidden
@@ -178,7 +189,8 @@ class MixFFN(nn.Module):
         return explained(self, self._parts(), "mix_ffn", (), norm, device, dtype)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        inner = "" if self.inner_activation == "identity" else f", inner_activation={self.inner_activation!r}"
+        return f"activation={self.activation!r}{inner}"
 
 
 class MixFFNSkip(MixFFN):
@@ -190,6 +202,12 @@ class MixFFNSkip(MixFFN):
 
     skip = True
 
-    def __init__(self, in_features: int, hidden_features: int, activation: str = "gelu") -> None:
-        super().__init__(in_features, hidden_features, activation)
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+    ) -> None:
+        super().__init__(in_features, hidden_features, activation, inner_activation)
         self.norm1 = nn.LayerNorm(hidden_features)

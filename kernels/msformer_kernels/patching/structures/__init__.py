@@ -3,9 +3,16 @@
 from msformer_kernels.patching.structures.attention import attention_plans
 from msformer_kernels.patching.structures.block import block_plans
 from msformer_kernels.patching.structures.common import Plan, Search
+from msformer_kernels.patching.structures.inverted_residual import inverted_residual_plans
 from msformer_kernels.patching.structures.linear_attention import linear_attention_plans
 from msformer_kernels.patching.structures.mix_ffn import mix_ffn_plans
 
-SEARCHES: tuple[Search, ...] = (block_plans, mix_ffn_plans, attention_plans, linear_attention_plans)
+SEARCHES: tuple[Search, ...] = (
+    block_plans,
+    mix_ffn_plans,
+    inverted_residual_plans,
+    attention_plans,
+    linear_attention_plans,
+)
 
 __all__ = ["SEARCHES", "Plan", "Search"]
