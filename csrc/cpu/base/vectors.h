@@ -162,11 +162,11 @@ inline Vector<float> vexp_small(Vector<float> x) {
   return x < -87.33654f ? Vector<float>{} : p;
 }
 
-// exp; arguments above 88 saturate
+// exp; arguments above 88, of double above 709, saturate: it is never infinite
 inline Vector<float> vexp(Vector<float> x) { return vexp_small(x > 88.0f ? splat(88.0f) : x); }
 
 inline Vector<double> vexp(Vector<double> x) {
-  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i] > 709.0 ? 709.0 : x[i]);
   return x;
 }
 

@@ -6,21 +6,36 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.activations import Activation, activation_name
 from msformer_kernels.nn.attention import EfficientAttention
 from msformer_kernels.nn.honest import LayerExplanation, why_any_is_called, why_called
 from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip
 from msformer_kernels.ops.mix_ffn.api import check_image
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear: a feed-forward layer without the convolution, in plain PyTorch."""
+    """Linear, activation, Linear: a feed-forward layer without the convolution, in plain PyTorch.
 
-    def __init__(self, in_features: int, hidden_features: int) -> None:
+    Arguments as `MixFFN`; without the convolution there is no inner activation but the identity.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+    ) -> None:
         super().__init__()
+        self.activation = activation_name(activation)
+        if activation_name(inner_activation, "inner_activation") != "identity":
+            raise ValueError(
+                f"inner_activation: comes before a convolution, which ffn='mlp' has not, got {inner_activation!r}"
+            )
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
 
@@ -28,7 +43,7 @@ class MLP(nn.Module):
         self, x: Tensor, height: int, width: int, *, norm: nn.Module | None = None, residual: bool = False
     ) -> Tensor:
         """As `MixFFN.forward`; height and width only have to fit."""
-        output = self.fc2(F.gelu(self.fc1(x if norm is None else norm(x))))
+        output = self.fc2(ACTIVATIONS[self.activation](self.fc1(x if norm is None else norm(x))))
         return x + output if residual else output
 
     def explain(
@@ -58,12 +73,22 @@ class EfficientTransformerBlock(nn.Module):
         num_heads: must divide dim.
         ffn: ``"mix_skip"`` (`MixFFNSkip`), ``"mix"`` (`MixFFN`) or ``"mlp"`` (no convolution).
         mlp_ratio: hidden features of the feed-forward layer, in units of dim.
+        activation, inner_activation: of the feed-forward layer, see `MixFFN`.
 
     Raises:
-        ValueError: an unknown ffn, a head count that does not divide, sizes below 1.
+        ValueError: an unknown ffn or activation, an inner activation for ``"mlp"``, a head count that does not divide,
+            sizes below 1.
     """
 
-    def __init__(self, dim: int, num_heads: int = 1, ffn: str = "mix_skip", mlp_ratio: float = 4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        ffn: str = "mix_skip",
+        mlp_ratio: float = 4,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+    ) -> None:
         super().__init__()
         if ffn not in FEED_FORWARD:
             raise ValueError(f"ffn: expected one of {', '.join(FEED_FORWARD)}, got {ffn!r}")
@@ -71,7 +96,7 @@ class EfficientTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = EfficientAttention(dim, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio))
+        self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), activation, inner_activation)
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``."""

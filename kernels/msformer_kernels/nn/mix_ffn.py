@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msformer_kernels.core.backends import Explanation
 from msformer_kernels.core.validation import check_positive
+from msformer_kernels.nn.activations import Activation, activation_name
 from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.honest import (
     LayerExplanation,
@@ -24,7 +25,7 @@ from msformer_kernels.nn.honest import (
     why_not_fused,
 )
 from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
-from msformer_kernels.ops.mix_ffn.api import check_activation, check_image, check_kernel_size, mix_ffn
+from msformer_kernels.ops.mix_ffn.api import check_image, check_kernel_size, mix_ffn
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
@@ -62,7 +63,10 @@ class MixFFN(nn.Module):
     Args:
         in_features: C, of the input and the output.
         hidden_features: usually 4C.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"`` or ``"relu6"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"hardswish"``, ``"relu6"`` or
+            ``"identity"``; or the module of PyTorch that computes it, its class, or its function (``nn.GELU()``,
+            ``nn.SiLU``, ``F.relu``).
+        inner_activation: likewise, after the first Linear; none by default.
         kernel_size: of the convolution: 3 as published, 5 or 7.
 
     Raises:
@@ -72,13 +76,19 @@ class MixFFN(nn.Module):
     skip = False
 
     def __init__(
-        self, in_features: int, hidden_features: int, activation: str = "gelu", *, kernel_size: int = 3
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+        *,
+        kernel_size: int = 3,
     ) -> None:
         super().__init__()
         check_positive(in_features=in_features, hidden_features=hidden_features)
-        check_activation(activation)
         check_kernel_size(kernel_size)
-        self.activation = activation
+        self.activation = activation_name(activation)
+        self.inner_activation = activation_name(inner_activation, "inner_activation")
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.dwconv = DepthwiseConv(hidden_features, kernel_size)
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -140,6 +150,7 @@ class MixFFN(nn.Module):
             norm_bias=norm_bias,
             norm_eps=norm_eps,
             activation=self.activation,
+            inner_activation=self.inner_activation,
             residual=residual,
         )
 
@@ -163,7 +174,7 @@ class MixFFN(nn.Module):
     def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
         """`forward` that calls every submodule."""
         check_image(x, height, width)
-        hidden = self.fc1(x if norm is None else norm(x))
+        hidden = ACTIVATIONS[self.inner_activation](self.fc1(x if norm is None else norm(x)))
         mixed = self.dwconv(hidden, height, width)
         if self.skip:
             mixed = mixed + hidden
@@ -193,12 +204,15 @@ class MixFFN(nn.Module):
             )
             assert fc1_weight is not None
             x = fc1_weight.new_empty(1, 1, fc1_weight.shape[1])
-            found = mix_ffn.explain(x, 1, 1, fc1_weight, fc1_bias, *others)  # type: ignore[attr-defined]
+            found = mix_ffn.explain(  # type: ignore[attr-defined]
+                x, 1, 1, fc1_weight, fc1_bias, *others, inner_activation=self.inner_activation
+            )
         assert isinstance(found, Explanation)
         return found
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        inner = "" if self.inner_activation == "identity" else f", inner_activation={self.inner_activation!r}"
+        return f"activation={self.activation!r}{inner}"
 
 
 class MixFFNSkip(MixFFN):
@@ -211,7 +225,13 @@ class MixFFNSkip(MixFFN):
     skip = True
 
     def __init__(
-        self, in_features: int, hidden_features: int, activation: str = "gelu", *, kernel_size: int = 3
+        self,
+        in_features: int,
+        hidden_features: int,
+        activation: Activation = "gelu",
+        inner_activation: Activation = "identity",
+        *,
+        kernel_size: int = 3,
     ) -> None:
-        super().__init__(in_features, hidden_features, activation, kernel_size=kernel_size)
+        super().__init__(in_features, hidden_features, activation, inner_activation, kernel_size=kernel_size)
         self.norm1 = nn.LayerNorm(hidden_features)

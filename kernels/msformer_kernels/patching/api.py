@@ -32,7 +32,8 @@ def patch(
     with random weights, output and all gradients. Then the *class* of the instance becomes a subclass of its own class,
     with another forward. Parameters, their names, hooks on the module, `isinstance`, copies and pickles stay what they
     were. A call runs the module's own forward where an inner layer was replaced, wrapped, hooked or set differently
-    since, and in training where the module draws random numbers (dropout).
+    since, and in training where the module draws random numbers (dropout) or uses the statistics of the batch
+    (BatchNorm).
 
     Args:
         model: any module; itself and its submodules are looked at.
@@ -80,7 +81,7 @@ def patch(
     for name in sorted(found, key=lambda name: order[name]):
         proved, plan = found[name].proved, found[name].proved.plan
         words = [notes[name]] if name in notes else []
-        words += ["its own forward in training, where it draws random numbers"] * proved.eval_only
+        words += [f"its own forward in training, where {why}" for why in proved.in_training]
         row = Replacement(
             name, type(modules[name]).__name__, plan.title, plan.options(), found[name].error, "; ".join(words)
         )

@@ -28,8 +28,11 @@ class Proved:
     plan: Plan
     parts: tuple[Part, ...]
     """What it relies on."""
-    eval_only: bool
-    """Whether the module's own forward runs in training, for it draws random numbers."""
+
+    @property
+    def in_training(self) -> tuple[str, ...]:
+        """Why the module's own forward runs in training; empty if the plan holds there too."""
+        return tuple(dict.fromkeys(part.in_training for part in self.parts if part.in_training))
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -56,7 +59,7 @@ def put_back(module: nn.Module) -> None:
 @functools.cache
 def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     """The subclass of `base` that carries out a plan; the same one for the same arguments."""
-    plan, parts, eval_only, original = proved.plan, proved.parts, proved.eval_only, base.forward
+    plan, parts, original = proved.plan, proved.parts, base.forward
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         call = plan.read(given, named)
@@ -67,7 +70,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
         elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             why = "a graph for other programs is made"
         else:
-            changed = why_changed(self, parts, eval_only)
+            changed = why_changed(self, parts)
             if changed is None:
                 return plan.run(self, *call[0], **call[1])
             why = changed

@@ -13,6 +13,8 @@ from msformer_kernels.patching.plain import Part, part, why_not_plain, why_touch
 from msformer_kernels.patching.proof import TOLERANCE, Proof
 from msformer_kernels.patching.structures import SEARCHES, Plan
 
+BATCH = "BatchNorm uses the statistics of the batch"
+"""Why a plan that takes the running ones does not hold where a BatchNorm is in training mode."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -57,7 +59,9 @@ def _prove(module: nn.Module, plans: list[Plan], alike: bool) -> Match | str | N
             continue
         if error <= TOLERANCE:
             why = _why_not_bypassed(module, plan)
-            return why if why is not None else Match(Proved(plan, _parts(module, plan), _draws(proof, plan)), error)
+            if why is not None:
+                return why
+            return Match(Proved(plan, _parts(module, plan, proof.why_not_in_training(plan))), error)
         if error < nearest:
             nearest, where = error, plan
     if not alike:
@@ -65,14 +69,6 @@ def _prove(module: nn.Module, plans: list[Plan], alike: bool) -> Match | str | N
     if math.isinf(nearest):
         return f"it cannot be compared with {plans[0].title}: {failed or 'outputs of another shape'}"
     return f"it computes something else: {where.title} ({where.options()}) comes nearest and differs by {nearest:.1e}"
-
-
-def _draws(proof: Proof, plan: Plan) -> bool:
-    """Whether the plan does not hold in training."""
-    try:
-        return not proof.error(plan, training=True) <= TOLERANCE
-    except Exception:  # what cannot be compared is not replaced
-        return True
 
 
 def _bypassed(module: nn.Module, plan: Plan) -> Iterable[tuple[str, nn.Module]]:
@@ -94,15 +90,18 @@ def _why_not_bypassed(module: nn.Module, plan: Plan) -> str | None:
         return why
     for name, child in _bypassed(module, plan):
         why = why_not_plain(name, child) if name in plan.fused() else why_touched(name, child, False)
-        if why is None and child._buffers:
+        if why is None and name not in plan.fused() and child._buffers:
             why = f"{name} has a buffer: {next(iter(child._buffers))}"
         if why is not None:
             return why
     return None
 
 
-def _parts(module: nn.Module, plan: Plan) -> tuple[Part, ...]:
-    """What the plan relies on."""
-    fused = plan.fused()
-    below = (part(tuple(name.split(".")), child, name in fused) for name, child in _bypassed(module, plan))
-    return (part((), module, False), *below)
+def _parts(module: nn.Module, plan: Plan, in_training: str) -> tuple[Part, ...]:
+    """What the plan relies on; `in_training`: why it does not hold there, whatever the BatchNorms do."""
+    fused, evaluated = plan.fused(), plan.evaluated()
+    below = (
+        part(tuple(name.split(".")), child, name in fused, in_training or BATCH * (name in evaluated))
+        for name, child in _bypassed(module, plan)
+    )
+    return (part((), module, False, in_training), *below)

@@ -6,11 +6,13 @@ what it was when the plan was proved: of the same class, with the same settings,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from msformer_kernels.patching.structures.common import SCALARS
 
@@ -18,17 +20,22 @@ _FACTS: dict[type, tuple[str, ...]] = {
     nn.Linear: (),
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.LayerNorm: ("eps",),
+    nn.BatchNorm1d: ("eps",),
+    nn.BatchNorm2d: ("eps",),
+    nn.SyncBatchNorm: ("eps",),
     nn.Dropout: ("p", "inplace"),
     nn.GELU: ("approximate",),
     nn.Identity: (),
     nn.Sequential: (),
 }
 """What of PyTorch's own layers may be changed after they were made."""
-_PLAIN: dict[type, frozenset[str]] = {
-    nn.Linear: frozenset(vars(nn.Linear(1, 1))),
-    nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),
-    nn.LayerNorm: frozenset(vars(nn.LayerNorm(1))),
+_PLAIN: dict[type[nn.Module], nn.Module] = {
+    nn.Linear: nn.Linear(1, 1),
+    nn.Conv2d: nn.Conv2d(1, 1, 1),
+    nn.LayerNorm: nn.LayerNorm(1),
+    _BatchNorm: nn.SyncBatchNorm(1),
 }
+"""An example of each kind of layer whose parameters an operator may take: it shows what such a layer has."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,13 @@ class Part:
     base: type
     facts: tuple[tuple[str, Any], ...]
     fused: bool
-    """Whether an operator takes its parameters."""
+    """Whether an operator takes its parameters and buffers."""
     helpers: tuple[tuple[str, type], ...] = ()
     """Objects that it may leave its work to, as diffusers does, by name, with their classes."""
+    buffers: tuple[str, ...] = ()
+    """Those of an operator's that were there."""
+    in_training: str = ""
+    """Why its own forward must run while it is in training mode; empty if it need not."""
 
 
 def base_class(module: nn.Module) -> type:
@@ -51,13 +62,14 @@ def base_class(module: nn.Module) -> type:
     return kind._msformer_base if getattr(kind, "_msformer_class", None) is kind else kind
 
 
-def part(path: tuple[str, ...], module: nn.Module, fused: bool) -> Part:
+def part(path: tuple[str, ...], module: nn.Module, fused: bool, in_training: str) -> Part:
     base = base_class(module)
     names = _FACTS.get(base)
     if names is None:
         names = tuple(n for n, v in vars(module).items() if n != "training" and n[0] != "_" and _is_setting(v))
     helpers = () if base in _FACTS else tuple((n, type(v)) for n, v in vars(module).items() if _is_helper(v))
-    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused, helpers)
+    buffers = tuple(n for n, tensor in module._buffers.items() if tensor is not None) if fused else ()
+    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused, helpers, buffers, in_training)
 
 
 def _is_helper(value: Any) -> bool:
@@ -80,13 +92,26 @@ def why_not_plain(name: str, layer: nn.Module) -> str | None:
     if touched is not None:
         return touched
     kind = next((k for k in _PLAIN if isinstance(layer, k)), None)
-    if kind is None or layer._modules or layer._buffers or layer._parameters.keys() - {"weight", "bias"}:
+    if kind is None or _has_more(layer, _PLAIN[kind]):
         return f"{name} is a {type(layer).__name__}, which has more than a weight and a bias"
-    for attribute in vars(layer).keys() - _PLAIN[kind]:
+    for attribute in vars(layer).keys() - vars(_PLAIN[kind]).keys():
         # None is a place for what comes later, as an adapter
         if vars(layer)[attribute] is None or not _is_setting(vars(layer)[attribute]):
             return f"{name} is a {type(layer).__name__} with {attribute}, which a {kind.__name__} has not"
     return None
+
+
+def _has_more(layer: nn.Module, example: nn.Module) -> bool:
+    """Parameters, buffers or submodules that no layer of the kind has. The BatchNorms of timm hold an activation and a
+    dropout, which are watched like any other submodule."""
+    inner: Iterable[object] = layer.children()
+    if isinstance(layer, _BatchNorm):
+        inner = (t for child in layer.children() for t in (*child.parameters(), *child.buffers()))
+    return bool(
+        layer._parameters.keys() - example._parameters.keys()
+        or layer._buffers.keys() - example._buffers.keys()
+        or any(True for _ in inner)
+    )
 
 
 def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
@@ -101,9 +126,10 @@ def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
     if "forward" in module.__dict__:
         return f"{name} has another patch: a forward of its own"
     if fused:
-        for parameter in module._parameters.values():
-            if parameter is not None and not _is_plain_tensor(parameter):
-                return f"{name} has a parameter that is a {type(parameter).__name__}"
+        for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for tensor in tensors.values():
+                if tensor is not None and not _is_plain_tensor(tensor):
+                    return f"{name} has a {kind} that is a {type(tensor).__name__}"
     return None
 
 
@@ -116,25 +142,25 @@ def _is_plain_tensor(tensor: torch.Tensor) -> bool:
 _OF_GRAPHS = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 
 
-def why_changed(module: nn.Module, parts: tuple[Part, ...], eval_only: bool) -> str | None:
-    """What has changed in a module since its plan was proved, so that its own forward must run; None if nothing has.
-
-    `eval_only`: nothing of it may be in training mode.
-    """
+def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """What has changed in a module since its plan was proved, so that its own forward must run; None if nothing has."""
     for found in parts:
         child: Any = module
         for name in found.path:
             child = child._modules.get(name)
             if child is None:
                 return f"{'.'.join(found.path)} is gone"
-        if eval_only and child.training:
-            return "it draws random numbers in training"
+        if found.in_training and child.training:
+            return f"{found.in_training} in training"
         if found.path:
             if base_class(child) is not found.base:
                 return f"{'.'.join(found.path)} is a {type(child).__name__} now"
             touched = why_touched(".".join(found.path), child, found.fused)
             if touched is not None:
                 return touched
+        for name in found.buffers:
+            if child._buffers.get(name) is None:
+                return f"{'.'.join((*found.path, name))} is gone"
         for name, value in found.facts:
             if getattr(child, name, None) != value:
                 return f"{'.'.join((*found.path, name))} is {getattr(child, name, None)} now"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msformer_kernels as kernels
@@ -97,6 +102,54 @@ def test_mix_ffn_activation(activation: str) -> None:
     torch.testing.assert_close(layer(x, 3, 4), layer.fc2(apply(mixed)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (partial(F.gelu, approximate="tanh"), "gelu_tanh"),
+        (partial(nn.ReLU, inplace=True), "relu"),
+        (torch.relu, "relu"),
+        (F.silu, "silu"),
+        (nn.Hardswish, "hardswish"),
+        (nn.ReLU6(inplace=True), "relu6"),
+        (nn.Identity(), "identity"),
+    ],
+)
+def test_activations_as_modules_classes_and_functions(given: Any, name: str) -> None:
+    assert kernels.MixFFN(6, 10, given).activation == name
+    block = kernels.EfficientTransformerBlock(6, activation=given, inner_activation=given)
+    assert (block.mlp.activation, block.mlp.inner_activation) == (name, name)
+    assert kernels.EfficientTransformerBlock(6, ffn="mlp", activation=given).mlp.activation == name
+
+
+def test_layers_are_the_same_fused_and_not() -> None:
+    x = torch.randn(2, 12, 6)
+    for make in (kernels.MixFFN, kernels.MixFFNSkip):
+        layer = make(6, 10, nn.SiLU(), inner_activation=nn.ReLU)
+        fused = layer(x, 3, 4)
+        layer.fc1.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(layer(x, 3, 4), fused, rtol=1e-5, atol=1e-6)
+        assert "activation='silu', inner_activation='relu'" in repr(layer)
+
+
+def hooked() -> nn.Module:
+    module = nn.GELU()
+    module.register_forward_hook(lambda module, given, output: 2 * output)
+    return module
+
+
+@pytest.mark.parametrize(
+    "given", [nn.ELU(), nn.PReLU, F.elu, torch.tanh, "GELU", None, 3, partial(F.gelu, None), hooked(), lambda x: x]
+)
+def test_an_activation_that_is_none_of_these(given: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape("activation: expected one of 'gelu', 'gelu_tanh'")) as caught:
+        kernels.MixFFN(6, 10, given)
+    assert str(caught.value).endswith(f"got {given!r}")
+    with pytest.raises(ValueError, match="inner_activation: expected one of"):
+        kernels.MixFFN(6, 10, inner_activation=given)
+
+
 def test_masked_tokens_do_not_reach_the_others() -> None:
     layer = kernels.EfficientAttention(6, num_heads=2)
     x = torch.randn(1, 7, 6)
@@ -164,6 +217,8 @@ def test_layers_refuse_bad_sizes() -> None:
         kernels.MixFFN(4, 8, activation="swish")
     with pytest.raises(ValueError, match="kernel_size: expected one of 3, 5, 7, got 4"):
         kernels.MixFFN(4, 8, kernel_size=4)
+    with pytest.raises(ValueError, match="inner_activation: comes before a convolution"):
+        kernels.EfficientTransformerBlock(8, ffn="mlp", inner_activation="relu")
     with pytest.raises(ValueError, match="ffn: expected one of mix_skip, mix, mlp, got 'moe'"):
         kernels.EfficientTransformerBlock(8, ffn="moe")
     with pytest.raises(ValueError, match="x: has 6 tokens"):

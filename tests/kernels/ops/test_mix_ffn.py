@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -123,6 +124,23 @@ def test_gradients_of_larger_convolutions_and_of_gates(options: dict[str, Any], 
         return case.call(tensors | dict(zip(names, leaves, strict=True)), float64_backend)
 
     assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_of_large_arguments_are_finite(dtype: torch.dtype) -> None:
+    """Where the exponential of an activation would be infinite in float64."""
+    require("native")
+    x = torch.tensor([-1e4, -800, -100, -30, -20, 20, 30, 100, 800, 1e4], dtype=dtype).view(1, -1, 1)
+    one, tap = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, 3, 3, dtype=dtype)
+    tap[..., 1, 1] = 1
+    for activation, linear in product(ACTIVATIONS, ("inner_activation", "activation")):
+        found = []
+        for name in ("reference", "native"):
+            leaf = x.clone().requires_grad_()
+            options = {"activation": "identity", linear: activation}
+            output = kernels.mix_ffn(leaf, 1, x.shape[1], one, None, tap, None, one, None, backend=name, **options)
+            found.append(torch.cat([output, *torch.autograd.grad(output.sum(), leaf)]).detach())
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-6, msg=activation)
 
 
 @pytest.mark.parametrize("skip", [True, False])

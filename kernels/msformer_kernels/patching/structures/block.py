@@ -90,6 +90,9 @@ class BlockPlan(Plan):
             names += [self.norm1, *(joined(self.attention, name) for name in self.inner_attention.fused())]
         return tuple(names)
 
+    def evaluated(self) -> tuple[str, ...]:
+        return tuple(joined(self.feed_forward, name) for name in self.inner.evaluated())
+
     def called(self) -> tuple[str, ...]:
         return (self.norm1, self.attention) if self.inner_attention is None else ()
 

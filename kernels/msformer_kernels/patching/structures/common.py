@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, _BatchNorm)
 SCALARS = (bool, int, float, str, type(None))
 
 
@@ -100,6 +101,11 @@ class Plan:
         """Names of the submodules that are called as they are, with all that is inside."""
         return ()
 
+    def evaluated(self) -> tuple[str, ...]:
+        """Names of the BatchNorms whose running statistics the plan takes: it holds while they are in evaluation
+        mode."""
+        return ()
+
     def channels(self, module: nn.Module) -> int:
         """Of the input."""
         raise NotImplementedError
@@ -115,7 +121,8 @@ def joined(prefix: str, name: str) -> str:
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The submodules that have parameters, by name; of nested ones the outermost layer or owner of a parameter."""
+    """The submodules that have parameters, and BatchNorms, by name; of nested ones the outermost layer or owner of a
+    parameter."""
     found: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         if isinstance(child, LAYERS) or any(p is not None for p in child._parameters.values()):

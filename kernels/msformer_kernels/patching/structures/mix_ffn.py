@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from msformer_kernels.nn.activations import known_name
 from msformer_kernels.ops.mix_ffn import mix_ffn
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS, KERNEL_SIZES
 from msformer_kernels.patching.structures.common import (
@@ -22,7 +24,6 @@ from msformer_kernels.patching.structures.common import (
     is_norm,
     is_pointwise,
     layers_of,
-    weight_and_bias,
 )
 
 IDENTITY = "identity"
@@ -75,20 +76,20 @@ class MixFFNPlan(Plan):
         self, module: nn.Module, tokens: Tensor, height: int, width: int, *, norm: Any = None, residual: bool = False
     ) -> Tensor:
         """Of tokens ``[B, N, C]``, with a LayerNorm before and x added."""
-        fc1_weight, fc1_bias = weight_and_bias(module, self.fc1)
-        fc2_weight, fc2_bias = weight_and_bias(module, self.fc2)
-        convolution: Any = module.get_submodule(self.convolution)
+        fc1_weight, fc1_bias = self.weight_and_bias(module, self.fc1)
+        dw_weight, dw_bias = self.weight_and_bias(module, self.convolution)
+        fc2_weight, fc2_bias = self.weight_and_bias(module, self.fc2)
         hidden_norm: Any = None if self.hidden_norm is None else module.get_submodule(self.hidden_norm)
         some_norm = norm if hidden_norm is None else hidden_norm  # one eps for both; the proof fails where they differ
         return mix_ffn(
             tokens,
             height,
             width,
-            fc1_weight,
+            fc1_weight.flatten(1),
             fc1_bias,
-            convolution.weight,
-            convolution.bias,
-            fc2_weight,
+            dw_weight,
+            dw_bias,
+            fc2_weight.flatten(1),
             fc2_bias,
             skip=self.skip,
             hidden_norm_weight=None if hidden_norm is None else hidden_norm.weight,
@@ -101,6 +102,11 @@ class MixFFNPlan(Plan):
             residual=residual,
             gated=self.gated,
         )
+
+    def weight_and_bias(self, module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+        """Of the layer of this name, as the operator takes them."""
+        layer: Any = module.get_submodule(name)
+        return layer.weight, layer.bias
 
     def fused(self) -> tuple[str, ...]:
         norms = (name for name in (self.hidden_norm, self.norm) if name is not None)
@@ -121,8 +127,15 @@ class MixFFNPlan(Plan):
 
 
 def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
-    """See `Search`. Alike is a module with one depthwise convolution among a few layers."""
+    """See `Search`. Alike is a module with one depthwise convolution among a few layers, without a BatchNorm."""
     layers = layers_of(module)
+    if any(isinstance(layer, _BatchNorm) for layer in layers.values()):
+        return NOTHING
+    return plans_of(module, layers, children)
+
+
+def plans_of(module: nn.Module, layers: dict[str, nn.Module], children: dict[str, Plan]) -> Found:
+    """What `mix_ffn_plans` finds in a module that has these layers."""
     depthwise = [name for name, layer in layers.items() if is_depthwise(layer)]
     pointwise = [name for name, layer in layers.items() if is_pointwise(layer)]
     norms = [name for name, layer in layers.items() if isinstance(layer, nn.LayerNorm)]
@@ -140,8 +153,8 @@ def mix_ffn_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
         gated = features(layers[fc2])[1] != hidden
         outer = [None, *(n for n in norms if is_norm(layers[n], features(layers[fc1])[1]))]
         inner = [None] if gated else [None, *(n for n in norms if is_norm(layers[n], hidden))]
-        for before, norm, hidden_norm, added, skip, activation in itertools.product(
-            INNER, outer, inner, adds, (False, True), ACTIVATIONS
+        for before, activation, norm, hidden_norm, added, skip in itertools.product(
+            *_likely_first(module), outer, inner, adds, (False, True)
         ):
             if norm and norm == hidden_norm:
                 continue
@@ -160,6 +173,14 @@ def _orders(layers: dict[str, nn.Module], pointwise: list[str], hidden: int) -> 
         and features(layers[fc2])[1] in (hidden, hidden / 2)
         and features(layers[fc2])[0] == features(layers[fc1])[1]
     ]
+
+
+def _likely_first(module: nn.Module) -> tuple[list[str], list[str]]:
+    """What is tried before the convolution and after it: first what the activations among the submodules suggest."""
+    names = [known_name(child) for child in module.modules()]
+    same_before = any(names.count(name) > 1 for name in ACTIVATIONS if name != "identity")
+    before = sorted(INNER, key=lambda name: (name == SAME) != same_before)
+    return before, sorted(ACTIVATIONS, key=lambda name: name not in names or name == "identity")
 
 
 def _why_not(
