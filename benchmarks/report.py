@@ -86,12 +86,19 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in PLAIN if name in names] + [name for name in names if name not in PLAIN]
 
 
-def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory: bool) -> list[str]:
-    """Where this was measured, and what that machine can do."""
+def where_lines(machine: Machine) -> list[str]:
+    """The machine, and the versions of what ran on it."""
     return [
         f"{machine.processor}, {machine.cores} logical cores, {machine.memory / 2**30:.0f} GiB; {machine.system}",
         f"Python {machine.python}, torch {machine.torch}, msformer {machine.msformer}; backends "
         f"{', '.join(machine.backends)}; instruction set {machine.instruction_set}",
+    ]
+
+
+def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory: bool) -> list[str]:
+    """Where this was measured, and what that machine can do."""
+    return [
+        *where_lines(machine),
         f"{machine.threads} threads, at most {rounds} rounds; {machine.date}; between fitting steps freed memory "
         f"{'stays with the process, for every rival' if keep_memory else 'goes back to the system, for every rival'}",
         f"ceilings: {ceilings.flop_per_second / 1e9:.0f} GF/s ({ceilings.flop_source}), "

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(patch(model, example=inputs, min_gain=options.min_gain))
     if options.samples > 0:
         threads = f"{torch.get_num_threads()} threads"
-        print(f"\ntimes, {threads}, inputs {', '.join(str(tuple(x.shape)) for x in _tensors(inputs))}:")
+        print(f"\ntimes, {threads}, inputs {', '.join(str(tuple(x.shape)) for x in tensors(inputs))}:")
         print(compared(original, model, inputs, options.samples))
 
 
@@ -77,7 +77,7 @@ def compared(original: nn.Module, patched: nn.Module, inputs: tuple[Any, ...], s
     """A table of times and memory, of the forward in evaluation mode and of forward + backward in training mode."""
     rows = []
     for title, training in (("forward", False), ("forward + backward", True)):
-        run = _training_step if training else _forward
+        run = training_step if training else forward
         rivals = [model.train(training) for model in (original, patched)]
         before, after = medians(lambda model, run=run: run(model, inputs), rivals, samples)  # type: ignore[misc]
         memory = [peak_memory(lambda m=m, run=run: run(m, inputs), m) for m in rivals]  # type: ignore[misc]
@@ -86,21 +86,23 @@ def compared(original: nn.Module, patched: nn.Module, inputs: tuple[Any, ...], s
     return table(("", "original", "patched", "speed-up", "peak memory", "patched"), rows)
 
 
-def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def forward(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A call without gradients."""
     with torch.no_grad():
         model(*inputs)
 
 
-def _training_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    outputs = [y for y in _tensors(model(*inputs)) if y.requires_grad]
+def training_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A call and the backward of the mean square of its outputs, for all parameters."""
+    outputs = [y for y in tensors(model(*inputs)) if y.requires_grad]
     torch.autograd.backward([y.float().square().mean() for y in outputs])
     model.zero_grad(set_to_none=True)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in what a model takes or returns."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+            yield from tensors(inner)

@@ -281,13 +281,26 @@ class ImageBlock(nn.Module):
 class EfficientBlock(nn.Module):
     """DAE-Former's: efficient attention of an image inside a block of tokens, MixFFN-skip."""
 
-    def __init__(self, channels: int = 8) -> None:
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(channels), EfficientAttention(channels)
-        self.norm2, self.mlp = nn.LayerNorm(channels), MixFFNSkip(channels)
+        self.norm1, self.attn = nn.LayerNorm(channels), EfficientAttention(channels, channels, channels)
+        self.norm2, self.mlp = nn.LayerNorm(channels), MixFFNSkip(channels, hidden)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         x = x + image_to_tokens(self.attn(tokens_to_image(self.norm1(x), H, W)))
+        return x + self.mlp(self.norm2(x), H, W)
+
+
+class MissFormerBlock(nn.Module):
+    """MISSFormer's: attention with fewer keys, MixFFN-skip."""
+
+    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(channels), PooledAttention(channels)
+        self.norm2, self.mlp = nn.LayerNorm(channels), MixFFNSkip(channels, hidden)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = x + self.attn(self.norm1(x), H, W)
         return x + self.mlp(self.norm2(x), H, W)
 
 
