@@ -212,7 +212,7 @@ class PooledAttention(nn.Module):
 
 
 class TupleAttention(PooledAttention):
-    def forward(self, x: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, height: int, width: int, output_attentions: bool = False) -> tuple[Tensor, ...]:  # type: ignore[override]
         found = super().forward(x, height, width)
         return (found, found.square()) if output_attentions else (found,)
 
