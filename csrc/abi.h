@@ -41,11 +41,13 @@ struct AttentionArguments {
   double eps;  // added to what ReLU attention divides by
   Activation query, key, value;
   Mask mask;
+  std::int64_t memory_tokens;  // further keys and values, the same for every image; their batch stride is 0
+  Activation memory_key, memory_value;
   void *context, *key_max, *key_sum;  // [B, H, Dk, Dv], [B, H, Dk], [B, H, Dk]
   Activation output;                  // forward
   Activation grad_output;             // backward, from here on
   const void* grad_context;
-  Activation grad_query, grad_key, grad_value;
+  Activation grad_query, grad_key, grad_value, grad_memory_key, grad_memory_value;
 };
 
 // The parameters of an operator, and their gradients, stand once: P is const void* or void*. Their order is that of the

@@ -20,9 +20,10 @@ namespace {
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
   r.fill(a.num_threads, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels, a.query_scale,
          a.key_scale, a.output_scale, a.normalize_query, a.normalization, a.eps, a.query, a.key, a.value, a.mask,
-         a.context, a.key_max, a.key_sum);
+         a.memory_tokens, a.memory_key, a.memory_value, a.context, a.key_max, a.key_sum);
   if (backward)
-    r.fill(a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value);
+    r.fill(a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value, a.grad_memory_key,
+           a.grad_memory_value);
   else
     r.fill(a.output);
 }

@@ -11,6 +11,8 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
+constexpr auto kNothing = [](auto&, std::int64_t, std::int64_t, std::int64_t) {};
+
 template <class T>
 struct Attention : Problem<T> {
   using Base = Problem<T>;
@@ -36,14 +38,24 @@ struct Attention : Problem<T> {
     Workspace partials(sizeof(T) * static_cast<std::size_t>(pairs * split.count * size));
     T* sums = static_cast<T*>(partials.data());
     this->template for_chunks<Blocks>(
-        split, a.key_tokens, [&](std::int64_t i) { reset(KeySums<T>(sums + i * size, keys), keys, value_width); },
+        split, a.key_tokens,
+        [&](Blocks& blocks, std::int64_t i, std::int64_t batch, std::int64_t head) {
+          const KeySums<T> chunk(sums + i * size, keys);
+          reset(chunk, keys, value_width);
+          if (i % split.count) return;
+          for_blocks_of(0, a.memory_tokens, [&](std::int64_t token, std::int64_t tokens) {
+            blocks.add_keys(this->of_memory(), batch, head, token, tokens, chunk);
+          });
+        },
         [&](Blocks& blocks, std::int64_t i, std::int64_t batch, std::int64_t head, std::int64_t token,
-            std::int64_t tokens) { blocks.add_keys(batch, head, token, tokens, KeySums<T>(sums + i * size, keys)); });
+            std::int64_t tokens) {
+          blocks.add_keys(this->of_images(), batch, head, token, tokens, KeySums<T>(sums + i * size, keys));
+        });
     this->for_row_blocks([&](std::int64_t pair, std::int64_t first, std::int64_t last) {
       const T* chunks = sums + pair * split.count * size;
       T *max = static_cast<T*>(a.key_max) + pair * keys, *sum = static_cast<T*>(a.key_sum) + pair * keys;
       T* context = contexts + pair * context_size();
-      const bool kept = count_kept(a.mask, pair / a.heads, a.key_tokens) > 0;
+      const bool kept = this->kept_tokens(pair / a.heads) > 0;
       for (std::int64_t row = first; row < last; ++row) {
         T* out = context + row * value_width;
         if (this->softmax()) {
@@ -65,12 +77,12 @@ struct Attention : Problem<T> {
 
   template <class Blocks>
   void write_output(const T* contexts) const {
-    this->template for_chunks<Blocks>(
-        this->query_split, a.query_tokens, [](std::int64_t) {},
-        [&](Blocks& blocks, std::int64_t, std::int64_t batch, std::int64_t head, std::int64_t token,
-            std::int64_t tokens) {
-          blocks.write_output(batch, head, token, tokens, contexts + (batch * a.heads + head) * context_size());
-        });
+    this->template for_chunks<Blocks>(this->query_split, a.query_tokens, kNothing,
+                                      [&](Blocks& blocks, std::int64_t, std::int64_t batch, std::int64_t head,
+                                          std::int64_t token, std::int64_t tokens) {
+                                        blocks.write_output(batch, head, token, tokens,
+                                                            contexts + (batch * a.heads + head) * context_size());
+                                      });
   }
 
   // grad_context = output_scale P^T grad_output + its own gradient, and grad_query
@@ -83,7 +95,8 @@ struct Attention : Problem<T> {
     T* transposed = partials + pairs * split.count * size;
     pack_transposed(contexts, transposed);
     this->template for_chunks<Blocks>(
-        split, a.query_tokens, [&](std::int64_t i) { fill(partials + i * size, size, T(0)); },
+        split, a.query_tokens,
+        [&](Blocks&, std::int64_t i, std::int64_t, std::int64_t) { fill(partials + i * size, size, T(0)); },
         [&](Blocks& blocks, std::int64_t i, std::int64_t batch, std::int64_t head, std::int64_t token,
             std::int64_t tokens) {
           const std::int64_t pair = batch * a.heads + head;
@@ -121,14 +134,43 @@ struct Attention : Problem<T> {
         row.delta[j] = j < keys ? key_softmax_delta(c + j * value_width, g + j * value_width, values) : T(0);
       }
     });
+    const auto write = [&](Blocks& blocks, const KeyTensors& tensors, std::int64_t batch, std::int64_t head,
+                           std::int64_t token, std::int64_t tokens) {
+      const std::int64_t pair = batch * a.heads + head;
+      blocks.write_key_gradient(tensors, batch, head, token, tokens, grad_contexts + pair * size,
+                                transposed + pair * packed, KeyStatistics<T>(rows + pair * 3 * key_width, key_width));
+    };
     this->template for_chunks<Blocks>(
-        this->key_split, a.key_tokens, [](std::int64_t) {},
+        this->key_split, a.key_tokens, kNothing,
         [&](Blocks& blocks, std::int64_t, std::int64_t batch, std::int64_t head, std::int64_t token,
-            std::int64_t tokens) {
-          const std::int64_t pair = batch * a.heads + head;
-          blocks.write_key_gradient(batch, head, token, tokens, grad_contexts + pair * size, transposed + pair * packed,
-                                    KeyStatistics<T>(rows + pair * 3 * key_width, key_width));
-        });
+            std::int64_t tokens) { write(blocks, this->of_images(), batch, head, token, tokens); });
+    if (a.memory_tokens) backward_memory<Blocks>(write);
+  }
+
+  // the gradients of the memory: those of every image in a workspace, then their sums
+  template <class Blocks, class Write>
+  void backward_memory(const Write& write) const {
+    const std::int64_t tokens = a.memory_tokens, size = tokens * (key_width + value_width);
+    Workspace memory(sizeof(T) * static_cast<std::size_t>((pairs + a.heads) * size));
+    T *grads = static_cast<T*>(memory.data()), *totals = grads + pairs * size;
+    const auto in_workspace = [&](T* data, std::int64_t width) {
+      return Activation{data, sizeof(T) == 8 ? DType::float64 : DType::float32, a.heads * size, size, width, 1};
+    };
+    KeyTensors tensors = this->of_memory();
+    tensors.grad_key = in_workspace(grads, key_width);
+    tensors.grad_value = in_workspace(grads + tokens * key_width, value_width);
+    this->template for_chunks<Blocks>({1, tokens}, tokens, kNothing,
+                                      [&](Blocks& blocks, std::int64_t i, std::int64_t batch, std::int64_t head,
+                                          std::int64_t token, std::int64_t count) {
+                                        if (token == 0) fill(grads + i * size, size, T(0));
+                                        write(blocks, tensors, batch, head, token, count);
+                                      });
+    parallel_for(a.heads, a.num_threads, 0, [&](std::int64_t head, void*) {
+      T* total = totals + head * size;
+      combine_partials<T>(grads + head * size, nullptr, a.batch, a.heads * size, size, total);
+      store_tokens(a.grad_memory_key, 0, head, 0, tokens, keys, total, key_width);
+      store_tokens(a.grad_memory_value, 0, head, 0, tokens, values, total + tokens * key_width, value_width);
+    });
   }
 
   void forward() const {

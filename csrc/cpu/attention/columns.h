@@ -21,22 +21,26 @@ inline Activation turned(const Activation& x, std::int64_t token) {
 template <class T>
 class Columns {
  public:
+  static constexpr std::int64_t kTokens = 128;  // of a block; longer rows spend less on the sums at their ends
+
   Columns(Arena& arena, const Problem<T>& problem)
       : p_(problem),
-        keys_(arena.take<T>(kBlockTokens * p_.keys)),
-        values_(arena.take<T>(kBlockTokens * p_.values)),
-        grad_keys_(arena.take<T>(kBlockTokens * p_.keys)),
-        grad_values_(arena.take<T>(kBlockTokens * p_.values)),
-        rows_(arena.take<T>(kBlockTokens * p_.value_width)),
-        factors_(arena.take<T>(kBlockTokens)),
-        totals_(arena.take<T>(kBlockTokens)) {}
+        keys_(arena.take<T>(kTokens * p_.keys)),
+        values_(arena.take<T>(kTokens * p_.values)),
+        grad_keys_(arena.take<T>(kTokens * p_.keys)),
+        grad_values_(arena.take<T>(kTokens * p_.values)),
+        rows_(arena.take<T>(kTokens * p_.value_width)),
+        factors_(arena.take<T>(kTokens)),
+        totals_(arena.take<T>(kTokens)) {}
 
   // see Rows
-  void add_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, KeySums<T> sums) {
+  void add_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                KeySums<T> sums) {
     const std::int64_t width = padded<T>(tokens);
-    load_keys(batch, head, token, tokens);
-    load_tokens(p_.a.value, batch, head, token, tokens, p_.values, rows_, p_.value_width);
-    for_masked(batch, token, tokens, [&](std::int64_t i) { fill(rows_ + i * p_.value_width, p_.value_width, T(0)); });
+    load_keys(from, batch, head, token, tokens);
+    load_tokens(from.value, batch, head, token, tokens, p_.values, rows_, p_.value_width);
+    for_masked(from.mask, batch, token, tokens,
+               [&](std::int64_t i) { fill(rows_ + i * p_.value_width, p_.value_width, T(0)); });
     if (p_.softmax()) weigh_keys(tokens, sums);
     if (p_.relu())
       for (std::int64_t c = 0; c < p_.keys; ++c) sums.sum[c] += sum_of(keys_ + c * width, width);
@@ -77,12 +81,12 @@ class Columns {
     store(p_.a.grad_query, batch, head, token, tokens, p_.keys, grad_keys_);
   }
 
-  void write_key_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
-                          const T* grad_context, const T*, KeyStatistics<T> statistics) {
+  void write_key_gradient(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
+                          std::int64_t tokens, const T* grad_context, const T*, KeyStatistics<T> statistics) {
     const std::int64_t width = padded<T>(tokens);
-    load_keys(batch, head, token, tokens);
-    load(p_.a.value, batch, head, token, tokens, p_.values, values_);
-    for_masked(batch, token, tokens, [&](std::int64_t i) {
+    load_keys(from, batch, head, token, tokens);
+    load(from.value, batch, head, token, tokens, p_.values, values_);
+    for_masked(from.mask, batch, token, tokens, [&](std::int64_t i) {
       for (std::int64_t c = 0; c < p_.values; ++c) values_[c * width + i] = T(0);
     });
     if (p_.softmax())
@@ -90,7 +94,7 @@ class Columns {
         weights_of(keys_ + c * width, width, statistics.max[c], statistics.inverse_sum[c]);
     gemm<Values<T>>(p_.values, p_.keys, width, {grad_context, 1, p_.value_width}, {keys_, width}, Start::zero, nullptr,
                     {grad_values_, width});
-    store(p_.a.grad_value, batch, head, token, tokens, p_.values, grad_values_);
+    store(from.grad_value, batch, head, token, tokens, p_.values, grad_values_);
     gemm<Values<T>>(p_.keys, p_.values, width, {grad_context, p_.value_width, 1}, {values_, width}, Start::zero,
                     nullptr, {grad_keys_, width});
     const T scale = p_.key_factor(batch), *grad_sum = grad_context + p_.key_sum_at();
@@ -98,7 +102,7 @@ class Columns {
       const T* weights = keys_ + c * width;
       T* grad = grad_keys_ + c * width;
       if (p_.softmax()) {
-        const T delta = tokens == p_.a.key_tokens ? dot_rows(weights, grad, width) : statistics.delta[c];
+        const T delta = p_.is_all(tokens) ? dot_rows(weights, grad, width) : statistics.delta[c];
         for (std::int64_t i = 0; i < width; i += kWidth<T>) {
           const Vector<T> weight = load(weights + i), g = load(grad + i);
           store(grad + i, weight * (g - (weight == T(1) ? g : splat(delta))) * scale);
@@ -111,8 +115,8 @@ class Columns {
         scale_rows(grad, width, scale);
       }
     }
-    mask_columns(batch, token, tokens, T(0), grad_keys_);
-    store(p_.a.grad_key, batch, head, token, tokens, p_.keys, grad_keys_);
+    mask_columns(from.mask, batch, token, tokens, T(0), grad_keys_);
+    store(from.grad_key, batch, head, token, tokens, p_.keys, grad_keys_);
   }
 
  private:
@@ -129,35 +133,59 @@ class Columns {
     store_tokens(turned(x, token), batch, head, 0, channels, tokens, in, padded<T>(tokens));
   }
 
+  // join(term(0), term(1), ...), four at a time: a single chain would wait for each result
+  template <class Term, class Join>
+  static Vector<T> joined(std::int64_t count, Vector<T> neutral, const Term& term, const Join& join) {
+    Vector<T> found[4] = {neutral, neutral, neutral, neutral};
+    std::int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+      for (int k = 0; k < 4; ++k) found[k] = join(found[k], term(i + k));
+    for (; i < count; ++i) found[0] = join(found[0], term(i));
+    return join(join(found[0], found[1]), join(found[2], found[3]));
+  }
+
+  template <class Term>
+  static Vector<T> sum_over(std::int64_t count, const Term& term) {
+    return joined(count, Vector<T>{}, term, [](Vector<T> a, Vector<T> b) { return a + b; });
+  }
+
   template <class Task>
-  void for_masked(std::int64_t batch, std::int64_t token, std::int64_t tokens, const Task& task) const {
-    const Mask& mask = p_.a.mask;
+  static void for_masked(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens,
+                         const Task& task) {
     if (!mask.data) return;
     for (std::int64_t i = 0; i < tokens; ++i)
       if (!mask.data[batch * mask.batch_stride + (token + i) * mask.token_stride]) task(i);
   }
 
-  void mask_columns(std::int64_t batch, std::int64_t token, std::int64_t tokens, T value, T* x) const {
+  void mask_columns(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens, T value,
+                    T* x) const {
     const std::int64_t width = padded<T>(tokens);
-    for_masked(batch, token, tokens, [&](std::int64_t i) {
+    for_masked(mask, batch, token, tokens, [&](std::int64_t i) {
       for (std::int64_t c = 0; c < p_.keys; ++c) x[c * width + i] = value;
     });
   }
 
   // scaled keys, or phi of them; what is masked or padding weighs nothing
-  void load_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens) {
+  void load_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
+                 std::int64_t tokens) {
     const std::int64_t width = padded<T>(tokens);
-    load(p_.a.key, batch, head, token, tokens, p_.keys, keys_);
+    load(from.key, batch, head, token, tokens, p_.keys, keys_);
     scale_rows(keys_, p_.keys * width, p_.key_factor(batch));
     if (p_.relu()) relu_rows(keys_, p_.keys * width);
-    mask_columns(batch, token, tokens, p_.masked_logit(), keys_);
+    mask_columns(from.mask, batch, token, tokens, p_.masked_logit(), keys_);
     if (p_.softmax()) set_padding(keys_, p_.keys, tokens, width, -kInfinity<T>);
   }
 
-  // x = exp(x - max) * factor
-  static void weights_of(T* x, std::int64_t width, T max, T factor) {
+  // x becomes exp(x - max) * factor; its sum
+  static T weights_of(T* x, std::int64_t width, T max, T factor) {
     const T shift = max == -kInfinity<T> ? T(0) : max;
-    for (std::int64_t i = 0; i < width; i += kWidth<T>) store(x + i, vexp_small(load(x + i) - shift) * factor);
+    Vector<T> sum{};
+    for (std::int64_t i = 0; i < width; i += kWidth<T>) {
+      const Vector<T> weight = vexp_small(load(x + i) - shift) * factor;
+      store(x + i, weight);
+      sum += weight;
+    }
+    return horizontal_sum<T>(sum);
   }
 
   static T sum_of(const T* x, std::int64_t count) {
@@ -166,24 +194,21 @@ class Columns {
     return horizontal_sum<T>(sum);
   }
 
-  // keys become exp(key - max); sums of earlier blocks are brought to the new maxima
+  // Keys become exp(key - max); sums of earlier blocks are brought to the new maxima. All maxima come first: a row that
+  // waited for its own would leave the multipliers idle.
   void weigh_keys(std::int64_t tokens, KeySums<T> sums) {
     const std::int64_t width = padded<T>(tokens);
     for (std::int64_t c = 0; c < p_.keys; ++c) {
-      T* row = keys_ + c * width;
-      const T before = sums.max[c];
-      Vector<T> largest = splat(before);
-      for (std::int64_t i = 0; i < width; i += kWidth<T>) largest = vmax<T>(largest, load(row + i));
-      const T max = horizontal_max<T>(largest);
-      weights_of(row, width, max, T(1));
-      if (max != before) {
-        const T rescale = vexp_small(splat(before - max))[0];
-        sums.max[c] = max;
-        sums.sum[c] *= rescale;
-        scale_rows(sums.values + c * p_.value_width, p_.value_width, rescale);
-      }
-      sums.sum[c] += sum_of(row, width);
+      const T *row = keys_ + c * width, before = sums.max[c];
+      const T max = horizontal_max<T>(
+          joined(width / kWidth<T>, splat(before), [&](std::int64_t i) { return load(row + i * kWidth<T>); }, vmax<T>));
+      if (max == before) continue;
+      const T rescale = vexp_small(splat(before - max))[0];
+      sums.max[c] = max;
+      sums.sum[c] *= rescale;
+      scale_rows(sums.values + c * p_.value_width, p_.value_width, rescale);
     }
+    for (std::int64_t c = 0; c < p_.keys; ++c) sums.sum[c] += weights_of(keys_ + c * width, width, sums.max[c], T(1));
   }
 
   // queries before the division by what normalises them, of which 1 / is kept in factors_
@@ -204,8 +229,9 @@ class Columns {
 
   // a vector of queries becomes exp(query - its maximum); their sum
   Vector<T> weigh_queries(T* queries, std::int64_t width) const {
-    Vector<T> largest = load(queries), sum{};
-    for (std::int64_t c = 1; c < p_.keys; ++c) largest = vmax<T>(largest, load(queries + c * width));
+    const Vector<T> largest =
+        joined(p_.keys, load(queries), [&](std::int64_t c) { return load(queries + c * width); }, vmax<T>);
+    Vector<T> sum{};
     for (std::int64_t c = 0; c < p_.keys; ++c) {
       const Vector<T> e = vexp_small(load(queries + c * width) - largest);
       store(queries + c * width, e);
@@ -216,9 +242,7 @@ class Columns {
 
   // of a vector of queries and one row
   Vector<T> product(const T* queries, std::int64_t width, const T* row) const {
-    Vector<T> sum{};
-    for (std::int64_t c = 0; c < p_.keys; ++c) sum += load(queries + c * width) * row[c];
-    return sum;
+    return sum_over(p_.keys, [&](std::int64_t c) { return load(queries + c * width) * row[c]; });
   }
 
   // every column times its factor
@@ -230,9 +254,8 @@ class Columns {
 
   // <weights, their gradient> of a vector of queries
   Vector<T> weighted_gradient(std::int64_t i, std::int64_t width) const {
-    Vector<T> sum{};
-    for (std::int64_t c = 0; c < p_.keys; ++c) sum += load(keys_ + c * width + i) * load(grad_keys_ + c * width + i);
-    return sum;
+    return sum_over(p_.keys,
+                    [&](std::int64_t c) { return load(keys_ + c * width + i) * load(grad_keys_ + c * width + i); });
   }
 
   void softmax_backward(std::int64_t width, T scale) {

@@ -5,6 +5,12 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
+// Keys and values that a block is of: those of the images, or those of the memory.
+struct KeyTensors {
+  Activation key, value, grad_key, grad_value;
+  Mask mask;
+};
+
 // Of one pair, in scratch memory: the context [keys, value_width], then the sum of the keys [key_width] that ReLU
 // attention divides by. Padding is zero. Gradients of both lie in the same way.
 template <class T>
@@ -22,6 +28,13 @@ struct Problem {
   bool query_softmax() const { return softmax() && a.normalize_query; }
   bool divides() const { return relu() && a.normalize_query; }
 
+  KeyTensors of_images() const { return {a.key, a.value, a.grad_key, a.grad_value, a.mask}; }
+  KeyTensors of_memory() const { return {a.memory_key, a.memory_value, a.grad_memory_key, a.grad_memory_value, {}}; }
+  bool is_all(std::int64_t tokens) const { return tokens == a.key_tokens + a.memory_tokens; }
+  std::int64_t kept_tokens(std::int64_t batch) const {
+    return count_kept(a.mask, batch, a.key_tokens) + a.memory_tokens;
+  }
+
   std::int64_t key_sum_at() const { return keys * value_width; }
   std::int64_t context_size() const { return keys * value_width + key_width; }
 
@@ -32,8 +45,8 @@ struct Problem {
   }
   T masked_logit() const { return softmax() ? -kInfinity<T> : T(0); }
 
-  // calls block(blocks, chunk, batch, head, first token, tokens) for all tokens, and begin(chunk) before the first of a
-  // chunk, in parallel over pairs and chunks
+  // calls block(blocks, chunk, batch, head, first token, tokens) for all tokens, and begin(blocks, chunk, batch, head)
+  // before the first of a chunk, in parallel over pairs and chunks
   template <class Blocks, class Begin, class Block>
   void for_chunks(const Split& split, std::int64_t tokens, const Begin& begin, const Block& block) const {
     Arena counter(nullptr);
@@ -43,9 +56,9 @@ struct Problem {
       Blocks blocks(arena, *this);
       const std::int64_t batch = i / split.count / a.heads, head = i / split.count % a.heads;
       const std::int64_t first = i % split.count * split.size, last = min_of(tokens, first + split.size);
-      begin(i);
-      for_blocks_of(first, last,
-                    [&](std::int64_t token, std::int64_t count) { block(blocks, i, batch, head, token, count); });
+      begin(blocks, i, batch, head);
+      const auto task = [&](std::int64_t token, std::int64_t count) { block(blocks, i, batch, head, token, count); };
+      for_blocks_of(first, last, task, Blocks::kTokens);
     });
   }
 
@@ -62,7 +75,7 @@ struct Problem {
  private:
   T length_scale(std::int64_t batch) const {
     if (a.normalization != Normalization::scaling) return T(1);
-    const std::int64_t kept = count_kept(a.mask, batch, a.key_tokens);
+    const std::int64_t kept = kept_tokens(batch);
     return kept ? static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(kept))) : T(0);
   }
 };

@@ -8,17 +8,20 @@ namespace msformer::MSFORMER_VARIANT {
 template <class T>
 class Rows {
  public:
+  static constexpr std::int64_t kTokens = kBlockTokens;
+
   Rows(Arena& arena, const Problem<T>& problem)
       : p_(problem),
-        keys_(arena.take<T>(kBlockTokens * p_.key_width)),
-        values_(arena.take<T>(kBlockTokens * p_.value_width)),
-        grad_keys_(arena.take<T>(kBlockTokens * p_.key_width)),
-        grad_values_(arena.take<T>(kBlockTokens * p_.value_width)),
-        factors_(arena.take<T>(kBlockTokens)) {}
+        keys_(arena.take<T>(kTokens * p_.key_width)),
+        values_(arena.take<T>(kTokens * p_.value_width)),
+        grad_keys_(arena.take<T>(kTokens * p_.key_width)),
+        grad_values_(arena.take<T>(kTokens * p_.value_width)),
+        factors_(arena.take<T>(kTokens)) {}
 
   // adds keys and values of one block to the sums
-  void add_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, KeySums<T> sums) {
-    load_keys(batch, head, token, tokens);
+  void add_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                KeySums<T> sums) {
+    load_keys(from, batch, head, token, tokens);
     if (p_.softmax()) return accumulate_keys<Values<T>>(tokens, p_.keys, keys_, values_, p_.value_width, sums);
     if (p_.relu()) add_column_sums(tokens, p_.key_width, keys_, p_.key_width, sums.sum);
     multiply_transposed_add<Values<T>>(p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
@@ -55,36 +58,38 @@ class Rows {
     store_tokens(p_.a.grad_query, batch, head, token, tokens, p_.keys, grad_keys_, width);
   }
 
-  void write_key_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
-                          const T* grad_context, const T* grad_transposed, KeyStatistics<T> statistics) {
+  void write_key_gradient(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
+                          std::int64_t tokens, const T* grad_context, const T* grad_transposed,
+                          KeyStatistics<T> statistics) {
     const std::int64_t width = p_.key_width;
-    load_keys(batch, head, token, tokens);
+    load_keys(from, batch, head, token, tokens);
     if (p_.softmax()) key_softmax(tokens, width, keys_, statistics.max, statistics.inverse_sum);
     multiply_rows(tokens, p_.keys, p_.value_width, keys_, width, grad_context, p_.value_width, grad_values_,
                   p_.value_width);
-    store_tokens(p_.a.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
+    store_tokens(from.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
     multiply<Values<T>>(tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
                         p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
     const T scale = p_.key_factor(batch);
     if (p_.softmax()) {
-      if (tokens == p_.a.key_tokens) key_softmax_delta_of_block(tokens, width, keys_, grad_keys_, statistics.delta);
+      if (p_.is_all(tokens)) key_softmax_delta_of_block(tokens, width, keys_, grad_keys_, statistics.delta);
       key_softmax_backward(tokens, width, keys_, statistics.delta, grad_keys_);
     }
     if (p_.relu())
       relu_rows_backward(keys_, grad_keys_, tokens * width, scale);
     else
       scale_rows(grad_keys_, tokens * width, scale);
-    apply_mask<T>(p_.a.mask, batch, token, tokens, T(0), grad_keys_, width, nullptr, 0);
-    store_tokens(p_.a.grad_key, batch, head, token, tokens, p_.keys, grad_keys_, width);
+    apply_mask<T>(from.mask, batch, token, tokens, T(0), grad_keys_, width, nullptr, 0);
+    store_tokens(from.grad_key, batch, head, token, tokens, p_.keys, grad_keys_, width);
   }
 
  private:
-  void load_keys(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens) {
-    load_tokens(p_.a.key, batch, head, token, tokens, p_.keys, keys_, p_.key_width);
-    load_tokens(p_.a.value, batch, head, token, tokens, p_.values, values_, p_.value_width);
+  void load_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
+                 std::int64_t tokens) {
+    load_tokens(from.key, batch, head, token, tokens, p_.keys, keys_, p_.key_width);
+    load_tokens(from.value, batch, head, token, tokens, p_.values, values_, p_.value_width);
     scale_rows(keys_, tokens * p_.key_width, p_.key_factor(batch));
     if (p_.relu()) relu_rows(keys_, tokens * p_.key_width);
-    apply_mask(p_.a.mask, batch, token, tokens, p_.masked_logit(), keys_, p_.key_width, values_, p_.value_width);
+    apply_mask(from.mask, batch, token, tokens, p_.masked_logit(), keys_, p_.key_width, values_, p_.value_width);
   }
 
   // rho_q; where ReLU attention divides, 1 / its sums are kept

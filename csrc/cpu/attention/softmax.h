@@ -45,6 +45,7 @@ void softmax_rows_backward(const T* p, T* grad, std::int64_t rows, std::int64_t 
 
 template <class T>
 inline void scale_rows(T* x, std::int64_t count, T scale) {
+  if (scale == T(1)) return;
   for (std::int64_t i = 0; i < count; i += kWidth<T>) store(x + i, load(x + i) * scale);
 }
 

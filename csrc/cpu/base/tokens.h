@@ -195,10 +195,10 @@ inline Split split_tokens(std::int64_t tokens, std::int64_t images) {
   return {max_of<std::int64_t>(1, (tokens + size - 1) / size), size};
 }
 
-// calls task(first token, tokens) for the blocks of [first, last)
+// calls task(first token, tokens) for the blocks of [first, last), each of at most so many tokens
 template <class Task>
-inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task) {
-  const std::int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
+inline void for_blocks_of(std::int64_t first, std::int64_t last, const Task& task, std::int64_t most = kBlockTokens) {
+  const std::int64_t blocks = (last - first + most - 1) / most;
   for (std::int64_t i = 0; i < blocks; ++i) {
     const std::int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks;
     task(begin, end - begin);

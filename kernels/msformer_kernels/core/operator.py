@@ -71,7 +71,7 @@ class Operator(Generic[R]):
         skippable: activations whose gradient a backward need not make: `grads.<name>_wanted` tells it.
         autocast: what a call does under autocast, see `Registration`; None leaves it alone.
         keeps_layout: whether its output, and the gradients of its activations, lie in memory as the activations do
-            (`core.layout.room_like`); it has no parameters then.
+            (`core.layout.room_like`); so do the gradients of its parameters then.
         limits: by backend, a function of a call that returns why the backend cannot serve it, or None.
 
     Raises:

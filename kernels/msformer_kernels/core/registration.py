@@ -246,7 +246,8 @@ def cast_inputs(operator: Operator[Any], op: Any, device_type: str, dtype: torch
         return op(*args)
     values = list(args)
     for i in operator.positions(operator.differentiable):
-        values[i] = values[i].to(dtype)
+        if values[i] is not None:
+            values[i] = values[i].to(dtype)
     return op(*values)
 
 

@@ -62,7 +62,10 @@ def _at_once(
         if tensor is not None:
             slices = tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             folded[i], images = slices.flatten(0, 1), slices.shape[1]
-    return _each(op(*folded), lambda output: output.unflatten(0, (count, images)))
+    # the gradient of an absent tensor has one dimension, of size 0
+    return _each(
+        op(*folded), lambda found: found.expand(count, 0) if found.dim() == 1 else found.unflatten(0, (count, images))
+    )
 
 
 def _one_by_one(op: Any, count: int, arguments: Sequence[Any], in_dims: Sequence[int | None]) -> Any:

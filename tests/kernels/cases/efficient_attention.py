@@ -18,14 +18,22 @@ def attention_case(
     value_channels: int = 6,
     mask: str | None = None,
     layout: str = "contiguous",
+    memory: int | None = None,
     **options: object,
 ) -> Case:
+    def of_memory() -> Tensors:
+        if memory is None:
+            return {}
+        sizes = {"memory_key": key_channels, "memory_value": value_channels}
+        return {name: strided(random(heads, memory, size), layout) for name, size in sizes.items()}
+
     def make() -> Tensors:
         return {
             "query": strided(random(batch, heads, query_tokens, key_channels, scale=2), layout),
             "key": strided(random(batch, heads, tokens, key_channels, scale=2), layout),
             "value": strided(random(batch, heads, tokens, value_channels), layout),
             "mask": random_mask(mask, batch, tokens),
+            **of_memory(),
         }
 
     def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
@@ -47,6 +55,7 @@ CASES = Cases(
         attention_case("transposed", batch=2, heads=2, layout="transposed"),
         attention_case("sliced", batch=2, heads=2, layout="sliced", mask="random"),
         attention_case("expanded", batch=3, heads=2, layout="expanded"),
+        attention_case("memory", batch=2, heads=3, layout="transposed", memory=4),
     ],
     medium=[
         attention_case(
@@ -63,6 +72,7 @@ CASES = Cases(
         attention_case(
             "scaling_long", query_tokens=7, tokens=700, key_channels=8, value_channels=70, normalization="scaling"
         ),
+        attention_case("memory_rows", batch=2, tokens=211, mask="random", memory=99, normalization="scaling"),
         attention_case("relu_rows", batch=2, query_tokens=137, tokens=301, query_scale=-0.7, normalization="relu"),
         attention_case(
             "relu_columns",
@@ -75,6 +85,7 @@ CASES = Cases(
             layout="transposed",
             key_scale=1.4,
             output_scale=0.3,
+            memory=3,
             normalization="relu",
             eps=1e-3,
         ),
@@ -85,6 +96,7 @@ CASES = Cases(
     empty=[
         attention_case("empty_batch", batch=0),
         attention_case("no_keys", tokens=0),
+        attention_case("only_memory", heads=2, tokens=0, memory=3),
         attention_case("no_queries", query_tokens=0),
     ],
 )

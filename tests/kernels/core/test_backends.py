@@ -226,7 +226,7 @@ def test_dtypes_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_op_names_the_backends_that_it_has() -> None:
     q = torch.randn(1, 1, 3, 2)
     with pytest.raises(ValueError, match=r"unknown backend 'tpu'; expected one of reference, native, cuda, triton"):
-        torch.ops.msformer.efficient_attention(q, q, q, None, 1.0, 1.0, 1.0, True, "softmax", 1e-15, "tpu")
+        torch.ops.msformer.efficient_attention(q, q, q, None, None, None, 1.0, 1.0, 1.0, True, "softmax", 1e-15, "tpu")
     with pytest.raises(kernels.BackendError, match=r"'triton' .*it has no kernels for linear"):
         torch.ops.msformer.linear(q[0], torch.randn(3, 2), None, "triton")
 

@@ -28,7 +28,10 @@ from tests.kernels.cases import (
 )
 
 CASES = {
-    "efficient_attention": [attention_case("attention", batch=2, heads=2, mask="random")],
+    "efficient_attention": [
+        attention_case("attention", batch=2, heads=2, mask="random"),
+        attention_case("attention_with_memory", heads=2, layout="transposed", memory=3),
+    ],
     "efficient_self_attention": [
         self_attention_case("self_attention", heads=2, key_channels=4, value_channels=10),
         self_attention_case("self_attention_bare", norm=False, biases=False, mask="random"),

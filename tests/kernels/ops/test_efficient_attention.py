@@ -160,6 +160,34 @@ def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
         torch.testing.assert_close(dirty[key], clean[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("normalization", ["softmax", "scaling", "relu"])
+def test_memory_equals_tokens_in_front(normalization: str) -> None:
+    """The same for every image, never masked."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
+    memory_key, memory_value = torch.randn(3, 2, 4), torch.randn(3, 2, 6)
+    mask = torch.tensor([[True, False, True, True, False, True, False], [False] * 7])
+    options = {"normalization": normalization, "backend": "reference"}
+    found = kernels.efficient_attention(q, k, v, mask=mask, memory_key=memory_key, memory_value=memory_value, **options)
+    for i in range(2):
+        key, value = (
+            torch.cat((m[None], x[i : i + 1, :, mask[i]]), 2) for m, x in ((memory_key, k), (memory_value, v))
+        )
+        expected = kernels.efficient_attention(q[i : i + 1], key, value, **options)
+        torch.testing.assert_close([x[i : i + 1] for x in found], list(expected))
+
+
+def test_memory_of_float32_beside_bfloat16(backend: str) -> None:
+    """As a parameter is, beside what autocast makes."""
+    tensors = cast(CASES["memory"].draw(), torch.bfloat16)
+    names = ("memory_key", "memory_value")
+    tensors |= {n: x.detach().float().requires_grad_() for n, x in tensors.items() if n in names and x is not None}
+    found, expected = (run(CASES["memory"], tensors, name) for name in (backend, "reference"))
+    assert all(found[f"grad_{name}"].dtype == torch.float32 for name in names)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, atol=2e-2, rtol=2e-2)
+
+
 def test_no_token_kept_gives_zeros(backend: str) -> None:
     q, k, v = (torch.randn(1, 2, 5, 3, requires_grad=True) for _ in range(3))
     mask = torch.zeros(1, 5, dtype=torch.bool)
@@ -310,6 +338,12 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"value": torch.randn(2, 3, 7, 6, device=meta)}, ValueError, "value: is on meta, but query is on cpu"),
     ({"mask": torch.ones(2, 7)}, TypeError, "mask: expected a boolean tensor .* got torch.float32"),
     ({"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"mask: expected \[B, N\] = \(2, 7\), got"),
+    ({"memory_key": torch.randn(3, 2, 4)}, ValueError, "memory_value: expected a tensor beside memory_key, got None"),
+    (
+        {"memory_key": torch.randn(3, 2, 4), "memory_value": torch.randn(3, 3, 6)},
+        ValueError,
+        r"memory_value: expected \[heads, M, Dv\] of the value = \(3, 2, 6\), got \(3, 3, 6\)",
+    ),
     ({"normalization": "l2"}, ValueError, "normalization: expected one of softmax, scaling, relu, got 'l2'"),
     ({"normalization": "relu", "eps": 0.0}, ValueError, "eps: expected at least 1e-30 with normalization 'relu', got"),
 ]

@@ -19,6 +19,8 @@ def efficient_attention(
     value: Tensor,
     *,
     mask: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
     query_scale: float = 1.0,
     key_scale: float = 1.0,
     output_scale: float = 1.0,
@@ -38,6 +40,9 @@ def efficient_attention(
         value: ``[B, heads, N, Dv]``.
         mask: boolean ``[B, N]``, True keeps a key token. A masked token contributes nothing, whatever it holds: the
             result is that of the tokens that are left. Where none is left the context is zero.
+        memory_key: ``[heads, M, Dk]``: keys in front of those of every image, as diffusion models learn them; they are
+            never masked, and count as tokens. In the dtype of the others, or float32. Only with `memory_value`.
+        memory_value: ``[heads, M, Dv]``.
         query_scale: multiplies the query before its normalisation.
         key_scale: multiplies the key before its normalisation.
         output_scale: multiplies the output, not the context.
@@ -68,6 +73,14 @@ def efficient_attention(
     check_shape("key", key, (batch, heads, tokens, channels), "[B, heads, N, Dk] of the query")
     check_shape("value", value, (batch, heads, tokens, value.shape[3]), "[B, heads, N, Dv] of the key")
     check_mask(mask, batch, tokens, query.device)
+    if memory_key is not None and memory_value is not None:
+        check_rank("memory_key", memory_key, "[heads, M, Dk]", 3)
+        memory = memory_key.shape[1]
+        check_shape("memory_key", memory_key, (heads, memory, channels), "[heads, M, Dk] of the query")
+        check_shape("memory_value", memory_value, (heads, memory, value.shape[3]), "[heads, M, Dv] of the value")
+    elif memory_key is not None or memory_value is not None:
+        given, other = ("memory_key", "memory_value") if memory_value is None else ("memory_value", "memory_key")
+        raise ValueError(f"{other}: expected a tensor beside {given}, got None")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     if normalization == "relu" and not eps >= LEAST_EPS:

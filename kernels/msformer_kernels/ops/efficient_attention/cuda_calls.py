@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msformer_kernels.core.layout import room_like
 from msformer_kernels.cuda.arguments import NO_HEADS, address, engine, heads, library, mask_argument, scratch, stream
+from msformer_kernels.ops.efficient_attention.memory import joined, separated
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
 _PLAIN = (1.0, 1.0, 1.0, True, True)
@@ -107,6 +108,7 @@ def attend_backward(
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
+    call = joined(call)
     query, key, value = call.query, call.key, call.value
     if min(*key.shape[:2], key.shape[3], value.shape[3]) == 0:
         return tuple(x.zero_() for x in OPERATOR.fake(call))
@@ -114,10 +116,11 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     return output, *attend(query, key, value, call.mask, output, _options(call))
 
 
-def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    given, call = call, joined(call)
     query, key, value = call.query, call.key, call.value
     found = room_like(query), room_like(key), room_like(value)
     if saved.context.numel() == 0:
-        return found[0].zero_(), found[1].zero_(), found[2].zero_()
+        return separated(given, *(x.zero_() for x in found))
     attend_backward(grads.output, grads.context, query, key, value, call.mask, saved, found, _options(call))
-    return found
+    return separated(given, *found)

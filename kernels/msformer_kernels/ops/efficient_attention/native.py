@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msformer_kernels import _native
 from msformer_kernels.core.layout import room_like
-from msformer_kernels.native.arguments import activation, addresses, mask_argument
+from msformer_kernels.native.arguments import DTYPES, NO_ACTIVATION, activation, addresses, mask_argument
 from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
@@ -38,7 +38,15 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         *activation(call.key),
         *activation(call.value),
         *mask_argument(call.mask),
+        0 if call.memory_key is None else call.memory_key.shape[1],
+        *_memory(call.memory_key),
+        *_memory(call.memory_value),
     )
+
+
+def _memory(x: Tensor | None) -> tuple[int, ...]:
+    """Of ``[heads, M, D]``, which is the same for every image."""
+    return NO_ACTIVATION if x is None else (x.data_ptr(), DTYPES[x.dtype], 0, *x.stride())
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
@@ -47,8 +55,9 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     return output, *state
 
 
-def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = (room_like(x) for x in (call.query, call.key, call.value))
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    found = tuple(room_like(x) for x in (call.query, call.key, call.value))
+    of_memory = tuple(None if x is None else room_like(x) for x in (call.memory_key, call.memory_value))
     state = [x.contiguous() for x in saved]
     grad_context = grads.context
     if grad_context is not None:
@@ -59,9 +68,8 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]
             *addresses(state),
             *activation(grads.output),
             *addresses((grad_context,)),
-            *activation(grad_query),
-            *activation(grad_key),
-            *activation(grad_value),
+            *(number for gradient in found for number in activation(gradient)),
+            *(number for gradient in of_memory for number in _memory(gradient)),
         )
     )
-    return grad_query, grad_key, grad_value
+    return *found, *(saved.context.new_empty(0) if x is None else x for x in of_memory)

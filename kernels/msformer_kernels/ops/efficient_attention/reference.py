@@ -26,6 +26,8 @@ def efficient_attention(
     value: Tensor,
     *,
     mask: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
     query_scale: float = 1.0,
     key_scale: float = 1.0,
     output_scale: float = 1.0,
@@ -43,6 +45,8 @@ def efficient_attention(
                 key.to(dtype),
                 value.to(dtype),
                 mask=mask,
+                memory_key=None if memory_key is None else memory_key.to(dtype),
+                memory_value=None if memory_value is None else memory_value.to(dtype),
                 query_scale=query_scale,
                 key_scale=key_scale,
                 output_scale=output_scale,
@@ -51,6 +55,7 @@ def efficient_attention(
                 eps=eps,
             )
     dtype = query.dtype
+    key, value, mask = with_memory(key, value, mask, memory_key, memory_value)
     wide = arithmetic_dtype(dtype)
     query, key, value = query.to(wide) * query_scale, key.to(wide) * key_scale, value.to(wide)
     masked = None if mask is None else ~mask[:, None, :, None]
@@ -70,6 +75,18 @@ def efficient_attention(
         query = query / length if normalize_query else query
     context = key.transpose(-1, -2) @ value
     return (output_scale * (query @ context)).to(dtype), context
+
+
+def with_memory(
+    key: Tensor, value: Tensor, mask: Tensor | None, memory_key: Tensor | None, memory_value: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with the memory in front, if there is any."""
+    if memory_key is None or memory_value is None:
+        return key, value, mask
+    batch, tokens = key.shape[0], memory_key.shape[1]
+    key = torch.cat((memory_key.to(key.dtype).expand(batch, -1, -1, -1), key), 2)
+    value = torch.cat((memory_value.to(value.dtype).expand(batch, -1, -1, -1), value), 2)
+    return key, value, None if mask is None else torch.nn.functional.pad(mask, (tokens, 0), value=True)
 
 
 def _softmax_over_tokens(key: Tensor, masked: Tensor | None) -> Tensor:

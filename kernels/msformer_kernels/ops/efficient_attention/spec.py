@@ -30,7 +30,8 @@ def _products(call: Any) -> int:
     """Of the context and the output."""
     batch, heads, queries, channels = call.query.shape
     _, _, keys, values = call.value.shape
-    return batch * heads * (queries + keys) * channels * values
+    memory = 0 if call.memory_key is None else call.memory_key.shape[1]
+    return batch * heads * (queries + keys + memory) * channels * values
 
 
 def _why_not_relu(call: Any) -> str | None:
@@ -47,6 +48,7 @@ OPERATOR = Operator(
     served_by=("native", "cuda", "triton"),
     activations=("query", "key", "value"),
     without_gradient=("mask",),
+    wide_parameters=True,
     keeps_layout=True,
     autocast=cast_inputs,
     limits={"cuda": _why_not_relu, "triton": _why_not_relu},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.core.layout import room_like
+from msformer_kernels.ops.efficient_attention.memory import joined, separated
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 from msformer_kernels.ops.efficient_attention.triton_backward import (
     attention_combine_gradient_kernel,
@@ -337,6 +338,7 @@ def attend_backward(
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
+    call = joined(call)
     query, key, value = call.query, call.key, call.value
     batch, heads, _, key_channels = key.shape
     output = room_like(query, value.shape[3])
@@ -347,10 +349,11 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     return output, *attend(query, key, value, call.mask, output, _rules(call))
 
 
-def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    given, call = call, joined(call)
     query, key, value = call.query, call.key, call.value
     found = room_like(query), room_like(key), room_like(value)
     if saved.context.numel() == 0:
-        return found[0].zero_(), found[1].zero_(), found[2].zero_()
+        return separated(given, *(x.zero_() for x in found))
     attend_backward(grads.output, grads.context, query, key, value, call.mask, saved, found, _rules(call))
-    return found
+    return separated(given, *found)

@@ -9,7 +9,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from msformer_kernels.ops.efficient_attention import efficient_attention
@@ -46,11 +45,11 @@ class LinearAttentionPlan(Plan):
         for name in self.before:
             x = module.get_submodule(name)(x)
         made = module.get_submodule(self.qkv)(x).unflatten(1, (3, self.num_heads, -1)).flatten(4)  # [B, 3, h, D, N]
-        query, key, value = made.transpose(3, 4).unbind(1)
-        if self.memory is not None:
-            memory = getattr(module, self.memory).transpose(2, 3)[:, None].expand(-1, len(x), -1, -1, -1)
-            key, value = (torch.cat(pair, 2) for pair in zip(memory, (key, value), strict=True))
-        output, _ = efficient_attention(query, key, value, output_scale=self.scale)
+        query, key, value = (part.transpose(2, 3) for part in made.unbind(1))  # gradients are put together as they lie
+        memory = (None, None) if self.memory is None else getattr(module, self.memory).transpose(2, 3).unbind()
+        output, _ = efficient_attention(
+            query, key, value, memory_key=memory[0], memory_value=memory[1], output_scale=self.scale
+        )
         image = output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
         return module.get_submodule(self.after)(image)
 

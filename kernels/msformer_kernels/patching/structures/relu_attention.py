@@ -54,7 +54,7 @@ class ReluAttentionPlan(Plan):
         qkv = made[0] if len(made) == 1 else torch.cat(made, 1)
         scales = [qkv, *(module.get_submodule(name)(qkv) for name in self.scales)]
         parts = torch.cat(scales, 1).unflatten(1, (-1, 3, self.head_channels)).flatten(4)  # [B, heads, 3, D, N]
-        query, key, value = parts.transpose(3, 4).unbind(2)
+        query, key, value = (part.transpose(2, 3) for part in parts.unbind(2))  # gradients are put together as they lie
         output, _ = efficient_attention(query, key, value, normalization="relu", eps=self.eps)
         image = output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
         for name in self.after:
