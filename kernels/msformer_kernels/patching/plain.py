@@ -150,5 +150,5 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 return f"{'.'.join((*found.path, name))} is gone"
         for name, value in found.facts:
             if getattr(child, name, None) != value:
-                return f"{'.'.join((*found.path, name))} is {getattr(child, name, None)} now"
+                return f"{'.'.join((*found.path, name))} was changed"
     return None
