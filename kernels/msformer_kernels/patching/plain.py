@@ -163,8 +163,8 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 return f"{'.'.join((*found.path, name))} is gone"
         for name, value in found.facts:
             if getattr(child, name, None) != value:
-                return f"{'.'.join((*found.path, name))} is {getattr(child, name, None)} now"
+                return f"{'.'.join((*found.path, name))} was changed"
         for name, kind in found.helpers:
             if type(getattr(child, name, None)) is not kind:
-                return f"{'.'.join((*found.path, name))} is a {type(getattr(child, name, None)).__name__} now"
+                return f"{'.'.join((*found.path, name))} is of another class now"
     return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import msformer_kernels as kernels
-from tests.kernels.patching.models import DropPath
+from tests.kernels.patching.models import DenseMixFFN, DropPath, TupleBlock
 from tests.kernels.patching.test_structures import operators_called
 
 X = torch.randn(2, 8, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -170,16 +170,47 @@ class NormAfterActivation(InvertedResidual):
     ],
 )
 def test_what_is_no_foldable_batch_norm_is_left_alone(make: Callable[[], nn.Module], reason: str) -> None:
-    model = made(make)
+    model = make()  # whose statistics are 0 and 1, and prove nothing
     with pytest.warns(UserWarning, match=reason):
         assert kernels.patch(model, min_gain=0).replaced == []
 
 
-def test_the_probes_tell_relu6_from_relu() -> None:
-    for act in (nn.ReLU, nn.ReLU6):
-        for norms in ((nn.BatchNorm2d,) * 3, (NONE, NONE, nn.BatchNorm2d)):
-            report = kernels.patch(made(partial(InvertedResidual, norms, act)), min_gain=0)
-            assert report.replaced[0].options.startswith(f"{act.__name__.lower()}, ")
+def test_without_an_example_they_are_left_alone() -> None:
+    with pytest.warns(UserWarning, match="does not gain at every size; give `example`"):
+        kernels.patch(made())
+
+
+class TokenFFN(DenseMixFFN):
+    """Of tokens, with a BatchNorm after the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dwconv.dwconv = nn.Sequential(self.dwconv.dwconv, nn.BatchNorm2d(16))  # type: ignore[assignment]
+
+
+def test_a_block_around_one() -> None:
+    block = made(TupleBlock)
+    block.mlp = made(TokenFFN)
+    original, tokens = copy.deepcopy(block), (X.double().flatten(2).mT, 6, 4)
+    report = kernels.patch(block, min_gain=0)
+    assert [r.by for r in report.replaced] == ["block with mix_ffn", "mix_ffn"]
+    assert report.replaced[0].note == "its own forward in training, where BatchNorm uses the statistics of the batch"
+    for training in (False, True):
+        torch.testing.assert_close(block.train(training)(*tokens), original.train(training)(*tokens))
+        for found, expected in zip(block.buffers(), original.buffers(), strict=True):
+            assert torch.equal(found, expected)
+
+
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 6)
+
+
+@pytest.mark.parametrize("norms", [(nn.BatchNorm2d,) * 3, (NONE, NONE, nn.BatchNorm2d)], ids=["norms", "one"])
+def test_the_probes_tell_relu6_from_relu(norms: Any) -> None:
+    """By numbers alone: no name of an activation is there."""
+    report = kernels.patch(made(partial(InvertedResidual, norms, Clamped)), min_gain=0)
+    assert report.replaced[0].options.startswith("relu6, relu6 before the convolution")
 
 
 def test_parameters_and_statistics_are_taken_as_they_are() -> None:
@@ -318,10 +349,13 @@ def test_compile_has_one_graph() -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_same(compiled, original)
     assert "msformer" in graphs[0].code
-    model.train()
-    original.train()
-    assert_same(compiled, original)
-    assert "msformer" not in graphs[-1].code
+    for change in (trains, other_eps, nn.Module.train):
+        change(model)
+        change(original)
+        assert_same(compiled, original)
+        assert "msformer" not in graphs[-1].code
+        model.eval()
+        original.eval()
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
+from msformer_kernels.nn.honest import weight_and_bias
 from msformer_kernels.patching.structures.common import NOTHING, Found, Plan, layers_of
 from msformer_kernels.patching.structures.mix_ffn import MixFFNPlan, plans_of
 
@@ -27,6 +28,10 @@ class InvertedResidualPlan(MixFFNPlan):
 
     batch_norms: tuple[tuple[str, str], ...] = ()
     """Of these layers, the BatchNorms."""
+
+    needs_example: ClassVar[str | None] = (
+        "an inverted residual does not gain at every size; give `example` to measure it"
+    )
 
     def weight_and_bias(self, module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         norm = dict(self.batch_norms).get(name)
@@ -58,15 +63,17 @@ def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
     They are float32, or float64 for a float64 layer.
     """
-    dtype = arithmetic_dtype(layer.weight.dtype)
-    mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(dtype)
-    if layer.bias is not None:
-        mean = mean - layer.bias.to(dtype)
-    shift = -mean * scale if norm.bias is None else norm.bias.to(dtype) - mean * scale
-    return layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1)), shift
+    weight, bias = weight_and_bias(layer)
+    norm_weight, norm_bias = weight_and_bias(norm)
+    dtype = arithmetic_dtype(weight.dtype)
+    mean = norm._buffers["running_mean"].to(dtype)
+    scale = (norm._buffers["running_var"].to(dtype) + norm.eps).rsqrt()
+    if norm_weight is not None:
+        scale = scale * norm_weight
+    if bias is not None:
+        mean = mean - bias
+    shift = -mean * scale if norm_bias is None else torch.addcmul(norm_bias, mean, scale, value=-1)
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift
 
 
 def inverted_residual_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
