@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, cast
 from unittest import mock
@@ -159,10 +160,13 @@ def tokens(height: int, width: int, channels: int) -> Callable[[], Inputs]:
 
 
 def _of_transformers(version: str, packages: tuple[str, ...]) -> list[ForeignModel]:
-    return [
-        ForeignModel(f"transformers-{version}/{name}", packages, make, image(512))
-        for name, make in (("segformer-b0", segformer), ("pvt-v2-b0", pvt_v2), ("glpn", glpn))
-    ]
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "segformer-b0": segformer,
+        "pvt-v2-b0": pvt_v2,
+        "pvt-v2-b0-li": partial(pvt_v2, linear_attention=True),
+        "glpn": glpn,
+    }
+    return [ForeignModel(f"transformers-{version}/{name}", packages, makers[name], image(512)) for name in makers]
 
 
 SEGMENTATION_MODELS = ("segmentation-models-pytorch>=0.5",)
