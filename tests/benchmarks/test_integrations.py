@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from benchmarks import integration_row, integrations
 from benchmarks.integration_models import MODELS, ForeignModel
 from benchmarks.integration_row import COMPILE, FAILED, FORWARD, MEASURED, ORIGINAL, PATCHED, TRAINING, IntegrationRow
-from tests.kernels.patching.models import GatedFFN, ImageMixFFN
+from tests.kernels.patching.models import ImageMixFFN
 
 FORM, OTHER = "form/missformer-block", "form/dae-former-block"
 
 
 def small() -> nn.Module:
-    return nn.Sequential(ImageMixFFN(), GatedFFN())
+    other = ImageMixFFN()
+    other.fc2 = nn.Conv2d(16, 4, 1, bias=False)
+    return nn.Sequential(ImageMixFFN(), other)
 
 
 TINY = ForeignModel("tiny", (), small, lambda: (torch.randn(1, 8, 40, 30),))
@@ -42,7 +44,7 @@ def test_a_row_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     row = integration_row.measure(TINY, 1, 60)
     assert (row.status, row.samples, row.inputs) == (MEASURED, 1, ["(1, 8, 40, 30)"])
     assert row.replaced == {"mix_ffn": 1}
-    assert row.left_alone == {"GatedFFN: it is gated (GLU) or split": 1}
+    assert row.left_alone == {"ImageMixFFN: its output features differ from its input features": 1}
     assert row.error is not None
     assert row.error < 1e-12
     assert row.compile_failure == "RuntimeError: the compiler"
@@ -65,7 +67,7 @@ def _patch_anyway(model: nn.Module, **_: Any) -> Any:
 def test_a_patch_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def patch(model: Any, **_: Any) -> Any:
         with torch.no_grad():
-            model[1].conv_point.weight.mul_(1.1)
+            model[1].fc2.weight.mul_(1.1)
         return _patch(model, min_gain=0)
 
     monkeypatch.setattr(integration_row.msformer_kernels, "patch", patch)
