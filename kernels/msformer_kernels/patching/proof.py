@@ -119,7 +119,15 @@ class Proof:
     def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
         """Results of the module's own forward, and whether it drew random numbers."""
         evaluated = training and plan.evaluated()
-        key = (plan.arguments, plan.taken(), plan.keywords(), plan.channels(self.module), size, training, evaluated)
+        key = (
+            plan.arguments,
+            plan.taken(),
+            plan.keywords(),
+            plan.input_shape(self.module, *size),
+            size,
+            training,
+            evaluated,
+        )
         if key not in self._exact:
             with deterministic() as drawn:
                 results = self._results(plan, size, type(self.module).forward.__get__(self.module))
@@ -161,8 +169,7 @@ def _carries_out(plan: Plan, module: nn.Module) -> Callable[..., Any]:
 def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """x and the other arguments; on one of the images also those that the plan takes though they are optional."""
     generator, (height, width) = torch.Generator().manual_seed(1), size
-    convention, channels = plan.arguments.convention, plan.channels(module)
-    shape = (2, channels, height, width) if convention == "image" else (2, height * width, channels)
+    convention, shape = plan.arguments.convention, plan.input_shape(module, height, width)
     loud = LOUD if size == plan.probe_sizes[-1] else 1
     x = (loud * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
     rest: tuple[Any, ...] = {"image": (), "size": ((height, width),), "hw": (height, width)}[convention or ""]

@@ -110,6 +110,12 @@ class Plan:
         """Of the input."""
         raise NotImplementedError
 
+    def input_shape(self, module: nn.Module, height: int, width: int) -> tuple[int, ...]:
+        """Of two images of this size."""
+        channels = self.channels(module)
+        image = self.arguments.convention == "image"
+        return (2, channels, height, width) if image else (2, height * width, channels)
+
     def options(self) -> str:
         """For the report."""
         return ""
