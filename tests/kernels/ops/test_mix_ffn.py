@@ -155,16 +155,29 @@ def test_gradients_through_an_activation_before_the_convolution(skip: bool, floa
     assert torch.autograd.gradcheck(call, [tensors[n] for n in names])
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.accuracy
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "identity"])
+def test_an_activation_before_the_convolution_in_triton(name: str) -> None:
+    require("triton")
+    case = mix_ffn_case("inner", channels=5, hidden=7, inner_activation=name)
+    check_error_rule(case, "f32", "triton", most=1)
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("name", "options", "reason"),
     [
-        ({"inner_activation": "relu"}, "inner_activation is 'relu', its kernels have none"),
-        ({"gated": True, "hidden_norm": False}, "gated is True, its kernels have no gate"),
-        ({"kernel_size": 7}, "dw_weight is 7x7, its kernels take 3x3 alone"),
+        ("cuda", {"inner_activation": "relu"}, "inner_activation is 'relu', its kernels have none"),
+        *(
+            (name, options, reason)
+            for name in ("cuda", "triton")
+            for options, reason in (
+                ({"gated": True, "hidden_norm": False}, "gated is True, its kernels have no gate"),
+                ({"kernel_size": 7}, "dw_weight is 7x7, its kernels take 3x3 alone"),
+            )
+        ),
     ],
 )
-def test_the_kernels_of_a_gpu_have_the_published_form_alone(options: dict[str, Any], reason: str, name: str) -> None:
+def test_what_the_kernels_of_a_gpu_do_not_take(name: str, options: dict[str, Any], reason: str) -> None:
     require(name)
     case = mix_ffn_case("other", **options)
     with pytest.raises(kernels.BackendError, match=reason):

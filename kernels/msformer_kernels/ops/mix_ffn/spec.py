@@ -24,10 +24,8 @@ def _products(call: Any) -> int:
 _NARROW_MEMORY = 128 << 10
 
 
-def _needs_the_published_form(call: Any) -> str | None:
+def _needs_three_taps_and_no_gate(call: Any) -> str | None:
     """Why the kernels of a GPU do not take a call; None if they do."""
-    if call.inner_activation != "identity":
-        return f"inner_activation is {call.inner_activation!r}, its kernels have none"
     if call.gated:
         return "gated is True, its kernels have no gate"
     if (size := call.dw_weight.shape[2]) != 3:
@@ -37,8 +35,10 @@ def _needs_the_published_form(call: Any) -> str | None:
 
 def _needs_memory(call: Any) -> str | None:
     """Why the CUDA kernels do not take a call; None if they do."""
-    if reason := _needs_the_published_form(call):
+    if reason := _needs_three_taps_and_no_gate(call):
         return reason
+    if call.inner_activation != "identity":
+        return f"inner_activation is {call.inner_activation!r}, its kernels have none"
     found = cuda_shared_memory(call.x.device.type, call.x.device.index)
     if call.x.dtype == torch.float32 or found >= _NARROW_MEMORY:
         return None
@@ -50,7 +50,7 @@ def _needs_hidden_channels(call: Any) -> str | None:
     """Why the Triton kernels do not take a call; None if they do."""
     if call.fc1_weight.shape[0] == 0:
         return "its kernels take at least one hidden channel"
-    return _needs_the_published_form(call)
+    return _needs_three_taps_and_no_gate(call)
 
 
 OPERATOR = Operator(

@@ -5,6 +5,7 @@ The backward recomputes everything from the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from msformer_kernels.core.gradients import placed
 from msformer_kernels.ops.layer_norm import layer_norm
+from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 from msformer_kernels.ops.mix_ffn.triton_kernels import (
     mix_ffn_activation_backward_kernel,
@@ -21,6 +23,18 @@ from msformer_kernels.ops.mix_ffn.triton_kernels import (
 )
 from msformer_kernels.triton.launch import block_size, cdiv, layer_norm_backward, processors
 from msformer_kernels.triton.table import launch_options
+
+_aten = torch.ops.aten
+_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+    "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
+    "silu": _aten.silu_backward,
+    "hardswish": _aten.hardswish_backward,
+    "relu6": lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6),
+    "identity": lambda grad, x: grad,
+}
+"""Of an activation before the convolution, a pass of PyTorch's own; within an operator there is no autograd."""
 
 
 class Walk(NamedTuple):
@@ -73,7 +87,7 @@ def forward(call: Any) -> Tensor:
     x, height, width = call.x, call.height, call.width
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    hidden = _linear(_normed(call), call.fc1_weight, call.fc1_bias)
+    hidden = ACTIVATIONS[call.inner_activation](_linear(_normed(call), call.fc1_weight, call.fc1_bias))
     activated = torch.empty_like(hidden)
     pointers, constants = _mixing(call, hidden)
     walk = _walk("activation", hidden, height, width, constants["NORM"])
@@ -100,7 +114,8 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         zeros = (x.new_zeros(0, dtype=torch.float32) if p is None else torch.zeros_like(p) for p in parameters)
         return x.new_zeros(x.shape), *zeros
     tokens = _normed(call)
-    hidden = _linear(tokens, call.fc1_weight, call.fc1_bias)
+    before = _linear(tokens, call.fc1_weight, call.fc1_bias)
+    hidden = ACTIVATIONS[call.inner_activation](before)
     features = hidden.shape[2]
     pointers, constants = _mixing(call, hidden)
 
@@ -143,6 +158,8 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         **walk.blocks,
     )
     sums = partials.sum(0)
+    grad_hidden = _BACKWARDS[call.inner_activation](grad_hidden, before)
+    fc1_bias = sums[10] if call.inner_activation == "identity" else grad_hidden.sum((0, 1), dtype=torch.float32)
     grad_fc1_weight = grad_hidden.flatten(0, 1).t() @ tokens.flatten(0, 1)
     grad_tokens = grad_hidden @ call.fc1_weight.to(x.dtype)
     grad_hidden_norm = norm_partials.sum(0) if constants["NORM"] else sums[:2]
@@ -156,7 +173,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         grad_x = grad_tokens.add_(grad_output) if call.residual else grad_tokens
     gradients = (
         grad_fc1_weight,
-        sums[10],
+        fc1_bias,
         sums[:9].t(),
         sums[9],
         grad_fc2_weight,
