@@ -1,5 +1,6 @@
 """Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter, CUDA kernels in their
-emulation, and OpenMP's waiting threads sleep, as several processes may test at a time. Slow tests come last.
+emulation, and where several processes test at a time each has one thread, unless a test asks for more. Slow tests come
+last.
 """
 
 import getpass
@@ -11,6 +12,8 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MSFORMER_CUDA_EMULATE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor's cache does not tell one ATEN_CPU_CAPABILITY from another: what it keeps for one does not compile for others
 _CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")
 _CACHE = os.path.join(tempfile.gettempdir(), f"msformer-tests-{getpass.getuser()}", f"inductor-{_CAPABILITY}")

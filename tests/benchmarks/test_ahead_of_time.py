@@ -94,16 +94,11 @@ def test_host_time_of_native_calls_beside_eager() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("target", "dims"),
-    [
-        ("sm_90", ("--dim", "64", "--dim", "100", "--dim", "160")),
-        *((target, ("--dim", "100")) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
-    ],
-)
-def test_every_kernel_compiles_without_spills(target: str, dims: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["sm_90", "sm_120"])
+def test_every_kernel_compiles_without_spills(target: str, tmp_path: Path) -> None:
+    """The other targets and sizes are for `make ahead-of-time`."""
     table = tmp_path / "table.md"
-    done = run_compiled("benchmarks.ahead_of_time", "--target", target, *dims, "--out", str(table))
+    done = run_compiled("benchmarks.ahead_of_time", "--target", target, "--dim", "100", "--out", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in table.read_text().splitlines() if line.startswith(f"| {target}")]
     assert len(rows) > 50

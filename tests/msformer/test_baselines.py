@@ -57,10 +57,17 @@ def test_grey_and_constant_images(method: Method) -> None:
     assert found_by(method, task(image=constant, colour=False)).labels.shape == TRUTH.shape
 
 
-@pytest.mark.parametrize(("name", "least"), [("otsu", 0.95), ("kmeans-2", 0.95), ("kmeans-3", 0.95), ("sgscn", 0.6)])
-def test_an_easy_image(name: str, least: float) -> None:
+@pytest.mark.parametrize("name", ["otsu", "kmeans-2", "kmeans-3"])
+def test_an_easy_image(name: str) -> None:
     (method,) = choose_methods([name])
-    assert dice(oracle_union(found_by(method, task()).labels, TRUTH), TRUTH) > least
+    assert dice(oracle_union(found_by(method, task()).labels, TRUTH), TRUTH) > 0.95
+
+
+def test_sgscn_finds_an_easy_image_from_most_seeds() -> None:
+    """By rounding alone, so on another processor, its training may end with one label for all."""
+    (method,) = choose_methods(["sgscn"])
+    found = [dice(oracle_union(found_by(method, task(seed=seed)).labels, TRUTH), TRUTH) for seed in range(5)]
+    assert sorted(found)[2] > 0.6, found
 
 
 def test_order_and_choice() -> None:

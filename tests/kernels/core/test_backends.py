@@ -172,7 +172,8 @@ def test_each_gpu_of_a_machine_is_asked(gpu: SimpleNamespace, monkeypatch: pytes
 
     def reason(index: int, operator: str, dtype: torch.dtype) -> str | None:
         x = SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, shape=(1, 4, 8))
-        given = {"x": x, "inner_activation": "identity"}
+        taps = SimpleNamespace(shape=(8, 1, 3, 3))
+        given = {"x": x, "inner_activation": "identity", "gated": False, "dw_weight": taps}
         call = [given.get(n, SimpleNamespace(shape=(8, 8))) for n in OPERATORS[operator].names]
         return backends.why_not("cuda", "cuda", dtype, OPERATORS[operator], call)
 

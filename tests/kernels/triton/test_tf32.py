@@ -74,14 +74,14 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield products
 
 
-TF32_CASES = [SELF_ATTENTION["tiles"], SELF_ATTENTION["norm_residual"], SELF_ATTENTION["heads"], ATTENTION["cross"]]
+TF32_CASES = [SELF_ATTENTION["tiles"], SELF_ATTENTION["norm_residual"], ATTENTION["cross"]]
 
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("case", TF32_CASES, ids=str)
 def test_products_have_the_error_of_rounded_operands(case: Case, cut_off: list[int]) -> None:
     rule = Rule()
-    for seed in range(3 if case.name == "tiles" else 12):
+    for seed in range(2 if case.name == "tiles" else 6):
         draw_once(case, torch.float32, "triton", seed, rule, eager_mode=RoundedProducts, eps=TF32_EPS)
     assert cut_off
     for name, comparison in rule.comparisons.items():
