@@ -101,7 +101,9 @@ struct MixFFNArguments {
   ActivationFunction activation, inner_activation;  // of Z or its gate, and of U before the convolution
   Activation x;
   MixFFNParameters<const void*> parameters;
-  Activation output;       // forward
+  Activation
+      kept_hidden;    // U before its activation, [B, N, hidden]: forward writes it, backward reads it; may be absent
+  Activation output;  // forward
   Activation grad_output;  // backward, from here on
   Activation grad_x;
   MixFFNParameters<void*> gradients;

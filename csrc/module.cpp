@@ -39,7 +39,7 @@ void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
 
 void read_arguments(Reader& r, MixFFNArguments& a, bool backward) {
   r.fill(a.num_threads, a.batch, a.height, a.width, a.channels, a.hidden, a.kernel_size, a.form, a.norm_eps, a.skip,
-         a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters);
+         a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters, a.kept_hidden);
   if (backward)
     r.fill(a.grad_output, a.grad_x, a.gradients);
   else

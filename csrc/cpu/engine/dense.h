@@ -31,7 +31,7 @@ void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_pa
   });
 }
 
-// Y [tokens, n] = X W + bias; X row-major
+// Y [tokens, n] (+)= X W + bias; X row-major
 template <class T>
 inline void dense_tokens(int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded, const T* x,
                          std::int64_t ldx, const T* packed, const T* bias, const Output<T>& y, bool add = false) {
@@ -135,17 +135,43 @@ void store_image_gradients(int num_threads, const Activation& target, const Norm
   add_column_sums(blocks, width, partials + width, 2 * width, grad_bias);
 }
 
+// whether the rows of a user's matrix are whole vectors, so that products may work on it where it lies
+template <class T>
+inline bool has_whole_rows(const void* data, std::int64_t columns) {
+  return columns % kWidth<T> == 0 && reinterpret_cast<std::uintptr_t>(data) % 64 == 0;
+}
+
+// A weight [k, n] as the right-hand side of a product: where it lies if its rows are whole vectors, else packed.
+template <class T>
+class RightSide {
+ public:
+  RightSide(Arena& arena, const void* source, std::int64_t k, std::int64_t n)
+      : source_(static_cast<const T*>(source)),
+        k_(k),
+        n_(n),
+        packed_(has_whole_rows<T>(source, n) ? nullptr : arena.take<T>(k * padded<T>(n))) {}
+  Matrix<T> fill_in(int num_threads) const {
+    if (has_whole_rows<T>(source_, n_)) return {source_, n_};
+    pack<Values<T>>(num_threads, packed_, source_, n_, 1, k_, n_);
+    return {packed_, 0};
+  }
+
+ private:
+  const T* source_;
+  std::int64_t k_, n_;
+  T* packed_;
+};
+
 // A gradient [rows, columns] that products are summed into: the user's own memory where its rows are whole vectors,
 // else padded rows that are copied at the end.
 template <class T>
 class WeightGradient {
  public:
-  WeightGradient(void* target, std::int64_t rows, std::int64_t columns, T* staged)
+  WeightGradient(Arena& arena, void* target, std::int64_t rows, std::int64_t columns)
       : target_(static_cast<T*>(target)),
         rows_(rows),
         columns_(columns),
-        data_(is_direct(target, columns) ? target_ : staged) {}
-  static std::int64_t staged_size(std::int64_t rows, std::int64_t columns) { return rows * padded<T>(columns); }
+        data_(has_whole_rows<T>(target, columns) ? target_ : arena.take<T>(rows * padded<T>(columns))) {}
   T* data() const { return data_; }
   std::int64_t leading() const { return padded<T>(columns_); }
   void finish() const {
@@ -155,9 +181,6 @@ class WeightGradient {
   }
 
  private:
-  static bool is_direct(const void* target, std::int64_t columns) {
-    return columns % kWidth<T> == 0 && reinterpret_cast<std::uintptr_t>(target) % 64 == 0;
-  }
   T* target_;
   std::int64_t rows_, columns_;
   T* data_;

@@ -150,9 +150,12 @@ struct MixFFN {
           norm_weight(arena.take<T>(m.width)),
           norm_bias(arena.take<T>(m.width)) {}
 
-    void fill_in(const MixFFN& m) {
+    // packed_fc1: whether U is to be made
+    void fill_in(const MixFFN& m, bool packed_fc1 = true) {
       const MixFFNArguments& a = m.a;
-      pack<E>(a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels, m.hidden);
+      if (packed_fc1)
+        pack<E>(a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels,
+                m.hidden);
       copy_padded(fc1_bias, a.parameters.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.parameters.dw_bias, m.hidden);
       fill(taps, m.tap_count * m.hidden_width, T(0));

@@ -68,16 +68,22 @@ struct Whole : MixFFN<Values<T>> {
                  [&](std::int64_t i, void*) { task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)}); });
   }
 
-  // U of a group of images; before as in `hidden_row`, without a border
-  void hidden_tokens(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u,
-                     T* before) const {
+  bool keeps_hidden() const { return a.kept_hidden.data != nullptr; }
+
+  // U of a group of images, without its activation
+  void make_hidden(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u) const {
     dense_tokens<T>(a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias,
                     {u, 0, offsets});
-    if (!this->activates_hidden()) return;
-    for_rows(images, [&](std::int64_t row) {
-      this->activate_hidden(a.width, u + bordered_values(row),
-                            before ? before + row * a.width * hidden_width : nullptr);
-    });
+  }
+
+  void keep_hidden_row(std::int64_t first_image, std::int64_t row, const T* u) const {
+    store_tokens(a.kept_hidden, first_image + row / a.height, 0, row % a.height * a.width, a.width, hidden,
+                 u + bordered_values(row), hidden_width);
+  }
+
+  void load_hidden_row(std::int64_t first_image, std::int64_t row, T* u) const {
+    load_tokens(a.kept_hidden, first_image + row / a.height, 0, row % a.height * a.width, a.width, hidden,
+                u + bordered_values(row), hidden_width);
   }
 
   template <class Task>
@@ -116,7 +122,12 @@ struct Whole : MixFFN<Values<T>> {
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
       load_images<T>(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
-      hidden_tokens(s.weights, images, s.x, s.offsets, s.u, nullptr);
+      make_hidden(s.weights, images, s.x, s.offsets, s.u);
+      if (keeps_hidden() || this->activates_hidden())
+        for_rows(images, [&](std::int64_t row) {
+          if (keeps_hidden()) keep_hidden_row(first, row, s.u);
+          if (this->activates_hidden()) this->activate_hidden(a.width, s.u + bordered_values(row), nullptr);
+        });
       for_rows(images, [&](std::int64_t row) {
         T* z = s.z + row * a.width * hidden_width;
         depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
@@ -132,8 +143,8 @@ struct Whole : MixFFN<Values<T>> {
   struct BackwardBuffers {
     Weights weights;
     VectorGradients<T> vectors;
-    T *fc1_transposed, *fc2_transposed;  // packed [hidden, width], [C, activated_width]
-    T *fc1_gradient, *fc2_gradient;      // staged
+    RightSide<T> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
+    WeightGradient<T> fc1_gradient, fc2_gradient;
     T *x, *normalized, *rstd, *grad_output, *grad_x;
     T *u, *before, *grad_z, *z, *t;  // before: U without its activation
     T *hidden_partials,
@@ -142,10 +153,10 @@ struct Whole : MixFFN<Values<T>> {
     BackwardBuffers(Arena& arena, const Whole& m)
         : weights(arena, m),
           vectors(arena, m.width, m.hidden_width, m.tap_count),
-          fc1_transposed(arena.take<T>(m.hidden * m.width)),
-          fc2_transposed(arena.take<T>(m.channels * m.activated_width)),
-          fc1_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.hidden, m.channels))),
-          fc2_gradient(arena.take<T>(WeightGradient<T>::staged_size(m.channels, m.activated))),
+          fc1_transposed(arena, m.a.parameters.fc1_weight, m.hidden, m.channels),
+          fc2_transposed(arena, m.a.parameters.fc2_weight, m.channels, m.activated),
+          fc1_gradient(arena, m.a.gradients.fc1_weight, m.hidden, m.channels),
+          fc2_gradient(arena, m.a.gradients.fc2_weight, m.channels, m.activated),
           x(arena.take<T>(m.group_tokens * m.width)),
           normalized(arena.take<T>(m.group_tokens * m.width)),
           rstd(arena.take<T>(m.group_tokens)),
@@ -201,14 +212,11 @@ struct Whole : MixFFN<Values<T>> {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
-    s.weights.fill_in(*this);
+    s.weights.fill_in(*this, !keeps_hidden());
     s.vectors.clear();
-    pack<Values<T>>(a.num_threads, s.fc1_transposed, static_cast<const T*>(a.parameters.fc1_weight), channels, 1,
-                    hidden, channels);
-    pack<Values<T>>(a.num_threads, s.fc2_transposed, static_cast<const T*>(a.parameters.fc2_weight), activated, 1,
-                    channels, activated);
-    const WeightGradient<T> fc1(a.gradients.fc1_weight, hidden, channels, s.fc1_gradient);
-    const WeightGradient<T> fc2(a.gradients.fc2_weight, channels, activated, s.fc2_gradient);
+    const Matrix<T> fc1_transposed = s.fc1_transposed.fill_in(a.num_threads);
+    const Matrix<T> fc2_transposed = s.fc2_transposed.fill_in(a.num_threads);
+    const WeightGradient<T>&fc1 = s.fc1_gradient, &fc2 = s.fc2_gradient;
     make_offsets(s.offsets);
     clear_border(s.u);
     clear_border(s.grad_z);
@@ -217,9 +225,15 @@ struct Whole : MixFFN<Values<T>> {
       load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
-      hidden_tokens(s.weights, images, s.x, s.offsets, s.u, s.before);
-      dense_tokens<T>(a.num_threads, tokens, channels, activated_width, s.grad_output, width, s.fc2_transposed, nullptr,
-                      {s.grad_z, 0, s.offsets});
+      if (!keeps_hidden()) make_hidden(s.weights, images, s.x, s.offsets, s.u);
+      if (keeps_hidden() || this->activates_hidden())
+        for_rows(images, [&](std::int64_t row) {
+          if (keeps_hidden()) load_hidden_row(first, row, s.u);
+          if (this->activates_hidden())
+            this->activate_hidden(a.width, s.u + bordered_values(row), s.before + row * a.width * hidden_width);
+        });
+      dense<T>(a.num_threads, tokens, channels, activated_width, {s.grad_output, width, 1}, fc2_transposed, Start::zero,
+               nullptr, {s.grad_z, 0, s.offsets});
       activation_gradients(s, images);
       dense_weights<T>(a.num_threads, channels, tokens, activated_width, s.grad_output, width, s.t, hidden_width,
                        fc2.data(), fc2.leading(), first > 0);
@@ -231,8 +245,8 @@ struct Whole : MixFFN<Values<T>> {
                         s.vectors.fc1_bias + slice.begin);
       });
       add_column_sums(tokens, width, s.grad_output, width, s.vectors.fc2_bias);
-      dense_tokens<T>(a.num_threads, tokens, hidden, width, s.z, hidden_width, s.fc1_transposed, nullptr,
-                      {s.grad_x, width});
+      dense<T>(a.num_threads, tokens, hidden, width, {s.z, hidden_width, 1}, fc1_transposed, Start::zero, nullptr,
+               {s.grad_x, width});
       store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first,
                             images, image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials,
                             s.vectors.norm_weight, s.vectors.norm_bias);
@@ -246,10 +260,7 @@ struct Whole : MixFFN<Values<T>> {
 }  // namespace
 
 bool mix_ffn_fits_whole(const MixFFNArguments& a) {
-  constexpr std::int64_t kWholeHidden = 3 << 18;  // hidden values of one image; above it, strips measure faster
-  const std::int64_t values = a.height * a.width * a.hidden;
-  if (a.batch * values == 0) return false;
-  return a.form == Form::by_shape ? values <= kWholeHidden : a.form == Form::few_tokens;
+  return a.form == Form::few_tokens && a.batch * a.height * a.width * a.hidden > 0;
 }
 
 void mix_ffn_whole_forward(const MixFFNArguments& a) {

@@ -51,9 +51,6 @@ struct Unfolded {
   void pack_linear(T* to, const void* weight, std::int64_t in, std::int64_t out) const {
     pack<Values<T>>(a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
   }
-  void pack_linear_transposed(T* to, const void* weight, std::int64_t in, std::int64_t out) const {
-    pack<Values<T>>(a.num_threads, to, static_cast<const T*>(weight), in, 1, out, in);
-  }
 
   struct Tokens {  // of a group of images
     T *x, *query, *key, *value, *attended;
@@ -165,23 +162,23 @@ struct Unfolded {
 
   struct BackwardBuffers {
     Weights weights;
-    T *query_transposed, *key_transposed, *value_transposed, *output_transposed;  // packed for gradients of tokens
-    T *query_gradient, *key_gradient, *value_gradient, *output_gradient;          // staged
-    T *query_bias, *value_bias, *output_bias, *norm_weight, *norm_bias;           // gradients
+    RightSide<T> query_weight, key_weight, value_weight, output_weight;  // for gradients of tokens
+    WeightGradient<T> query_gradient, key_gradient, value_gradient, output_gradient;
+    T *query_bias, *value_bias, *output_bias, *norm_weight, *norm_bias;  // gradients
     Tokens tokens;
     T *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
     T *grad_query, *grad_key, *grad_value, *grad_attended;
     T *context, *key_max, *key_sum;  // of the recomputed forward; the same as the saved ones, which stay as they are
     BackwardBuffers(Arena& arena, const Unfolded& u)
         : weights(arena, u),
-          query_transposed(arena.take<T>(u.keys * u.width)),
-          key_transposed(arena.take<T>(u.keys * u.width)),
-          value_transposed(arena.take<T>(u.values * u.width)),
-          output_transposed(arena.take<T>(u.channels * u.value_width)),
-          query_gradient(arena.take<T>(WeightGradient<T>::staged_size(u.keys, u.channels))),
-          key_gradient(arena.take<T>(WeightGradient<T>::staged_size(u.keys, u.channels))),
-          value_gradient(arena.take<T>(WeightGradient<T>::staged_size(u.values, u.channels))),
-          output_gradient(arena.take<T>(WeightGradient<T>::staged_size(u.channels, u.values))),
+          query_weight(arena, u.a.parameters.query_weight, u.keys, u.channels),
+          key_weight(arena, u.a.parameters.key_weight, u.keys, u.channels),
+          value_weight(arena, u.a.parameters.value_weight, u.values, u.channels),
+          output_weight(arena, u.a.parameters.output_weight, u.channels, u.values),
+          query_gradient(arena, u.a.gradients.query_weight, u.keys, u.channels),
+          key_gradient(arena, u.a.gradients.key_weight, u.keys, u.channels),
+          value_gradient(arena, u.a.gradients.value_weight, u.values, u.channels),
+          output_gradient(arena, u.a.gradients.output_weight, u.channels, u.values),
           query_bias(arena.take<T>(u.key_width)),
           value_bias(arena.take<T>(u.value_width)),
           output_bias(arena.take<T>(u.width)),
@@ -202,9 +199,11 @@ struct Unfolded {
           key_sum(arena.take<T>(u.group_images * u.keys)) {}
   };
 
-  void backward_group(const BackwardBuffers& s, const WeightGradient<T>& query, const WeightGradient<T>& key,
-                      const WeightGradient<T>& value, const WeightGradient<T>& output, std::int64_t first,
-                      std::int64_t images) const {
+  struct RightSides {
+    Matrix<T> query, key, value, output;
+  };
+
+  void backward_group(const BackwardBuffers& s, const RightSides& w, std::int64_t first, std::int64_t images) const {
     const int threads = a.num_threads;
     const std::int64_t tokens = images * a.tokens;
     const Tokens& t = s.tokens;
@@ -213,8 +212,8 @@ struct Unfolded {
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
     project(s.weights, tokens, t);
     attention_forward(attention(t, first, images, s.context, s.key_max, s.key_sum));
-    dense_tokens<T>(threads, tokens, channels, value_width, s.grad_output, width, s.output_transposed, nullptr,
-                    {s.grad_attended, value_width});
+    dense<T>(threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero, nullptr,
+             {s.grad_attended, value_width});
 
     AttentionArguments arguments = attention(t, first, images, s.context, s.key_max, s.key_sum);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
@@ -232,20 +231,21 @@ struct Unfolded {
                             const T* in, std::int64_t in_width) {
       dense_weights<T>(threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(), add);
     };
-    weight(query, keys, s.grad_query, key_width, t.x, width);
-    weight(key, keys, s.grad_key, key_width, t.x, width);
-    weight(value, values, s.grad_value, value_width, t.x, width);
-    weight(output, channels, s.grad_output, width, t.attended, value_width);
+    weight(s.query_gradient, keys, s.grad_query, key_width, t.x, width);
+    weight(s.key_gradient, keys, s.grad_key, key_width, t.x, width);
+    weight(s.value_gradient, values, s.grad_value, value_width, t.x, width);
+    weight(s.output_gradient, channels, s.grad_output, width, t.attended, value_width);
     add_column_sums(tokens, key_width, s.grad_query, key_width, s.query_bias);
     add_column_sums(tokens, value_width, s.grad_value, value_width, s.value_bias);
     add_column_sums(tokens, width, s.grad_output, width, s.output_bias);
 
-    dense_tokens<T>(threads, tokens, keys, width, s.grad_query, key_width, s.query_transposed, nullptr,
-                    {s.grad_x, width});
-    dense_tokens<T>(threads, tokens, keys, width, s.grad_key, key_width, s.key_transposed, nullptr, {s.grad_x, width},
-                    true);
-    dense_tokens<T>(threads, tokens, values, width, s.grad_value, value_width, s.value_transposed, nullptr,
-                    {s.grad_x, width}, true);
+    const auto to_x = [&](std::int64_t features, const T* grad, std::int64_t grad_width, const Matrix<T>& weight,
+                          Start start) {
+      dense<T>(threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr, {s.grad_x, width});
+    };
+    to_x(keys, s.grad_query, key_width, w.query, Start::zero);
+    to_x(keys, s.grad_key, key_width, w.key, Start::output);
+    to_x(values, s.grad_value, value_width, w.value, Start::output);
     store_image_gradients(threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
                           a.tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
                           s.norm_bias);
@@ -258,25 +258,18 @@ struct Unfolded {
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
     s.weights.fill_in(*this);
-    pack_linear_transposed(s.query_transposed, a.parameters.query_weight, channels, keys);
-    pack_linear_transposed(s.key_transposed, a.parameters.key_weight, channels, keys);
-    pack_linear_transposed(s.value_transposed, a.parameters.value_weight, channels, values);
-    pack_linear_transposed(s.output_transposed, a.parameters.output_weight, values, channels);
-    const WeightGradient<T> query(a.gradients.query_weight, keys, channels, s.query_gradient);
-    const WeightGradient<T> key(a.gradients.key_weight, keys, channels, s.key_gradient);
-    const WeightGradient<T> value(a.gradients.value_weight, values, channels, s.value_gradient);
-    const WeightGradient<T> output(a.gradients.output_weight, channels, values, s.output_gradient);
+    const RightSides right_sides{s.query_weight.fill_in(a.num_threads), s.key_weight.fill_in(a.num_threads),
+                                 s.value_weight.fill_in(a.num_threads), s.output_weight.fill_in(a.num_threads)};
     fill(s.query_bias, key_width, T(0));
     fill(s.value_bias, value_width, T(0));
     fill(s.output_bias, width, T(0));
     fill(s.norm_weight, width, T(0));
     fill(s.norm_bias, width, T(0));
-    for_groups(
-        [&](std::int64_t first, std::int64_t images) { backward_group(s, query, key, value, output, first, images); });
-    query.finish();
-    key.finish();
-    value.finish();
-    output.finish();
+    for_groups([&](std::int64_t first, std::int64_t images) { backward_group(s, right_sides, first, images); });
+    s.query_gradient.finish();
+    s.key_gradient.finish();
+    s.value_gradient.finish();
+    s.output_gradient.finish();
     copy_out(s.query_bias, keys, a.gradients.query_bias);
     copy_out(s.value_bias, values, a.gradients.value_bias);
     copy_out(s.output_bias, channels, a.gradients.output_bias);

@@ -225,7 +225,9 @@ class Operator(Generic[R]):
                     logger.debug("%s: tensors made of others, such as DTensors: by the reference", self.name)
                 return self.run_reference(call)
             found = self.op(*call, chosen)
-            return found if isinstance(found, Tensor) else found[: self._returned]
+            if isinstance(found, Tensor):
+                return found
+            return found[: self._returned] if self._returned > 1 else found[0]
 
         def explain(*arguments: Any, backend: str | None = None, **options: Any) -> backends.Explanation:
             call = bound(arguments, options)

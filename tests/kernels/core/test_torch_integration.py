@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import msformer_kernels as kernels
 from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.native import arguments
 from tests.kernels.cases import (
     Case,
     attention_case,
@@ -341,14 +342,18 @@ def test_checkpoint(use_reentrant: bool) -> None:
 
 
 @pytest.mark.usefixtures("in_use")
-def test_nothing_as_wide_as_the_hidden_layer_is_saved() -> None:
+@pytest.mark.parametrize(("form", "wide"), [("MANY_TOKENS", 0), ("FEW_TOKENS", 1)])
+def test_of_few_tokens_alone_the_hidden_tensor_is_saved_once(
+    form: str, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "FORM", getattr(arguments, form))
     block, x = block_and_tokens()
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
         block(x, 3, 4)
     activations = [shape for shape in saved if shape[:2] == (2, 12)]
     assert activations
-    assert all(shape[2] <= 8 for shape in activations)
+    assert sum(shape[2] > 8 for shape in activations) == wide
 
 
 def _train_one_step(rank: int, world_size: int, backend: str, store: str, results: str) -> None:

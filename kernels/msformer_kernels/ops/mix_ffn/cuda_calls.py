@@ -21,7 +21,7 @@ from msformer_kernels.cuda.arguments import (
     with_width,
 )
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
-from msformer_kernels.ops.mix_ffn.spec import OPERATOR
+from msformer_kernels.ops.mix_ffn.spec import OPERATOR, nothing_kept
 
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
@@ -43,14 +43,14 @@ def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-def forward(call: Any) -> Tensor:
+def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
-    output = x.new_empty(x.shape)
+    output, hidden = x.new_empty(x.shape), nothing_kept(call)
     if x.numel() == 0:
-        return output
+        return output, hidden
     parameters = handed_over(OPERATOR.parameters_of(call), x)
     library(x).mix_ffn_forward(engine(x.dtype), stream(x), (*_inputs(call, parameters), *tokens(output)))
-    return output
+    return output, hidden
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """MixFFN and MixFFN-skip through the compiled CPU kernels (csrc/cpu/mix_ffn).
 
-The backward recomputes everything from the inputs.
+The backward recomputes everything from the inputs, and from the hidden tensor where there is one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from msformer_kernels.native.arguments import (
     rounded,
 )
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
-from msformer_kernels.ops.mix_ffn.spec import OPERATOR
+from msformer_kernels.ops.mix_ffn.spec import OPERATOR, has_few_tokens, missing_of_half
 
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
-
-_MULTIPLE = 16
-"""Of which the halves of gated hidden channels are to be one (csrc/abi.h)."""
 _BY_HALVES = ("fc1_weight", "fc1_bias", "dw_weight", "dw_bias")
 
 
@@ -43,7 +40,7 @@ def _options(call: Any) -> tuple[Any, ...]:
         channels,
         call.fc1_weight.shape[0],
         call.dw_weight.shape[2],
-        arguments.FORM,
+        arguments.FEW_TOKENS if has_few_tokens(call) else arguments.MANY_TOKENS,
         call.norm_eps,
         call.skip,
         call.residual,
@@ -53,14 +50,9 @@ def _options(call: Any) -> tuple[Any, ...]:
     )
 
 
-def _missing(call: Any) -> int:
-    """How many channels a half of a gated call lacks."""
-    return -(call.fc1_weight.shape[0] // 2) % _MULTIPLE if call.gated else 0
-
-
 def _with_whole_halves(call: Any) -> Any:
     """The call with channels of zeros behind both halves of a gated one, as many as the kernels want."""
-    missing = _missing(call)
+    missing = missing_of_half(call)
     if missing == 0:
         return call
     widened = {name: _widen_halves(p, missing) for name in _BY_HALVES if (p := getattr(call, name)) is not None}
@@ -77,17 +69,19 @@ def _cut_halves(gradient: Tensor, missing: int) -> Tensor:
     return gradient.unflatten(0, (2, -1))[:, :-missing].flatten(0, 1)
 
 
-def forward(call: Any) -> Tensor:
+def forward(call: Any) -> tuple[Tensor, ...]:
     x, call = call.x, _with_whole_halves(call)
     parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(x.dtype))
-    output = x.new_empty(x.shape)
-    _native.mix_ffn_forward((*_options(call), *activation(x), *addresses(parameters), *activation(output)))
-    return output
+    output, hidden = OPERATOR.fake(call)
+    _native.mix_ffn_forward(
+        (*_options(call), *activation(x), *addresses(parameters), *activation(hidden), *activation(output))
+    )
+    return output, hidden
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
-    grad_x, *gradients = _backward(_with_whole_halves(call), grads)
-    missing = _missing(call)
+    grad_x, *gradients = _backward(_with_whole_halves(call), saved.hidden, grads)
+    missing = missing_of_half(call)
     if missing == 0:
         return grad_x, *gradients
     cut: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(_BY_HALVES, lambda g: _cut_halves(g, missing))
@@ -98,7 +92,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _backward(call: Any, grads: Any) -> tuple[Tensor, ...]:
+def _backward(call: Any, hidden: Tensor, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
     parameters = contiguous(given, arithmetic_dtype(x.dtype))
     gradients = empty_gradients(given, x)
@@ -108,6 +102,7 @@ def _backward(call: Any, grads: Any) -> tuple[Tensor, ...]:
             *_options(call),
             *activation(x),
             *addresses(parameters),
+            *activation(hidden),
             *activation(grads.output),
             *activation(grad_x),
             *addresses(gradients),

@@ -15,7 +15,7 @@ from torch import Tensor
 from msformer_kernels.core.gradients import placed
 from msformer_kernels.ops.layer_norm import layer_norm
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
-from msformer_kernels.ops.mix_ffn.spec import OPERATOR
+from msformer_kernels.ops.mix_ffn.spec import OPERATOR, nothing_kept
 from msformer_kernels.ops.mix_ffn.triton_kernels import (
     mix_ffn_activation_backward_kernel,
     mix_ffn_activation_kernel,
@@ -83,10 +83,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def forward(call: Any) -> Tensor:
+def forward(call: Any) -> tuple[Tensor, ...]:
     x, height, width = call.x, call.height, call.width
     if x.numel() == 0:
-        return x.new_empty(x.shape)
+        return x.new_empty(x.shape), nothing_kept(call)
     hidden = ACTIVATIONS[call.inner_activation](_linear(_normed(call), call.fc1_weight, call.fc1_bias))
     activated = torch.empty_like(hidden)
     pointers, constants = _mixing(call, hidden)
@@ -104,7 +104,7 @@ def forward(call: Any) -> Tensor:
         **walk.blocks,
     )
     output = _linear(activated, call.fc2_weight, call.fc2_bias)
-    return output.add_(x) if call.residual else output
+    return output.add_(x) if call.residual else output, nothing_kept(call)
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
