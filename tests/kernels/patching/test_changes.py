@@ -332,16 +332,21 @@ class TimesAgain(Times):
     ],
 )
 def test_functions_and_objects_that_a_module_holds_are_watched(before: Any, after: Any) -> None:
+    """In a compiled graph as well."""
     module = GivenActivation(before).eval()
     report = kernels.patch(module)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        module(X, SIZE)
-    assert any(e.name == "msformer::mix_ffn" for e in profile.events())
+    torch.compiler.reset()  # of other tests, whose modules share a forward
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for call in (module, compiled):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            call(X, SIZE)
+        assert any(e.name == "msformer::mix_ffn" for e in profile.events())
     module.act = after
     with torch.no_grad():
-        found = module(X, SIZE)
+        found = [call(X, SIZE) for call in (module, compiled)]
         report.undo()
-        assert torch.equal(found, module(X, SIZE))
+        for output in found:
+            torch.testing.assert_close(output, module(X, SIZE), atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("held", [partial(F.gelu, approximate=str), partial(F.gelu, X)])

@@ -146,6 +146,7 @@ def test_copies_and_pickles_keep_the_patch() -> None:
 
 def test_it_compiles_as_one_graph() -> None:
     patched, original = pair(Scaled())
+    torch.compiler.reset()  # of other tests, whose modules share a forward
     compiled = torch.compile(patched, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)
     patched.set_processor(models.SoftmaxProcessor())
