@@ -344,7 +344,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        for module in ("_native", "_cuda_emulated"):
+        for module in sorted({"_native", *(mutation.module for mutation in chosen if mutation.module)}):
             build(folder, module, variant)
         for mutation in chosen:
             path = folder / mutation.file

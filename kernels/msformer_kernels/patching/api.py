@@ -10,7 +10,7 @@ from torch import nn
 
 from msformer_kernels.patching.classes import plan_of
 from msformer_kernels.patching.gain import Gain, measured
-from msformer_kernels.patching.match import Match, match
+from msformer_kernels.patching.match import Known, Match, match
 from msformer_kernels.patching.report import Refusal, Replacement, Report
 from msformer_kernels.patching.structures import Plan
 from msformer_kernels.patching.structures.common import joined
@@ -62,13 +62,14 @@ def patch(
     wanted = _wanted(model, only)
     modules = dict(model.named_modules())
     report, found, plans, already = Report(dry_run=dry_run), dict[str, Match](), dict[str, Plan](), False
+    known: Known = {}
     for name in reversed(modules):  # children before their parents
         module, plan = modules[name], plan_of(modules[name])
         if plan is not None:
             plans[name], already = plan, True
         elif wanted(name):
             children = {c: plans[full] for c, _ in module.named_children() if (full := joined(name, c)) in plans}
-            result = match(module, children, plans.values())
+            result = match(name, module, children, plans.values(), known)
             if isinstance(result, str):
                 report.refused.append(Refusal(name, type(module).__name__, result))
             elif result is not None:
@@ -81,6 +82,7 @@ def patch(
     for name in sorted(found, key=lambda name: order[name]):
         proved, plan = found[name].proved, found[name].proved.plan
         words = [notes[name]] if name in notes else []
+        words += [f"as {found[name].like}"] * (found[name].like is not None)
         words += [f"its own forward in training, where {why}" for why in proved.in_training]
         row = Replacement(
             name, type(modules[name]).__name__, plan.title, plan.options(), found[name].error, "; ".join(words)

@@ -60,6 +60,7 @@ def put_back(module: nn.Module) -> None:
 def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     """The subclass of `base` that carries out a plan; the same one for the same arguments."""
     plan, parts, original = proved.plan, proved.parts, base.forward
+    calls = tuple({helper.kind: helper.kind.__call__ for part in parts for helper in part.helpers}.items())
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         call = plan.read(given, named)
@@ -67,6 +68,8 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
             why = "it was called with other arguments"
         elif base.forward is not original:
             why = f"the forward of {base.__name__} was replaced"
+        elif any(kind.__call__ is not known for kind, known in calls):
+            why = "what it leaves its work to was replaced"
         elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             why = "a graph for other programs is made"
         else:

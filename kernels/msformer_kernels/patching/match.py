@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from msformer_kernels.patching.classes import Proved, why_no_subclass
-from msformer_kernels.patching.plain import Part, part, why_not_plain, why_touched
-from msformer_kernels.patching.proof import TOLERANCE, Proof
+from msformer_kernels.patching.likeness import likeness
+from msformer_kernels.patching.plain import Part, part, why_not_followed, why_not_plain, why_touched
+from msformer_kernels.patching.proof import TOLERANCE, Proof, Witness
 from msformer_kernels.patching.structures import SEARCHES, Plan
 
 BATCH = "BatchNorm uses the statistics of the batch"
@@ -22,34 +23,79 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class Match:
     proved: Proved
     error: float
+    like: str | None = None
+    """The module that was proved in place of this one, of which a proof would be the same."""
 
 
-def match(module: nn.Module, children: dict[str, Plan], known: Iterable[Plan]) -> Match | str | None:
+@dataclass(frozen=True)
+class Outcome:
+    """Of a proof: the plan that is true, or why there is none."""
+
+    name: str
+    """Of the module that was compared."""
+    why_not: str | None = None
+    error: float = math.inf
+    in_training: str = ""
+    """Why the plan does not hold in training; empty if it does."""
+    witness: Witness | None = None
+    """With the plan; None without one."""
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether it is that of a module that is alike; one that is left alone is not looked at again."""
+        return self.witness is None or self.witness.agrees(module)
+
+
+Known = dict[Hashable, Outcome]
+"""Proofs, by what they depend on."""
+
+
+def match(
+    name: str, module: nn.Module, children: dict[str, Plan], plans: Iterable[Plan], known: Known
+) -> Match | str | None:
     """What a module computes; why an operator does not, of a module that looks like one; None for any other.
 
-    `known` are plans of other modules; they are tried first.
+    `plans` are those of other modules, which are tried first. `known` are the proofs so far; a new one is added.
     """
     if not module._modules or type(module) in _CONTAINERS:
         return None
     answers = [search(module, children) for search in SEARCHES]
-    first = set(known)
-    plans = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan not in first)
+    first = set(plans)
+    likely = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan not in first)
     alike = any(answer.alike for answer in answers)
-    if not plans:
+    if not likely:
         return next((answer.why_not for answer in answers if answer.why_not), None)
     if any(parameter.is_meta for parameter in module.parameters()):
         return "it is on the meta device; patch it when its parameters have values"
-    why = _why_not_bypassed(module, plans[0]) if alike else None
+    why = _why_not_bypassed(module, likely[0]) if alike else None
     if why is not None:
         return why
-    return _prove(module, plans, alike)
+    return _prove(name, module, likely, alike, known)
 
 
-def _prove(module: nn.Module, plans: list[Plan], alike: bool) -> Match | str | None:
+def _prove(name: str, module: nn.Module, plans: list[Plan], alike: bool, known: Known) -> Match | str | None:
+    facts = likeness(module)
+    key = None if facts is None else (facts, frozenset(plans))
+    outcome = None if key is None else known.get(key)
+    if outcome is None or not outcome.holds_for(module):
+        outcome = _compared(name, module, plans, alike)
+        if key is not None:
+            known.setdefault(key, outcome)
+    if outcome.witness is None:
+        return outcome.why_not
+    plan = outcome.witness.plan
+    why = _why_not_bypassed(module, plan)
+    if why is not None:
+        return why
+    proved = Proved(plan, _parts(module, plan, outcome.in_training))
+    return Match(proved, outcome.error, None if outcome.name == name else outcome.name)
+
+
+def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> Outcome:
+    """The first of the plans that is true."""
     try:
         proof = Proof(module)
     except ValueError as problem:
-        return str(problem) if alike else None
+        return Outcome(name, str(problem) if alike else None)
     nearest, where, failed = math.inf, plans[0], ""
     for plan in plans:
         try:
@@ -58,17 +104,16 @@ def _prove(module: nn.Module, plans: list[Plan], alike: bool) -> Match | str | N
             failed = failed or f"{type(problem).__name__}: {problem}"
             continue
         if error <= TOLERANCE:
-            why = _why_not_bypassed(module, plan)
-            if why is not None:
-                return why
-            return Match(Proved(plan, _parts(module, plan, proof.why_not_in_training(plan))), error)
+            witness = proof.witness(plan)
+            return Outcome(name, None, error, proof.why_not_in_training(plan), witness)
         if error < nearest:
             nearest, where = error, plan
-    if not alike:
-        return None
+    if not alike and (math.isinf(nearest) or proof.makes_pairs(where) is not False):
+        return Outcome(name)
     if math.isinf(nearest):
-        return f"it cannot be compared with {plans[0].title}: {failed or 'outputs of another shape'}"
-    return f"it computes something else: {where.title} ({where.options()}) comes nearest and differs by {nearest:.1e}"
+        return Outcome(name, f"it cannot be compared with {plans[0].title}: {failed or 'outputs of another shape'}")
+    nearest_one = f"{where.title} ({where.options()}) comes nearest and differs by {nearest:.1e}"
+    return Outcome(name, f"it computes something else: {nearest_one}")
 
 
 def _bypassed(module: nn.Module, plan: Plan) -> Iterable[tuple[str, nn.Module]]:
@@ -86,12 +131,14 @@ def _why_not_bypassed(module: nn.Module, plan: Plan) -> str | None:
         why = "it has another patch: a forward of its own"
     if why is None and module._buffers:
         why = f"it has a buffer: {next(iter(module._buffers))}"
+    why = why or why_not_followed("", module)
     if why is not None:
         return why
     for name, child in _bypassed(module, plan):
         why = why_not_plain(name, child) if name in plan.fused() else why_touched(name, child, False)
         if why is None and name not in plan.fused() and child._buffers:
             why = f"{name} has a buffer: {next(iter(child._buffers))}"
+        why = why or why_not_followed(name, child)
         if why is not None:
             return why
     return None

@@ -6,15 +6,17 @@ what it was when the plan was proved: of the same class, with the same settings,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msformer_kernels.patching.structures.common import SCALARS
+from msformer_kernels.patching.structures.common import SCALARS, joined
 
 _FACTS: dict[type, tuple[str, ...]] = {
     nn.Linear: (),
@@ -39,6 +41,16 @@ _PLAIN: dict[type[nn.Module], nn.Module] = {
 
 
 @dataclass(frozen=True)
+class Helper:
+    """What a module may leave its work to that is no module: a function, or an object, as in diffusers."""
+
+    name: str
+    kind: type
+    held: tuple[Any, ...]
+    """A function itself; of an object its attributes."""
+
+
+@dataclass(frozen=True)
 class Part:
     """A submodule as it was when the plan was proved; the path is empty for the module itself."""
 
@@ -47,10 +59,11 @@ class Part:
     facts: tuple[tuple[str, Any], ...]
     fused: bool
     """Whether an operator takes its parameters and buffers."""
-    helpers: tuple[tuple[str, type], ...] = ()
-    """Objects that it may leave its work to, as diffusers does, by name, with their classes."""
+    helpers: tuple[Helper, ...] = ()
     buffers: tuple[str, ...] = ()
     """Those of an operator's that were there."""
+    inner: int = 0
+    """How many submodules it had."""
     in_training: str = ""
     """Why its own forward must run while it is in training mode; empty if it need not."""
 
@@ -67,19 +80,47 @@ def part(path: tuple[str, ...], module: nn.Module, fused: bool, in_training: str
     names = _FACTS.get(base)
     if names is None:
         names = tuple(n for n, v in vars(module).items() if n != "training" and n[0] != "_" and _is_setting(v))
-    helpers = () if base in _FACTS else tuple((n, type(v)) for n, v in vars(module).items() if _is_helper(v))
+    helpers = tuple(Helper(n, type(v), _held(v)) for n, v in _helpers(module).items())
     buffers = tuple(n for n, tensor in module._buffers.items() if tensor is not None) if fused else ()
-    return Part(path, base, tuple((n, getattr(module, n)) for n in names), fused, helpers, buffers, in_training)
+    facts = tuple((n, getattr(module, n)) for n in names)
+    return Part(path, base, facts, fused, helpers, buffers, len(module._modules), in_training)
 
 
-def _is_helper(value: Any) -> bool:
-    """An object of a class of somebody's own that can be called."""
-    return (
-        callable(value)
-        and hasattr(type(value), "__dict__")
-        and "__call__" in vars(type(value))
-        and not isinstance(value, (nn.Module, type))
-    )
+def _helpers(module: nn.Module) -> dict[str, Any]:
+    """Attributes that can be called and are neither modules nor classes, by name."""
+    if base_class(module) in _FACTS:
+        return {}
+    return {n: v for n, v in vars(module).items() if callable(v) and not isinstance(v, (nn.Module, type))}
+
+
+def _held(helper: Any) -> tuple[Any, ...]:
+    if isinstance(helper, _FUNCTIONS):
+        return (helper,)
+    if isinstance(helper, functools.partial):
+        return (helper.func, helper.args, tuple(helper.keywords.items()))
+    return tuple(getattr(helper, "__dict__", {}).items())
+
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+
+
+def why_not_followed(name: str, module: nn.Module) -> str | None:
+    """Why a change of what a module leaves its work to might not be seen; None if it would be."""
+    for helper, value in _helpers(module).items():
+        plain = (*_FUNCTIONS, functools.partial)
+        if not isinstance(value, plain) and (
+            type(value).__new__ is not object.__new__ or not hasattr(value, "__dict__")
+        ):
+            return f"{joined(name, helper)} is a {type(value).__name__}, which may hold anything"
+        unknown = next((v for v in _flat(_held(value)) if not isinstance(v, (*SCALARS, *_FUNCTIONS, type))), None)
+        if unknown is not None:
+            return f"{joined(name, helper)} holds a {type(unknown).__name__}, whose changes would not be seen"
+    return None
+
+
+def _flat(values: tuple[Any, ...]) -> Iterable[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, tuple) else (value,)
 
 
 def _is_setting(value: Any) -> bool:
@@ -116,12 +157,7 @@ def _has_more(layer: nn.Module, example: nn.Module) -> bool:
 
 def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
     """Why a submodule must be called, whatever its class; None if it need not be."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or getattr(module, "_backward_pre_hooks", None)
-    ):
+    if has_hooks(module):
         return f"{name} has hooks"
     if "forward" in module.__dict__:
         return f"{name} has another patch: a forward of its own"
@@ -131,6 +167,15 @@ def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
                 if tensor is not None and not _is_plain_tensor(tensor):
                     return f"{name} has a {kind} that is a {type(tensor).__name__}"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or getattr(module, "_backward_pre_hooks", None)
+    )
 
 
 def _is_plain_tensor(tensor: torch.Tensor) -> bool:
@@ -158,13 +203,18 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
             touched = why_touched(".".join(found.path), child, found.fused)
             if touched is not None:
                 return touched
+        if len(child._modules) != found.inner:
+            return f"{'.'.join(found.path) or 'it'} has {len(child._modules)} submodules now, it had {found.inner}"
         for name in found.buffers:
             if child._buffers.get(name) is None:
                 return f"{'.'.join((*found.path, name))} is gone"
         for name, value in found.facts:
             if getattr(child, name, None) != value:
                 return f"{'.'.join((*found.path, name))} was changed"
-        for name, kind in found.helpers:
-            if type(getattr(child, name, None)) is not kind:
-                return f"{'.'.join((*found.path, name))} is of another class now"
+        for helper in found.helpers:
+            now = getattr(child, helper.name, None)
+            if type(now) is not helper.kind:
+                return f"{'.'.join((*found.path, helper.name))} is of another class now"
+            if _held(now) != helper.held:
+                return f"{'.'.join((*found.path, helper.name))} was changed"
     return None

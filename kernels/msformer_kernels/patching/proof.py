@@ -46,6 +46,33 @@ class Results:
     def layout(self) -> tuple[Any, ...]:
         return (self.returned, *(value.shape for value in self.values[: self.outputs]))
 
+    def without_gradients(self) -> Results:
+        return Results(self.returned, self.outputs, self.values[: self.outputs])
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A proved module's random parameters and buffers, and what it returned on the last image."""
+
+    plan: Plan
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+    results: Results
+
+    def agrees(self, module: nn.Module) -> bool:
+        """Whether another module returns the same with these parameters. It is not touched."""
+        own, ours = [*module.parameters(), *module.buffers()], [*self.parameters, *self.buffers]
+        try:
+            with plain_mode(), deterministic():
+                copied = copy.deepcopy(module, {id(a): b for a, b in zip(own, ours, strict=True)}).eval()
+                x, rest, named = _probe(self.plan, copied, self.plan.probe_sizes[-1])
+                output = type(copied).forward(copied, x, *rest, **named)
+                outputs = _outputs(output)
+                found = Results(type(output), len(outputs), [y.detach() for y in outputs])
+        except Exception:  # of a module that we know nothing of
+            return False
+        return _deviation(found, self.results) <= TOLERANCE
+
 
 class Proof:
     """Compares plans with a module. The module is not touched.
@@ -67,6 +94,7 @@ class Proof:
         with plain_mode():
             self.module = copied.cpu().double().requires_grad_(True)
             self._fill()
+        self._buffers = [buffer.clone() for buffer in self.module.buffers()]
         self._exact: dict[tuple[Any, ...], tuple[Results, bool]] = {}
 
     @torch.no_grad()
@@ -115,6 +143,30 @@ class Proof:
             return f"it cannot be compared ({type(problem).__name__})"
         drawn = any(drawn for _, drawn in self._exact.values())
         return "it draws random numbers" if drawn else "it computes something else"
+
+    def witness(self, plan: Plan) -> Witness:
+        """What is needed to hold modules that are alike against this one."""
+        results, _ = self._of_the_module(plan, plan.probe_sizes[-1], False)
+        return Witness(plan, list(self.module.parameters()), self._buffers, results.without_gradients())
+
+    def makes_pairs(self, plan: Plan) -> bool | None:
+        """Whether the module compares all pairs of tokens, as ordinary attention does; None if it does not multiply
+        what it has computed at all, or cannot be called."""
+        self.module.eval()
+        shapes: list[list[tuple[int, ...]]] = []
+        for size in plan.probe_sizes:
+            x, rest, named = _probe(plan, self.module, size)
+            try:
+                with plain_mode(), deterministic(), Products() as products:
+                    type(self.module).forward(self.module, x, *rest, **named)
+            except Exception:  # of a module that we know nothing of
+                return None
+            shapes.append(products.shapes)
+        if not shapes[0]:
+            return None
+        few, many = (height * width for height, width in plan.probe_sizes)
+        grown = [[b - a for a, b in zip(*pair, strict=False)] for pair in zip(*shapes, strict=False)]
+        return any(growth.count(many - few) > 1 for growth in grown)
 
     def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
         """Results of the module's own forward, and whether it drew random numbers."""
@@ -208,6 +260,30 @@ class _StaysWide(TorchFunctionMode):
 
 _CONVERSIONS = (Tensor.float, Tensor.to, Tensor.type)
 """Ways to another dtype that a forward takes."""
+
+
+class Products(TorchFunctionMode):
+    """Notes the shapes of products of tensors that are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention:
+            self.shapes.append((*args[0].shape[:-1], args[1].shape[-2]))
+        elif func in _PRODUCTS:
+            given = [t for value in args for t in (value if isinstance(value, (tuple, list)) else (value,))]
+            if not any(isinstance(t, nn.Parameter) for t in given):
+                self.shapes.append(tuple(found.shape))
+        return found
+
+
+_PRODUCTS = (
+    *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.bmm, Tensor.baddbmm),
+)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Each is what `patch` finds in the wild: other names of layers, other calling con
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -463,3 +465,58 @@ class SplitMultiScaleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.processor(self, x)
+
+
+class TokenProcessor:
+    """What SANA's transformer leaves its linear attention to in diffusers: ReLU features, a one beside each value."""
+
+    def __call__(
+        self, attn: TokenAttention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        others = x if context is None else context
+        query, key, value = attn.to_q(x), attn.to_k(others), attn.to_v(others)
+        if attn.norm_q is not None and attn.norm_k is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (t.transpose(1, 2).unflatten(1, (attn.heads, -1)) for t in (query, key, value))
+        query, key, value = self.features(query).float(), self.features(key).float(), value.float()
+        found = F.pad(value, (0, 0, 0, 1), value=1.0) @ key.transpose(2, 3) @ query
+        found = (found[:, :, :-1] / (found[:, :, -1:] + 1e-15)).flatten(1, 2).transpose(1, 2).to(x.dtype)
+        for layer in attn.to_out:
+            found = layer(found)
+        return found.clip(-65504, 65504) if x.dtype == torch.float16 else found
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class SoftmaxProcessor:
+    """Ordinary attention with the same layers."""
+
+    def __call__(
+        self, attn: TokenAttention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        heads = (layer(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = heads
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        found = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        for layer in attn.to_out:
+            found = layer(found)
+        return found
+
+
+class TokenAttention(nn.Module):
+    """Of SANA's transformer: what it computes is up to its processor."""
+
+    def __init__(self, processor: object = None, norm: bool = False, channels: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.residual_connection, self.inner_dim = heads, 0.0, False, channels
+        self.norm_q, self.norm_k = (nn.RMSNorm(channels) if norm else None for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+        self.processor: Any = TokenProcessor() if processor is None else processor
+
+    def set_processor(self, processor: object) -> None:
+        self.processor = processor
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        return self.processor(self, x, context=context, mask=mask, **kwargs)

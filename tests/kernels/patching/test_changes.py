@@ -9,10 +9,12 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -284,6 +286,85 @@ def test_dropout_that_is_turned_on_later_counts() -> None:
     kernels.patch(module)
     module.dropout.p = 1.0
     assert torch.equal(module(X, *SIZE), torch.zeros_like(X))
+
+
+def test_a_layer_that_is_added_to_a_row_counts() -> None:
+    module = models.ConvMixFFN().eval()
+    report = kernels.patch(module)
+    module.layers.append(Negated())
+    with torch.no_grad():
+        found = module(X, SIZE)
+        report.undo()
+        assert torch.equal(found, module(X, SIZE))
+
+
+class GivenActivation(models.FlatMixFFN):
+    """The activation is an attribute that is no module."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        del self.act
+        self.act = activation  # type: ignore[assignment]
+
+
+class Times:
+    """An activation with a number."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.factor * F.gelu(x)
+
+
+class TimesAgain(Times):
+    """With the call of its base class."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (F.gelu, F.relu),
+        (lambda x: F.gelu(x), lambda x: -F.gelu(x)),
+        (partial(F.gelu, approximate="none"), partial(F.gelu, approximate="tanh")),
+        (Times(1.0), Times(2.0)),
+        (TimesAgain(1.0), TimesAgain(2.0)),
+    ],
+)
+def test_functions_and_objects_that_a_module_holds_are_watched(before: Any, after: Any) -> None:
+    """In a compiled graph as well."""
+    module = GivenActivation(before).eval()
+    report = kernels.patch(module)
+    torch.compiler.reset()  # of other tests, whose modules share a forward
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for call in (module, compiled):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            call(X, SIZE)
+        assert any(e.name == "msformer::mix_ffn" for e in profile.events())
+    module.act = after
+    with torch.no_grad():
+        found = [call(X, SIZE) for call in (module, compiled)]
+        report.undo()
+        for output in found:
+            torch.testing.assert_close(output, module(X, SIZE), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("held", [partial(F.gelu, approximate=str), partial(F.gelu, X)])
+def test_what_holds_more_than_numbers_and_names_is_not_followed(held: Any) -> None:
+    module = models.FlatMixFFN()
+    module.unused = held
+    if held.args:
+        with pytest.warns(UserWarning, match="unused holds a Tensor, whose changes would not be seen"):
+            kernels.patch(module)
+    else:
+        assert len(kernels.patch(module).replaced) == 1
+
+
+def test_a_bound_method_is_not_followed() -> None:
+    module = models.FlatMixFFN()
+    module.unused = nn.Linear(1, 1).forward  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="unused is a method, which may hold anything"):
+        kernels.patch(module)
 
 
 def test_arguments_by_name_and_optional_ones(block: models.TupleBlock) -> None:

@@ -117,3 +117,72 @@ def test_a_diffusion_unet() -> None:
         report = kernels.patch(model, min_gain=0)
         assert [r.by for r in report.replaced] == ["efficient_attention"] * 6
         torch.testing.assert_close(model(image, step), expected, atol=1e-5, rtol=1e-4)
+
+
+def sana_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 32, 8, 6), (1, 5, 64))
+    image, text = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return {"hidden_states": image, "encoder_hidden_states": text, "timestep": torch.tensor([3]), "return_dict": False}
+
+
+def test_linear_attention_of_sana_is_replaced_until_its_processor_changes() -> None:
+    """Of text and image, ordinary attention stays, without a word."""
+    torch.manual_seed(0)
+    model = made("diffusers/sana").double().eval()
+    named = sana_inputs()
+    (expected,) = model(**named)
+    report = kernels.patch(model, min_gain=0)
+    assert Counter((r.name.split(".")[-1], r.by) for r in report.replaced) == {
+        ("attn1", "efficient_attention"): 4,
+        ("ff", "mix_ffn"): 4,
+    }
+    assert report.refused == []
+    (found,) = model(**named)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()  # the attention rounds to float32
+
+    attention = model.transformer_blocks[0].attn1
+    x, text = torch.randn(1, 24, 256, dtype=torch.float64), torch.randn(1, 5, 256, dtype=torch.float64)
+    for processor in (attention.processor, model.transformer_blocks[0].attn2.processor):
+        attention.set_processor(processor)
+        for arguments in ({}, {"encoder_hidden_states": text}):
+            original = type(attention).__mro__[1].forward(attention, x, **arguments)
+            torch.testing.assert_close(attention(x, **arguments), original, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_of_a_text_are_left_to_imagens_linear_attention() -> None:
+    made("imagen/unet")  # which imports the package as it must be
+    from imagen_pytorch.imagen_pytorch import LinearAttention
+
+    torch.manual_seed(0)
+    model = LinearAttention(16, 4, 2, context_dim=12).double().eval()
+    x, text = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 16, 6, 4), (2, 5, 12)))
+    expected, of_text = model(x), model(x, text)
+    report = kernels.patch(model, min_gain=0)
+    assert [(r.by, r.options) for r in report.replaced] == [("efficient_attention", "2 heads, scale 0.5")]
+    torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=1e-10)
+    assert torch.equal(model(x, text), of_text)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_ordinary_attention_of_timm_is_no_line_in_the_report(name: str) -> None:
+    model = pytest.importorskip("timm").create_model(name)
+    with pytest.warns(UserWarning, match="no module looks like one"):
+        kernels.patch(model, min_gain=0)
+
+
+@pytest.mark.parametrize("name", ["Bert", "ViT", "CLIPVision"])
+def test_ordinary_attention_of_transformers_is_no_line_in_the_report(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
+    with pytest.warns(UserWarning, match="no module looks like one"):
+        kernels.patch(model, min_gain=0)
+
+
+def test_the_convolution_of_mambaout_is_left_alone() -> None:
+    model = pytest.importorskip("timm").create_model("mambaout_femto")
+    with pytest.warns(UserWarning, match="as in MambaOut"):
+        report = kernels.patch(model, min_gain=0)
+    assert report.replaced == []
+    assert len(report.refused) == 18

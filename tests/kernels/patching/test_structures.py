@@ -15,7 +15,7 @@ import msformer_kernels as kernels
 from tests.kernels.patching import models
 
 HEIGHT, WIDTH, CHANNELS = 6, 4, 8
-HW, SIZE = (HEIGHT, WIDTH), ((HEIGHT, WIDTH),)
+HW, SIZE, TOKENS = (HEIGHT, WIDTH), ((HEIGHT, WIDTH),), (None,)
 
 OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, str, str]]]] = {
     "dense": (models.DenseMixFFN, HW, [("", "mix_ffn", "gelu")]),
@@ -67,6 +67,16 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
         models.SplitMultiScaleAttention,
         (),
         [("", "efficient_attention", "relu, 4 channels a head, 2 scales, eps 1e-15, adds x")],
+    ),
+    "token attention": (
+        models.TokenAttention,
+        TOKENS,
+        [("", "efficient_attention", "relu, 2 heads, eps 1e-15")],
+    ),
+    "token attention with norms": (
+        lambda: models.TokenAttention(norm=True),
+        TOKENS,
+        [("", "efficient_attention", "relu, 2 heads, eps 1e-15, norm_q of the query, norm_k of the key")],
     ),
     "tuple block": (
         models.TupleBlock,
@@ -156,6 +166,10 @@ NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "longer": (models.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
     "9x9": (lambda: models.WideMixFFN(9), r"convolution is \(9, 9\), .*; only 3x3, 5x5, 7x7 with stride 1"),
     "elu": (lambda: with_activation(nn.ELU()), "computes something else"),
+    "wide MambaOut": (
+        lambda: models.PartlyMixedFFN(8, 24, 8),
+        "mixes 8 of the 48 channels that its first layer gives, as in MambaOut; only",
+    ),
     "other width": (lambda: with_last(nn.Linear(16, 5)), "output features differ"),
     "circular": (
         lambda: with_convolution(nn.Conv2d(16, 16, 3, 1, 1, groups=16, padding_mode="circular")),
@@ -226,12 +240,63 @@ class TransposedAttention(models.EfficientAttention):
         return self.reprojection(self.values(x) * self.queries(x).flatten(2).softmax(-1).view_as(x) + self.keys(x))
 
 
-@pytest.mark.parametrize("make", [ScaledAttention, TransposedAttention, models.UnevenMultiScaleAttention])
-def test_an_attention_that_computes_something_else_stays(make: type[nn.Module]) -> None:
+class PairsAttention(models.LinearAttention):
+    """Ordinary attention, of each image's tokens with one another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.flatten(2).unflatten(1, (self.heads, -1)) for t in self.to_qkv(self.norm(x)).chunk(3, 1))
+        scores = torch.einsum("bhdi,bhdj->bhij", q * self.scale, k).softmax(-1)
+        return self.to_out(torch.einsum("bhij,bhdj->bhdi", scores, v).flatten(1, 2).unflatten(2, x.shape[2:]))
+
+
+class CalledPairsAttention(PairsAttention):
+    """The same by PyTorch's function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.flatten(2).unflatten(1, (self.heads, -1)) for t in self.to_qkv(self.norm(x)).chunk(3, 1))
+        found = nn.functional.scaled_dot_product_attention(*(t.transpose(2, 3) for t in (q, k, v)))
+        return self.to_out(found.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(TransposedAttention, PairsAttention, CalledPairsAttention),
+        lambda: models.TokenAttention(models.SoftmaxProcessor()),
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+    ],
+)
+def test_ordinary_attention_is_passed_over_without_a_word(make: Callable[[], nn.Module]) -> None:
     model = make()
+    kind = type(model)
     with pytest.warns(UserWarning, match="no module looks like one"):
-        assert kernels.patch(model, min_gain=0).replaced == []
-    assert type(model) is make
+        report = kernels.patch(model, min_gain=0)
+    assert report.replaced == report.refused == []
+    assert type(model) is kind
+
+
+class SquaredFeatures(models.TokenProcessor):
+    """Linear attention of other features."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x).square()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(ScaledAttention, models.UnevenMultiScaleAttention),
+        lambda: models.TokenAttention(SquaredFeatures()),
+    ],
+)
+def test_linear_attention_that_computes_something_else_is_reported(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    kind = type(model)
+    with pytest.warns(UserWarning, match=r"something else: efficient_attention .* comes nearest and differs by"):
+        report = kernels.patch(model, min_gain=0)
+    assert [(r.name, r.class_name) for r in report.refused] == [("", kind.__name__)]
+    assert type(model) is kind
 
 
 class PostNormBlock(models.ImageBlock):

@@ -7,6 +7,7 @@ from msformer_kernels.patching.structures.inverted_residual import inverted_resi
 from msformer_kernels.patching.structures.linear_attention import linear_attention_plans
 from msformer_kernels.patching.structures.mix_ffn import mix_ffn_plans
 from msformer_kernels.patching.structures.relu_attention import relu_attention_plans
+from msformer_kernels.patching.structures.token_attention import token_attention_plans
 
 SEARCHES: tuple[Search, ...] = (
     block_plans,
@@ -15,6 +16,7 @@ SEARCHES: tuple[Search, ...] = (
     attention_plans,
     linear_attention_plans,
     relu_attention_plans,
+    token_attention_plans,
 )
 
 __all__ = ["SEARCHES", "Plan", "Search"]

@@ -75,7 +75,8 @@ class LinearAttentionPlan(Plan):
         return (*self.before, *self.makers, *self.after)
 
     def channels(self, module: nn.Module) -> int:
-        return next(features(layer)[1] for layer in layers_of(module).values() if is_pointwise(layer))
+        maker = nn.ModuleList([module.get_submodule(self.makers[0])])
+        return next(features(layer)[1] for layer in layers_of(maker).values() if is_pointwise(layer))
 
     def input_shape(self, module: nn.Module, height: int, width: int) -> tuple[int, ...]:
         frames = (3,) if self.video else ()
@@ -89,20 +90,25 @@ class LinearAttentionPlan(Plan):
 
 
 def linear_attention_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
-    """See `Search`. Modules like these are mostly other attentions, so none is alike."""
+    """See `Search`. Modules like these are mostly other attentions, so none is alike. One layer more may make keys and
+    values of a text (imagen-pytorch); a call without the text does not use it."""
     arguments, own = arguments_of(module), [n for n, p in module._parameters.items() if p is not None]
     points = {name: layer for name, layer in layers_of(module).items() if is_pointwise(layer)}
-    if children or arguments.convention != "image" or len(points) not in (2, 4) or len(own) > 1:
+    if children or arguments.convention != "image" or len(points) not in (2, 4, 5) or len(own) > 1:
         return NOTHING
-    *makers, last = (name.split(".")[0] for name in points)
-    *made, takes = (features(layer) for layer in points.values())
-    inner = takes[1]
+    widths = {name.split(".")[0]: features(layer)[0] for name, layer in points.items()}
+    *makers, last = widths
+    inner = features(list(points.values())[-1])[1]
+    of_a_text = [name for name in makers if widths[name] == 2 * inner] if len(points) == 5 else []
+    makers = [name for name in makers if name not in of_a_text]
     wanted = 3 * inner if len(makers) == 1 else inner
-    if len({*makers, last}) < len(points) or any(out != wanted for out, _ in made):
+    if len(widths) < len(points) or len(makers) not in (1, 3) or any(widths[name] != wanted for name in makers):
         return NOTHING
-    with_parameters = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
+    with_parameters = [
+        n for n, child in module.named_children() if n not in of_a_text and any(True for _ in child.parameters())
+    ]
     before = tuple(n for n in with_parameters if n not in (*makers, last))
-    between = [n for n, _ in module.named_children() if n not in with_parameters]
+    between = [n for n, _ in module.named_children() if n not in (*with_parameters, *of_a_text)]
     memory = own[0] if own else None
     orders = itertools.permutations(makers)
     ends = [(last,), *((name, last) for name in between)]

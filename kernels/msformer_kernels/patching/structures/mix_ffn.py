@@ -206,14 +206,14 @@ def _why_not(
     hidden = convolution.in_channels
     if not _orders(layers, pointwise, hidden):
         around = f"layers {shapes} (out, in) around {hidden} channels"
-        widest = max(out for out, _ in shapes)
-        if any(out == hidden and into in (hidden, hidden / 2) for (out, _), (_, into) in (shapes, shapes[::-1])):
-            return f"its output features differ from its input features: {around}"
-        if widest > hidden:
+        (widest, into), (out, _) = shapes
+        if widest > hidden and into == out:
             return (
                 f"its convolution mixes {hidden} of the {widest} channels that its first layer gives, as in MambaOut; "
                 "only a convolution of all of them is fused"
             )
+        if any(out == hidden and into in (hidden, hidden / 2) for (out, _), (_, into) in (shapes, shapes[::-1])):
+            return f"its output features differ from its input features: {around}"
         return f"it is split: {around}"
     if arguments_of(module).convention is None:
         return f"its forward takes {len(arguments_of(module).required)} arguments, expected (x, height, width), " + (
