@@ -113,7 +113,7 @@ def lung(labels: NDArray[Any], image: Tensor) -> Mask:
         return np.zeros(labels.shape, dtype=np.bool_)
     threshold = threshold_otsu(grey[body])
     found = [v for v in np.unique(labels[body]) if grey[body & (labels == v)].mean() <= threshold]
-    return clean_up(np.isin(labels, found) & body, largest_hole=VESSEL)
+    return clean_up(np.isin(labels, found) & body, VESSEL)
 
 
 RULES: dict[str, Rule] = {"central": central, "dark": dark, "lesion": lesion, "lung": lung}
@@ -128,6 +128,11 @@ def rule_for(colour: bool, ct: bool) -> str:
     for others `central`, which assumes least.
     """
     return "lesion" if colour else "lung" if ct else "central"
+
+
+def largest_hole(rule: str) -> float:
+    """Holes in the object of a rule are filled that are no larger than this share of the image."""
+    return VESSEL if rule == "lung" else 1.0
 
 
 def grey_levels(image: Tensor) -> NDArray[np.uint8]:
@@ -151,9 +156,9 @@ def body_mask(image: Tensor) -> Mask:
     return np.asarray(ndimage.binary_fill_holes(closed), dtype=np.bool_)
 
 
-def clean_up(mask: Mask, largest_hole: float = 1.0) -> Mask:
+def clean_up(mask: Mask, largest: float = 1.0) -> Mask:
     """The mask without specks, and with holes filled that are no larger than this share of the image."""
-    return filled(main_parts(mask), largest_hole)
+    return filled(main_parts(mask), largest)
 
 
 def main_parts(mask: Mask) -> Mask:
@@ -168,10 +173,10 @@ def main_parts(mask: Mask) -> Mask:
     return np.pad(kept, [(_rim(size), _rim(size)) for size in mask.shape], mode="edge")
 
 
-def filled(mask: Mask, largest_hole: float = 1.0) -> Mask:
+def filled(mask: Mask, largest: float = 1.0) -> Mask:
     """The mask with holes filled that are no larger than this share of the image."""
     holes, _ = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)
-    return mask | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest_hole * mask.size))
+    return mask | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest * mask.size))
 
 
 def _middle(shape: tuple[int, ...]) -> NDArray[np.float64]:

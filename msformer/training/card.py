@@ -29,8 +29,8 @@ here was tested for diagnosis.
 
 ## Network
 
-MS-Former, {parameters:,} weights, width {embed_dim}, {depth} block{plural} in each branch, {num_clusters} labels. Images
-are resized to {size} x {size} pixels, and each channel of each image is standardised.
+MS-Former, {parameters:,} weights, width {embed_dim}, {depth} block{plural} in each branch, {num_clusters} labels.
+Images are resized to {size} x {size} pixels, and each channel of each image is standardised.
 
 ## Training
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +22,15 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 
 import msformer
+from msformer.io.prepare import prepare_image
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.training.card import write_card
+from msformer.training.domains import find_domain
+
+if TYPE_CHECKING:
+    from msformer.training.predict import Prediction
 
 FORMAT = 1
 """Of ``model.json``; it rises when an older package could not use a newer model."""
@@ -45,7 +50,7 @@ class TrainedModel:
     network: MSFormer
     """In evaluation mode, in float32, on its device."""
     domain: str
-    """The kind of images it was trained on: it decides the rules that it is fused with."""
+    """The kind of images it was trained on, in `msformer.training.domains`: decides the rules it is fused with."""
     objective: str
     """One of `OBJECTIVES`."""
     size: int
@@ -62,6 +67,17 @@ class TrainedModel:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def predict(self, image: Any, **options: Any) -> Prediction:
+        """What the network says of an image of any kind that `msformer.segment` takes.
+
+        Args:
+            image: a path, PIL image, array or tensor, see `msformer.segment`.
+            options: of `msformer.training.predict.predict`.
+        """
+        from msformer.training.predict import predict
+
+        return predict(self, prepare_image(image), **options)
+
 
 def save_model(
     folder: str | PathLike[str],
@@ -77,18 +93,18 @@ def save_model(
     Args:
         folder: is made if it is not there; other files in it stay.
         network: on any device, in any floating-point type, not wrapped.
-        domain: as in `TrainedModel`.
+        domain: a key of `msformer.training.domains.DOMAINS`.
         objective: one of `OBJECTIVES`.
         size: side of the square that images are resized to for a prediction, pixels.
         training: what a reader of the model card should know of the training (images, steps, seed, seconds, agreement,
             statistics of the images, warnings, ...): plain JSON; the card lists it as it is.
 
     Raises:
-        ValueError: an unknown objective, a size that is too small, weights that are not finite.
+        ValueError: an unknown domain or objective, a size that is too small, weights that are not finite.
         OutputError: the folder cannot be written to.
     """
     folder = Path(folder)
-    _check(objective, size)
+    _check(domain, objective, size)
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
@@ -135,11 +151,14 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") ->
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise ModelError(f"{folder}: {WEIGHTS} is damaged, or not the file that {DESCRIPTION} was written with")
     try:
-        _check(description["objective"], description["preprocessing"]["size"])
+        _check(description["domain"], description["objective"], description["preprocessing"]["size"])
         network = MSFormer(**description["architecture"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: {error}") from error
+    try:
         network.load_state_dict(read_tensors(content))
-    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: its weights do not fit {DESCRIPTION}: {error}") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: {WEIGHTS} does not fit the architecture in {DESCRIPTION}: {error}") from error
     decisive = {name: description[name] for name in ("domain", "objective", "architecture", "preprocessing", "sha256")}
     return TrainedModel(
         network=network.eval().requires_grad_(False).to(find_device(device)),
@@ -188,7 +207,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check(objective: str, size: int) -> None:
+def _check(domain: str, objective: str, size: int) -> None:
+    find_domain(domain)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: unknown {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if size < MINIMUM_SIZE:
