@@ -1,6 +1,7 @@
-"""Kinds of images: what decides, for each, the rule of the teachers, the augmentation, and how images are prepared.
+"""Kinds of images: what decides, for each, the rule of the teachers and the augmentation.
 
-Needs no heavy import but torch; where no domain is given, `guess_domain` says which one the images are of.
+Where no domain is given, `guess_domain` says which one the images are of. Networks see images of every domain alike,
+each channel of each image standardised: raw values do not carry over from one camera to the next.
 """
 
 from __future__ import annotations
@@ -8,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from msformer.training.augment import Strengths
 
@@ -68,13 +66,3 @@ def guess_domain(kinds: Sequence[Kind]) -> Domain:
         raise ValueError("kinds: expected at least one image, got none")
     counts = {name: sum(kind.domain.name == name for kind in kinds) for name in DOMAINS}
     return DOMAINS[max(counts, key=lambda name: counts[name])]
-
-
-def standardised(images: Tensor) -> Tensor:
-    """Images ``[B, C, H, W]``, each channel of each brought to mean 0 and variance 1; constant channels become 0.
-
-    This is how every network here sees images, in training and afterwards: raw values do not carry over from one
-    camera to the next.
-    """
-    spread, mean = torch.std_mean(images, dim=(2, 3), correction=0, keepdim=True)
-    return (images - mean) / torch.where(spread > 1e-6, spread, 1)

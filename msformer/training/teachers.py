@@ -23,7 +23,7 @@ from msformer.selection import select
 from msformer.training.domains import Domain
 from msformer.training.hairs import without_hairs
 
-TEACHER_SIZE = 193
+TEACHER_SIZE = 129
 """Side of the square that images are resized to for their teachers, pixels."""
 AGREEMENT = 0.8
 """Images whose teachers agree less than this are left out."""
