@@ -144,7 +144,7 @@ def _by_rule(shares: FloatMap, image: Tensor, domain: Domain, size: tuple[int, i
     labels = shares.argmax(0).astype(np.min_scalar_type(len(shares) - 1))
     found = select(domain.rule, labels, resize_image(image, (labels.shape[0], labels.shape[1])))
     inside = [k for k in np.unique(labels) if found[labels == k].mean() > 0.5]
-    probability = shares[inside].sum(0, dtype=np.float32).clip(0, 1)
+    probability = shares[inside].sum(0, dtype=np.float32)
     return Prediction(
         probability=_enlarged(probability, size),
         labels=resize_labels(labels, size),
@@ -172,5 +172,5 @@ def _enlarged(values: FloatMap, size: tuple[int, int]) -> FloatMap:
 
 
 def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """``[C, h, w]`` -> ``[C, *size]``: bilinear, averaging over the area that falls on a pixel when shrinking."""
-    return F.interpolate(values[None], size=size, mode="bilinear", antialias=True)[0]
+    """``[C, h, w]`` in [0, 1] -> ``[C, *size]``: bilinear, averaging over an area when shrinking."""
+    return F.interpolate(values[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
