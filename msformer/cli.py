@@ -82,7 +82,7 @@ def segment(
         from msformer.runs.write import read_mask, write_volumes
 
         way = make_way(options, model, refine)
-        reading = Reading(window, None if slice == ALL_SLICES else slice)
+        reading = Reading(window, slice_index=slice if isinstance(slice, int) else None)
         plan = Plan(way, reading, select if mask else None)
         sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
@@ -155,7 +155,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     show_default=True,
     is_eager=True,
     callback=list_methods,
-    help="Names, joined by commas; 'list' prints them.",
+    help="Names, joined by commas; 'list' prints them. The folder of a trained model, MODEL/, is one, too.",
 )
 @click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
 @click.option(
@@ -172,6 +172,9 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
 def evaluate(**options: Any) -> None:
     """Score MS-Former and the methods it is compared with on images with true masks.
+
+    A trained model is scored by the masks of `msformer segment --model MODEL/ --mask`; MODEL/:net is its network alone,
+    MODEL/:fused always fused with the rules.
 
     Writes report.html and report.md, summary.csv, scores.csv (a line an image, method and protocol) and the label maps.
     What is done is not done again, so an interrupted run goes on where it stopped.

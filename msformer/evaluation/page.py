@@ -31,7 +31,6 @@ from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import complete_file
 from msformer.pictures import outline, overlay
 from msformer.scoring import Mask
-from msformer.selection import select
 
 THUMBNAIL = (160, 160)
 """Height and width of a picture in the gallery, pixels."""
@@ -103,8 +102,7 @@ def _pictures(case: Case, report: Report, store: Store) -> tuple[str, str, list[
         fitted = store.load(method, case)
         if fitted is None or (method.name, "blind") not in dsc.index:
             continue
-        blind = select(rule, fitted.labels, resize_image(pair.image, (fitted.labels.shape[0], fitted.labels.shape[1])))
-        labels, chosen = (resize_labels(x, THUMBNAIL) for x in (fitted.labels, blind))
+        labels, chosen = (resize_labels(x, THUMBNAIL) for x in (fitted.labels, fitted.blind(rule, pair.image)))
         shown.append(
             Shown(
                 method.title,
