@@ -1,8 +1,8 @@
 """MS-Former: segmentation of medical images without labels, by fitting a small two-scale transformer to each image.
 
-`segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. `load` reads a
-network that was trained on a folder of images. The command line is ``msformer``. The operators it is built on are in
-the package `msformer_kernels`.
+`segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. `train`
+trains one network on a folder of images, `load` reads it again. The command line is ``msformer``. The operators it is
+built on are in the package `msformer_kernels`.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from msformer.model import MSFormer, MSFormerOutput
     from msformer.presets import LossWeights
     from msformer.segmentation import Segmentation, segment
+    from msformer.training.run import train
     from msformer.training.saved import TrainedModel, load
 
 try:
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "load",
     "segment",
+    "train",
 ]
 
 _HOME = {
@@ -39,6 +41,7 @@ _HOME = {
     "TrainedModel": "msformer.training.saved",
     "load": "msformer.training.saved",
     "segment": "msformer.segmentation",
+    "train": "msformer.training.run",
 }
 
 

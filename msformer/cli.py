@@ -1,4 +1,4 @@
-"""The command line: ``msformer segment``, ``msformer demo``, ``msformer info``.
+"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``info``.
 
 Heavy imports happen inside the commands, so that help and errors of usage come at once.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msformer.options import ALL_SLICES, SliceType, fit_options, make_fit, make_way, run_options
+from msformer.training.command import train
 
 if TYPE_CHECKING:
     from msformer.runs.plan import Job, Plan
@@ -184,6 +185,9 @@ def evaluate(**options: Any) -> None:
 
         failures = run(**options)
     sys.exit(1 if failures else 0)
+
+
+main.add_command(train)
 
 
 @main.command()

@@ -118,12 +118,17 @@ class Plan:
         return [*(f".{kind}.png" for kind in self.kinds), ".overlay.png", *volumes]
 
     def reading_of(self, job: Job) -> Reading:
-        """A file of one slice is read whatever slice is asked for of volumes."""
-        if job.slice_index is not None:
-            return replace(self.reading, slice_index=job.slice_index)
-        if self.reading.slice_index is not None and count_slices(job.source) == 1:
-            return replace(self.reading, slice_index=None)
-        return self.reading
+        """How the file of a job is read."""
+        return reading_of(job, self.reading)
+
+
+def reading_of(job: Job, reading: Reading) -> Reading:
+    """How the file of a job is read: one of a single slice whatever slice is asked for of volumes."""
+    if job.slice_index is not None:
+        return replace(reading, slice_index=job.slice_index)
+    if reading.slice_index is not None and count_slices(job.source) == 1:
+        return replace(reading, slice_index=None)
+    return reading
 
 
 def settings_record(plan: Plan) -> Record:

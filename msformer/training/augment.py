@@ -168,8 +168,9 @@ def draw_hairs(images: Tensor, appearance: Appearance) -> Tensor:
     distance = (across - offset - curvature * along**2).abs() / (1 + (2 * curvature * along) ** 2).sqrt()
     pixel = 2 / images.shape[2]
     cover = opacity * ((half_width - distance) / pixel + 0.5).clamp(0, 1) * ((along > begin) & (along < end))
+    channels = torch.linspace(0, 1, 3, device=images.device)[:, None, None]
     for hair in range(cover.shape[1]):
-        colour = grey[:, hair] * (1 - brown[:, hair] * torch.arange(3, device=images.device)[:, None, None] / 2)
+        colour = grey[:, hair, None] * (1 - brown[:, hair, None] * channels)
         images = torch.lerp(images, colour.expand_as(images), cover[:, hair, None])
     return images
 
@@ -177,7 +178,8 @@ def draw_hairs(images: Tensor, appearance: Appearance) -> Tensor:
 def draw_corners(images: Tensor, target: Tensor, weight: Tensor, appearance: Appearance) -> tuple[Tensor, ...]:
     """Views, targets and weights ``[B, S, S]`` with dark corners, which are background for sure."""
     y, x = _axes(images)
-    middle_x, middle_y, radius, softness, grey, opacity = appearance.corners.to(images.device)[..., None, None].unbind(1)
+    parts = appearance.corners.to(images.device)[..., None, None].unbind(1)  # each [B, 1, 1]
+    middle_x, middle_y, radius, softness, grey, opacity = parts
     distance = ((x - middle_x) ** 2 + (y - middle_y) ** 2).sqrt()
     cover = opacity * ((distance - radius) / softness).sigmoid()
     outside = cover > 0.5

@@ -7,10 +7,11 @@ needs none of this; every function then does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from msformer_kernels import TokenBatchNorm
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others; while teachers are made, they may be minutes apart."""
@@ -39,6 +42,9 @@ class Processes:
         return self.rank == 0
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes that ``torchrun`` started, which talk to each other within the block; otherwise this one alone.
@@ -47,7 +53,7 @@ def joined(device: str) -> Iterator[Processes]:
         device: as on the command line; GPUs talk through NCCL, CPUs through gloo.
     """
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        yield Processes()
+        yield ALONE
         return
     gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -74,6 +80,16 @@ def wait_for_all() -> None:
     """Goes on when all processes have come here."""
     if is_spread():
         dist.barrier()
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What the first process makes, in all of them."""
+    if not is_spread():
+        return make()
+    made: list[Any] = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    found: Result = made[0]
+    return found
 
 
 class SpreadBatchNorm(TokenBatchNorm):

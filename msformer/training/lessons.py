@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msformer.io.prepare import prepare_image, resize_image
-from msformer.io.read import is_colour, is_ct, read_image
+from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.output import complete_file
-from msformer.runs.plan import Job, Plan, fingerprint
-from msformer.training.distributed import Processes, wait_for_all
+from msformer.runs.plan import Job, fingerprint
+from msformer.training.distributed import ALONE, Processes, wait_for_all
 from msformer.training.domains import Domain, Kind
 from msformer.training.teachers import TEACHER_SIZE, rule_masks
 
 FORMAT = 1
 """Of the files; a change of the teachers that their settings do not tell needs another."""
-ALONE = 30
+FEW = 30
 """Images that are worked on without further processes."""
 SAMPLE = 25
 """Images that are looked at to guess the domain."""
@@ -44,8 +44,8 @@ class Request:
     """One image, and what its lesson is made for."""
 
     job: Job
-    plan: Plan
-    """How files are read."""
+    reading: Reading
+    """How its file is read."""
     domain: Domain
     taught: bool
     """Whether teachers are wanted."""
@@ -95,12 +95,13 @@ class Pool:
         return len(self.names)
 
 
-def look_at(jobs: Sequence[Job], plan: Plan) -> list[Kind]:
+def look_at(images: Sequence[tuple[Job, Reading]]) -> list[Kind]:
     """The kinds of some of the images, spread over the folder; files that cannot be read are passed over."""
     found = []
-    for place in np.unique(np.linspace(0, len(jobs) - 1, min(SAMPLE, len(jobs))).astype(int)):
+    for place in np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)):
+        job, reading = images[place]
         try:
-            found.append(_kind(jobs[place], plan, prepare_image(_read(jobs[place], plan))))
+            found.append(_kind(job, reading, prepare_image(read_image(job.source, reading))))
         except (ValueError, OSError):
             continue
     return found
@@ -110,7 +111,7 @@ def learn(
     requests: Sequence[Request],
     folder: Path,
     report: Callable[[int], None],
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
     workers: int = 1,
 ) -> tuple[dict[str, Lesson], dict[str, str]]:
     """The lessons by name in the order of the requests, and errors by origin.
@@ -158,8 +159,8 @@ def make_lesson(request: Request, folder: Path) -> Lesson:
     Raises:
         ValueError, OSError: the image cannot be read, or the lesson not written.
     """
-    image = prepare_image(_read(request.job, request.plan))
-    kind = _kind(request.job, request.plan, image)
+    image = prepare_image(read_image(request.job.source, request.reading))
+    kind = _kind(request.job, request.reading, image)
     small = resize_image(image, (TEACHER_SIZE, TEACHER_SIZE))
     stored = (small * 255).round().to(torch.uint8)
     votes, count, agreement = np.zeros((TEACHER_SIZE, TEACHER_SIZE), np.uint8), 0, 1.0
@@ -176,9 +177,10 @@ def make_lesson(request: Request, folder: Path) -> Lesson:
 
 def _made(requests: Sequence[Request], folder: Path, workers: int) -> Iterator[None]:
     """Makes the lessons; those that fail are left to be tried, and reported, when they are loaded."""
-    if len(requests) <= ALONE or workers == 1:
+    if len(requests) <= FEW or workers == 1:
         for request in requests:
-            yield _try_to_make(request, folder)
+            _try_to_make(request, folder)
+            yield
         return
     with Parallel(n_jobs=workers, return_as="generator_unordered") as pool:
         yield from pool(delayed(_try_to_make)(request, folder) for request in requests)
@@ -214,13 +216,12 @@ def _path(request: Request, folder: Path) -> Path:
 
 def _key(request: Request) -> str:
     """A hash of the file's content, and of all else that decides the lesson."""
-    reading = request.plan.reading_of(request.job)
     settings = {
         "format": FORMAT,
         "file": _fingerprint(request.job.source),
         "suffix": request.job.source.suffix.lower(),
-        "window": reading.window,
-        "slice": reading.slice_index,
+        "window": request.reading.window,
+        "slice": request.reading.slice_index,
         "size": TEACHER_SIZE,
         "domain": request.domain.name if request.taught else None,
         "seed": request.seed if request.taught else None,
@@ -243,9 +244,5 @@ def _fingerprint(source: Path) -> str:
         return ""
 
 
-def _read(job: Job, plan: Plan) -> NDArray[np.generic]:
-    return read_image(job.source, plan.reading_of(job))
-
-
-def _kind(job: Job, plan: Plan, image: Tensor) -> Kind:
-    return Kind(is_colour(image), is_ct(job.source, plan.reading_of(job).slice_index))
+def _kind(job: Job, reading: Reading, image: Tensor) -> Kind:
+    return Kind(is_colour(image), is_ct(job.source, reading.slice_index))

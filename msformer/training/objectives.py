@@ -36,8 +36,8 @@ class Shares(NamedTuple):
 
     images: int
     """In the whole batch, of all processes."""
-    weight: float
-    """Sum of the weights of all its pixels."""
+    weight: Tensor
+    """Sum of the weights of all its pixels, a number."""
     parts: int
     """Parts that a process splits its share of the batch in."""
     processes: int
@@ -58,7 +58,7 @@ Term = Callable[[MSFormerOutput, Targets, Shares], Tensor]
 def weighted_cross_entropy(output: MSFormerOutput, targets: Targets, shares: Shares) -> Tensor:
     """sum of w CE over sum of w, over all pixels of the batch."""
     losses = F.cross_entropy(output.logits.float(), targets.target.long(), reduction="none")
-    return (targets.weight * losses).sum() / max(shares.weight, 1.0)
+    return (targets.weight * losses).sum() / shares.weight.clamp(min=1)
 
 
 def soft_dice(output: MSFormerOutput, targets: Targets, shares: Shares) -> Tensor:
@@ -69,7 +69,7 @@ def soft_dice(output: MSFormerOutput, targets: Targets, shares: Shares) -> Tenso
 
 
 def mutual_information(output: MSFormerOutput, targets: Targets, shares: Shares) -> Tensor:
-    """Minus the information that clusters in one light have about those in the other: -sum P (ln P - l ln P1 - l ln P2).
+    """-sum P (ln P - l ln P1 - l ln P2): minus what clusters in one light tell about those in the other.
 
     The first half of the images in one light, the second half in another. P is the mean over pixels of the product of
     both probabilities, symmetrised. Ji, Henriques, Vedaldi, "Invariant Information Clustering for Unsupervised Image
