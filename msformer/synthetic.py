@@ -33,8 +33,8 @@ def synthetic_lesion(seed: int, height: int = 384, width: int = 512, *, varied: 
     Args:
         seed: of all that is drawn.
         height, width: of the image, pixels.
-        varied: with up to 30 hairs, dark corners in two fifths of the images, and light that may come from one side: images
-            on which simple rules fail now and then.
+        varied: with up to 30 hairs, dark corners in two fifths of the images, and light that may come from one side:
+            images on which simple rules fail now and then.
 
     Raises:
         ValueError: an image smaller than 64 x 64.

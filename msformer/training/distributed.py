@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from msformer_kernels import TokenBatchNorm
 
@@ -73,7 +72,22 @@ def is_spread() -> bool:
 
 def total(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes, with gradients: that of each process gets to every other."""
-    return all_reduce(x) if is_spread() else x
+    found: Tensor = _Total.apply(x) if is_spread() else x
+    return found
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        found = grad.contiguous().clone()
+        dist.all_reduce(found)
+        return found
 
 
 def wait_for_all() -> None:

@@ -23,6 +23,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from torch import Tensor
 
+import msformer
 from msformer.io.prepare import prepare_image, resize_image
 from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.output import complete_file
@@ -218,6 +219,7 @@ def _key(request: Request) -> str:
     """A hash of the file's content, and of all else that decides the lesson."""
     settings = {
         "format": FORMAT,
+        "version": msformer.__version__,
         "file": _fingerprint(request.job.source),
         "suffix": request.job.source.suffix.lower(),
         "window": request.reading.window,

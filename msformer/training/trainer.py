@@ -78,7 +78,7 @@ class Trainer:
         self._called: nn.Module = self.network
         if is_spread():
             ids = [device] if device.type == "cuda" else None
-            self._called = DistributedDataParallel(self.network, device_ids=ids, broadcast_buffers=False)
+            self._called = DistributedDataParallel(self.network, device_ids=ids)
 
     def run(self, batches: Batches, each: Callable[[State], bool]) -> bool:
         """Takes the steps that are left of a round.

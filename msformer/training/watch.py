@@ -1,5 +1,4 @@
-"""What a training shows while it goes: a live bar on a terminal, elsewhere a line every few seconds, and the time left.
-"""
+"""What a training shows while it goes: a live bar on a terminal, elsewhere a line every few seconds; the time left."""
 
 from __future__ import annotations
 

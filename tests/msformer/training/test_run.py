@@ -44,7 +44,6 @@ def requests(folder: Path, **changes: Any) -> list[Request]:
 def test_a_net_learns_from_rules_what_the_rules_know(tmp_path: Path) -> None:
     """Some images without a mask, two hundred steps: the network finds lesions that it never saw."""
     save_lesions(tmp_path / "images", 12, 128)
-    torch.set_num_threads(1)
     model = msformer.train(
         tmp_path / "images",
         tmp_path / "model",

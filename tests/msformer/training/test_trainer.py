@@ -1,4 +1,4 @@
-"""Steps: what is resumed goes on to the same bits, parts and processes take the same steps, and something is learned."""
+"""Steps: what is resumed goes on to the same bits, parts and processes take the same steps, and it learns."""
 
 from __future__ import annotations
 
