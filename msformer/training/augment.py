@@ -40,6 +40,8 @@ class Strengths:
     """Of the gain of each channel."""
     saturation: float = 0.3
     gamma: float = 0.25
+    shade: float = 0.0
+    """Largest change of the gain from the middle to an edge, as light from one side makes it."""
     noise: float = 0.03
     """Largest standard deviation."""
     hairs: float = 0.0
@@ -59,7 +61,8 @@ class Appearance(NamedTuple):
     """How a batch of views looks."""
 
     light: Tensor
-    """``[B, 7]``: gain of each channel, contrast, saturation, gamma, standard deviation of the noise."""
+    """``[B, 9]``: gain of each channel, contrast, saturation, gamma, standard deviation of the noise, change of gain
+    to the right and down."""
     hairs: Tensor
     """``[B, MOST_HAIRS, 9]``: angle, distance from the middle, curvature, where it begins and ends, half its width,
     opacity (0: no hair), grey value, brownness."""
@@ -91,10 +94,12 @@ def draw_geometry(generators: Sequence[torch.Generator], strengths: Strengths) -
 
 def draw_appearance(generators: Sequence[torch.Generator], size: int, strengths: Strengths) -> Appearance:
     """A look for each generator, of views of `size` pixels."""
-    u = _uniform(generators, 16 + 9 * MOST_HAIRS)
+    u = _uniform(generators, 18 + 9 * MOST_HAIRS)
     gain = _factor(u[:, :1], strengths.gain) * _factor(u[:, 1:4], strengths.balance)
     contrast, saturation = _factor(u[:, 4:5], strengths.contrast), _factor(u[:, 5:6], strengths.saturation)
     gamma, noise = _factor(u[:, 6:7], strengths.gamma), strengths.noise * u[:, 7:8]
+    angle, steepness = 2 * math.pi * u[:, 16:17], strengths.shade * u[:, 17:18]
+    shade = torch.cat([steepness * angle.cos(), steepness * angle.sin()], dim=1)
     corners = torch.stack(
         [
             _between(u[:, 8], -0.12, 0.12),
@@ -106,7 +111,7 @@ def draw_appearance(generators: Sequence[torch.Generator], size: int, strengths:
         ],
         dim=1,
     )
-    h = u[:, 16:].unflatten(1, (MOST_HAIRS, 9))
+    h = u[:, 18:].unflatten(1, (MOST_HAIRS, 9))
     count = torch.where(u[:, 14] < strengths.hairs, 1 + (u[:, 15] * MOST_HAIRS).floor(), 0.0)
     there = torch.arange(MOST_HAIRS) < count[:, None]
     hairs = torch.stack(
@@ -124,7 +129,7 @@ def draw_appearance(generators: Sequence[torch.Generator], size: int, strengths:
         dim=2,
     )
     values = torch.stack([torch.randn(3, size, size, generator=each) for each in generators])
-    return Appearance(torch.cat([gain, contrast, saturation, gamma, noise], dim=1), hairs, corners, values)
+    return Appearance(torch.cat([gain, contrast, saturation, gamma, noise, shade], dim=1), hairs, corners, values)
 
 
 def warp_images(images: Tensor, geometry: Geometry, size: int) -> Tensor:
@@ -146,9 +151,10 @@ def warp_targets(target: Tensor, weight: Tensor, geometry: Geometry, size: int) 
 
 
 def change_light(images: Tensor, appearance: Appearance) -> Tensor:
-    """Gain, contrast, saturation and gamma of views ``[B, 3, S, S]`` with values in [0, 1]."""
+    """Gain, shade, contrast, saturation and gamma of views ``[B, 3, S, S]`` with values in [0, 1]."""
     light = appearance.light.to(images.device)[:, :, None, None]
-    images = images * light[:, :3]
+    y, x = _axes(images)
+    images = images * light[:, :3] * (1 + light[:, 7:8] * x + light[:, 8:9] * y)
     middle = images.mean((1, 2, 3), keepdim=True)
     images = middle + (images - middle) * light[:, 3:4]
     grey = images.mean(1, keepdim=True)

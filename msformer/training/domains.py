@@ -26,9 +26,9 @@ class Domain:
     """Of the augmentation."""
 
 
-DERMOSCOPY = Domain("dermoscopy", "lesion", True, Strengths(hairs=0.4, corners=0.4))
+DERMOSCOPY = Domain("dermoscopy", "lesion", True, Strengths(shade=0.3, hairs=0.4, corners=0.4))
 CT = Domain("ct", "lung", False, Strengths(gain=0.1, contrast=0.15, balance=0.0, saturation=0.0, gamma=0.15))
-GENERIC = Domain("generic", "central", False, Strengths(hairs=0.0, corners=0.0))
+GENERIC = Domain("generic", "central", False, Strengths(shade=0.2))
 
 DOMAINS = {domain.name: domain for domain in (DERMOSCOPY, CT, GENERIC)}
 

@@ -86,10 +86,11 @@ def test_zoom_shows_a_part_of_the_image() -> None:
 
 def test_light_follows_its_formula() -> None:
     images = torch.rand(8, 3, 9, 9)
-    look = augment.draw_appearance(generators(), 9, replace(Strengths(), noise=0))
+    look = augment.draw_appearance(generators(), 9, replace(Strengths(), noise=0, shade=0.3))
     found = augment.change_light(images, look)
     for image, changed, light in zip(images, found, look.light, strict=True):
-        x = image * light[:3, None, None]
+        axis = (torch.arange(9) - 4) / 4.5
+        x = image * light[:3, None, None] * (1 + light[7] * axis + light[8] * axis[:, None])
         x = x.mean() + (x - x.mean()) * light[3]
         grey = x.mean(0)
         expected = (grey + (x - grey) * light[4]).clamp(0, 1) ** light[5]
