@@ -172,7 +172,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, objective: str) -> 
     alone = trainer_of(settings)
     alone.run(small_batches(settings), lambda state: False)
     for name, values in alone.state.history.items():
-        torch.testing.assert_close(torch.tensor(history[name]), torch.tensor(values), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(history[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
     network = make_network(settings, find_objective(objective), torch.device("cpu"))
     network.load_state_dict(weights)
     image = torch.randn(2, 3, 49, 49, generator=torch.Generator().manual_seed(0))
