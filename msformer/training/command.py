@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
     Stopped with Ctrl-C or killed, the same command goes on where it was. `torchrun --nproc-per-node N -m msformer
     train ...` shares the work among N processes.
     """
-    from msformer.cli import friendly_errors, needed_packages
+    from msformer.cli import INTERRUPTED, friendly_errors, needed_packages
 
     with friendly_errors(), needed_packages("train"):
         from torch import OutOfMemoryError
@@ -99,6 +100,9 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
                 slice_index=None if slice == ALL_SLICES else slice,  # type: ignore[arg-type]
                 **options,
             )
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on where it was", err=True)
+            sys.exit(INTERRUPTED)
         except FloatingPointError as error:
             raise ValueError(f"{error}: --learning-rate") from error
         except OutOfMemoryError as error:
