@@ -167,8 +167,8 @@ def clean_up(mask: Mask, largest: float = 1.0) -> Mask:
 
 
 def without_hairs(mask: Mask) -> Mask:
-    """The mask without what is as thin as a hair: as hairs are dark, they join a lesion with dark corners, and with each
-    other, so that all of the image is a hole to fill.
+    """The mask without what is as thin as a hair: dark hairs join a lesion with dark corners, and with each other, so
+    that all of the image is a hole to fill.
 
     Narrow gaps are closed before, or lesions of a loose texture would go with the hairs. A mask of hairs alone stays.
     """
