@@ -1,7 +1,8 @@
 """MS-Former: segmentation of medical images without labels, by fitting a small two-scale transformer to each image.
 
-`segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. The command line
-is ``msformer``. The operators it is built on are in the package `msformer_kernels`.
+`segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. `train`
+trains one network on a folder of images, `load` reads it again. The command line is ``msformer``. The operators it is
+built on are in the package `msformer_kernels`.
 """
 
 from importlib import import_module
@@ -12,20 +13,35 @@ if TYPE_CHECKING:
     from msformer.model import MSFormer, MSFormerOutput
     from msformer.presets import LossWeights
     from msformer.segmentation import Segmentation, segment
+    from msformer.training.run import train
+    from msformer.training.saved import TrainedModel, load
 
 try:
     __version__ = version("msformer")
 except PackageNotFoundError:  # used from a source folder that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["LossWeights", "MSFormer", "MSFormerOutput", "Segmentation", "__version__", "segment"]
+__all__ = [
+    "LossWeights",
+    "MSFormer",
+    "MSFormerOutput",
+    "Segmentation",
+    "TrainedModel",
+    "__version__",
+    "load",
+    "segment",
+    "train",
+]
 
 _HOME = {
     "LossWeights": "msformer.presets",
     "MSFormer": "msformer.model",
     "MSFormerOutput": "msformer.model",
     "Segmentation": "msformer.segmentation",
+    "TrainedModel": "msformer.training.saved",
+    "load": "msformer.training.saved",
     "segment": "msformer.segmentation",
+    "train": "msformer.training.run",
 }
 
 

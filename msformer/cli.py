@@ -1,4 +1,4 @@
-"""The command line: ``msformer segment``, ``msformer demo``, ``msformer info``.
+"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``info``.
 
 Heavy imports happen inside the commands, so that help and errors of usage come at once.
 """
@@ -9,110 +9,19 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from msformer.presets import DEFAULT, PRESETS, find_preset
+from msformer.options import ALL_SLICES, SliceType, fit_options, make_fit, make_way, run_options
+from msformer.training.command import train
 
 if TYPE_CHECKING:
-    from msformer.runs.plan import Job, Plan, Record
+    from msformer.runs.plan import Job, Plan
+    from msformer.runs.ways import Record
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
-
-
-ALL_SLICES = "all"
-
-
-class SliceType(click.ParamType):
-    """The index of a slice, or all of them."""
-
-    name = "index"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[INDEX|{ALL_SLICES}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == ALL_SLICES else click.IntRange(0).convert(value, param, ctx)
-
-
-def run_options(command: Command) -> Command:
-    """The options of a run over many images."""
-    at_once = "Images that are fitted at the same time. [default: 1 on the CPU, 4 on a GPU]"
-    command = click.option("--at-once", type=click.IntRange(1), default=None, help=at_once)(command)
-    return click.option("--overwrite", is_flag=True, help="Segment again what is already done.")(command)
-
-
-def fit_options(size: int | None) -> Callable[[Command], Command]:
-    """The options of the fit, shared by the commands that segment; those not given are as the preset says.
-
-    Args:
-        size: default of ``--size``; None leaves it to the preset.
-    """
-
-    options = [
-        click.option(
-            "--preset",
-            type=click.Choice(list(PRESETS)),
-            default=DEFAULT,
-            show_default=True,
-            help="Settings for all that is not given below.",
-        ),
-        click.option(
-            "--size",
-            type=click.IntRange(33),
-            default=size,
-            show_default=size is not None,
-            help="Side of the fitted image, pixels.",
-        ),
-        click.option("--max-steps", type=click.IntRange(1), help="Steps at most."),
-        click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
-        click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),
-        click.option("--inter", type=click.FloatRange(0), help="Weight of the inter-scale loss."),
-        click.option("--intra", type=click.FloatRange(0), help="Weight of the intra-scale loss."),
-        click.option("--embed-dim", type=click.IntRange(1), help="Width of the model."),
-        click.option("--depth", type=click.IntRange(1), help="Blocks a branch."),
-        click.option("--learning-rate", type=click.FloatRange(0, min_open=True)),
-        click.option("--margin", type=click.IntRange(0), help="Mirrored around the image, pixels."),
-        click.option("--icnr/--no-icnr", default=None, help="Upsampling that starts even, against checkerboards."),
-        click.option("--standardise/--no-standardise", default=None, help="Channels with mean 0 and variance 1."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]"),
-    ]
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def make_plan(values: dict[str, Any], mask: str | None = None, **reading: Any) -> Plan:
-    """Options of the command line -> what a run does, device and backend as they turn out.
-
-    A backend that is not available is thereby an error of its own, not one of every image, and a finished image counts
-    as done only for the backend and device that it was made with.
-    """
-    from torch import float32
-
-    from msformer.io.read import Reading
-    from msformer.runs.plan import Plan
-    from msformer.segmentation import find_device
-    from msformer_kernels.core.backends import resolve
-
-    run = {name: values.pop(name) for name in ("preset", "seed")}
-    device = find_device(values.pop("device"))
-    backend = resolve(values.pop("backend"), device.type, float32)
-    given = {name: values.pop(name) for name in ("ce", "inter", "intra")}
-    preset = find_preset(run["preset"], **values)
-    weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
-    fit = run | vars(preset) | {"weights": weights, "device": str(device), "backend": backend}
-    return Plan(fit, Reading(**reading), mask)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -138,6 +47,8 @@ def main() -> None:
 )
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
+@click.option("--model", type=click.Path(path_type=Path), help="Folder of a trained model, to ask instead of a fit.")
+@click.option("--refine", is_flag=True, help="With --model: fit each image as well, and fuse both.")
 @fit_options(size=None)
 def segment(
     paths: tuple[Path, ...],
@@ -148,6 +59,8 @@ def segment(
     select: str,
     window: tuple[float, float] | None,
     slice: int | str | None,
+    model: Path | None,
+    refine: bool,
     **options: Any,
 ) -> None:
     """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
@@ -157,22 +70,25 @@ def segment(
     dark objects, lung for CT of the chest, central for anything else; auto takes lesion for colour images, lung for
     CT, central for other grey ones.
     Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes.
+    With --model a network that was trained on such images is asked, in a moment, in place of the fit; the object's
+    probability is written, too, and the record says how sure the network was and what decided the mask.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
     """
     if select != "auto" and not mask:
         raise click.UsageError("--select is for --mask, which is not given")
     with friendly_errors():
         from msformer.io.files import find_images
-        from msformer.runs.plan import plan_jobs
+        from msformer.io.read import Reading
+        from msformer.runs.plan import Plan, plan_jobs
         from msformer.runs.write import read_mask, write_volumes
 
-        plan = make_plan(
-            options, select if mask else None, window=window, slice_index=None if slice == ALL_SLICES else slice
-        )
+        way = make_way(options, model, refine)
+        reading = Reading(window, slice_index=slice if isinstance(slice, int) else None)
+        plan = Plan(way, reading, select if mask else None)
         sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
         finished, failures = run_all(jobs, out, plan, overwrite, at_once)
-        write_volumes([job for job in jobs if job.name in finished], out, mask)
+        write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
         if mask:
             found = "border of the mask"
             finish(jobs, finished, failures, out, plan, mask=lambda job: read_mask(job, out), border=found)
@@ -196,10 +112,11 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
     """
     with friendly_errors():
         from msformer.demo import make_images, print_scores, score_all
-        from msformer.runs.plan import plan_jobs
+        from msformer.io.read import Reading
+        from msformer.runs.plan import Plan, plan_jobs
 
-        plan = make_plan(options)
-        sources, masks = make_images(out, count, plan.fit["seed"])
+        sources, masks = make_images(out, count, options["seed"])
+        plan = Plan(make_fit(options), Reading())
         jobs = plan_jobs(sources, [out / "images"], out)
         finished, failures = run_all(jobs, out, plan, overwrite, at_once)
         scores = score_all(finished, masks, out)
@@ -209,7 +126,7 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
             failures,
             out,
             plan,
-            caption=lambda job, record: f"{caption(job, record)}, DSC {100 * scores[job.name].oracle:.0f}",
+            caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].oracle:.0f}",
             mask=lambda job: masks[job.name],
             scores={name: value._asdict() for name, value in scores.items()},
         )
@@ -239,7 +156,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     show_default=True,
     is_eager=True,
     callback=list_methods,
-    help="Names, joined by commas; 'list' prints them.",
+    help="Names, joined by commas; 'list' prints them. The folder of a trained model, MODEL/, is one, too.",
 )
 @click.option("--ablation", is_flag=True, help="MS-Former with some of its losses (table 2) instead of all methods.")
 @click.option(
@@ -257,6 +174,9 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 def evaluate(**options: Any) -> None:
     """Score MS-Former and the methods it is compared with on images with true masks.
 
+    A trained model is scored by the masks of `msformer segment --model MODEL/ --mask`; MODEL/:net is its network alone,
+    MODEL/:fused always fused with the rules.
+
     Writes report.html and report.md, summary.csv, scores.csv (a line an image, method and protocol) and the label maps.
     What is done is not done again, so an interrupted run goes on where it stopped.
     """
@@ -265,6 +185,9 @@ def evaluate(**options: Any) -> None:
 
         failures = run(**options)
     sys.exit(1 if failures else 0)
+
+
+main.add_command(train)
 
 
 @main.command()
@@ -327,16 +250,6 @@ def needed_packages(extra: str) -> Iterator[None]:
         raise ValueError(f"{error.name} is not installed; run: pip install 'msformer[{extra}]'") from error
 
 
-def caption(job: Job, record: Record) -> str:
-    return f"{record['labels']} labels, {record['steps']} steps"
-
-
-def outcome(record: Record) -> str:
-    """What a run says of an image."""
-    details = f"loss {record['losses'][-1]:.3f}, {record['seconds']:.1f} s"
-    return f"{record['labels']} labels after {record['steps']} steps, {details}"
-
-
 def run_all(
     jobs: list[Job], out: Path, plan: Plan, overwrite: bool, at_once: int | None
 ) -> tuple[dict[str, Record], dict[str, str]]:
@@ -362,10 +275,10 @@ def run_all(
 
                 def step(number: int, labels: int, loss: float) -> None:
                     check()
-                    update(number, plan.fit["max_steps"], f"{labels} labels, loss {loss:.3f}")
+                    update(number, plan.way.steps, f"{labels} labels, loss {loss:.3f}")
 
                 record = run_job(job, out, plan, step)
-                progress.ended(job.name, outcome(record))
+                progress.ended(job.name, plan.way.outcome(record))
             finished[job.name] = record
         except (OutputError, BackendError):
             raise
@@ -374,7 +287,7 @@ def run_all(
             progress.ended(job.name, f"failed: {error}")
 
     with RunProgress(len(jobs)) as progress:
-        for_each(jobs, segment_one, at_once or images_at_once(plan.fit["device"]))
+        for_each(jobs, segment_one, at_once or images_at_once(plan.way.device))
     return finished, {job.origin: failures[job.origin] for job in jobs if job.origin in failures}
 
 
@@ -389,7 +302,7 @@ def finish(
     failures: dict[str, str],
     out: Path,
     plan: Plan,
-    caption: Callable[[Job, Record], str] = caption,
+    caption: Callable[[Job, Record], str] | None = None,
     mask: Callable[[Job], Any] = lambda job: None,
     border: str = "true border",
     **more: Any,
@@ -398,6 +311,7 @@ def finish(
     from msformer.runs.plan import settings_record
     from msformer.runs.write import write_sheets, write_summary
 
+    caption = caption or (lambda job, record: plan.way.caption(record))
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
     sheets = write_sheets(complete, records, out, plan, caption, mask, border) if complete else []

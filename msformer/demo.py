@@ -17,13 +17,15 @@ from msformer.scoring import Scores, score
 from msformer.synthetic import synthetic_lesion
 
 
-def make_images(out: Path, count: int, seed: int) -> tuple[list[Path], dict[str, NDArray[np.bool_]]]:
-    """Writes images and masks; returns the paths of the images, and the masks by name."""
+def make_images(
+    out: Path, count: int, seed: int, varied: bool = False
+) -> tuple[list[Path], dict[str, NDArray[np.bool_]]]:
+    """Writes images and masks, of `synthetic_lesion`; returns the paths of the images, and the masks by name."""
     sources, masks = [], {}
     for folder in (out / "images", out / "masks"):
         prepare_folder(folder)
     for number in range(count):
-        lesion = synthetic_lesion(seed * 1000 + number)
+        lesion = synthetic_lesion(seed * 1000 + number, varied=varied)
         name = f"lesion-{seed}-{number + 1:02d}"
         for kind, pixels in (("images", lesion.image), ("masks", lesion.mask)):
             with complete_file(out / kind / f"{name}.png") as temporary:

@@ -7,7 +7,9 @@ dark.
 
 from __future__ import annotations
 
+import base64
 import colorsys
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,13 @@ def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
     image = PILImage.fromarray(labels.astype(np.uint8), mode=None)
     image.putpalette(palette().tobytes())
     return image
+
+
+def picture_url(pixels: NDArray[np.uint8]) -> str:
+    """A picture as text that stands in a page itself."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import msformer_kernels
 from msformer.fitting import Progress, Rule, fit, label_map
-from msformer.io.prepare import prepare_image, resize_image, resize_labels
+from msformer.io.prepare import prepare_image, resize_image, resize_labels, standardise_channels
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.presets import DEFAULT, LossWeights, Preset, Size, find_preset
@@ -202,8 +202,7 @@ def _target_size(size: Size | str, original: tuple[int, int], margin: int) -> tu
 def framed(image: Tensor, preset: Preset) -> Tensor:
     """``[3, h, w]`` -> ``[1, 3, h, w]`` as it is fitted, with its margin."""
     if preset.standardise:
-        spread, mean = torch.std_mean(image, dim=(1, 2), correction=0, keepdim=True)
-        image = (image - mean) / torch.where(spread > 0, spread, 1)
+        image = standardise_channels(image)
     return F.pad(image[None], (preset.margin,) * 4, mode="reflect")
 
 

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.filters import threshold_otsu
+from skimage.morphology import disk
 from torch import Tensor
 
 Mask = NDArray[np.bool_]
@@ -43,6 +44,10 @@ AROUND = 0.1
 """Of the image's side: skin is what is farther than `REACH` from the dark part, and nearer than this."""
 FADED = 0.2
 """Of the contrast between lesion and skin: what is darker than skin by less is skin."""
+GAP = 0.004
+"""Of the image's side: half the width of gaps in the texture of a lesion."""
+HAIR = 0.012
+"""Of the image's side: half the width of hairs, at most."""
 LEAST_PART = 0.3
 """Parts of the object with less than this share of the weight of the largest are specks."""
 
@@ -79,15 +84,15 @@ def _excess(labels: NDArray[Any]) -> dict[int, float]:
 
 def dark(labels: NDArray[Any], image: Tensor) -> Mask:
     """Labels whose mean, weighted with the middle, is at most Otsu's threshold, or at most `FADING` times that where
-    they cover more of the middle than of the border; the darkest if there is none. If what these are lies around the
-    middle, the object is not dark, and found as by `central`.
+    they cover more of the middle than of the border; the darkest if there is none. Hairs are left out. If what is left
+    lies around the middle, the object is not dark, and found as by `central`.
     """
     grey, middle = grey_levels(image), _middle(labels.shape)
     means = {int(v): np.average(grey[labels == v], weights=middle[labels == v]) for v in np.unique(labels)}
     threshold, excess = threshold_otsu(grey), _excess(labels)
     limits = {v: threshold * (FADING if excess[v] > 0 else 1) for v in means}
     found = [v for v in means if means[v] <= limits[v]] or [min(means, key=lambda v: means[v])]
-    parts = main_parts(np.isin(labels, found))
+    parts = main_parts(without_hairs(np.isin(labels, found)))
     return filled(parts) if True in _central(parts) else central(labels, image)
 
 
@@ -113,7 +118,7 @@ def lung(labels: NDArray[Any], image: Tensor) -> Mask:
         return np.zeros(labels.shape, dtype=np.bool_)
     threshold = threshold_otsu(grey[body])
     found = [v for v in np.unique(labels[body]) if grey[body & (labels == v)].mean() <= threshold]
-    return clean_up(np.isin(labels, found) & body, largest_hole=VESSEL)
+    return clean_up(np.isin(labels, found) & body, VESSEL)
 
 
 RULES: dict[str, Rule] = {"central": central, "dark": dark, "lesion": lesion, "lung": lung}
@@ -128,6 +133,11 @@ def rule_for(colour: bool, ct: bool) -> str:
     for others `central`, which assumes least.
     """
     return "lesion" if colour else "lung" if ct else "central"
+
+
+def largest_hole(rule: str) -> float:
+    """Holes in the object of a rule are filled that are no larger than this share of the image."""
+    return VESSEL if rule == "lung" else 1.0
 
 
 def grey_levels(image: Tensor) -> NDArray[np.uint8]:
@@ -151,9 +161,22 @@ def body_mask(image: Tensor) -> Mask:
     return np.asarray(ndimage.binary_fill_holes(closed), dtype=np.bool_)
 
 
-def clean_up(mask: Mask, largest_hole: float = 1.0) -> Mask:
+def clean_up(mask: Mask, largest: float = 1.0) -> Mask:
     """The mask without specks, and with holes filled that are no larger than this share of the image."""
-    return filled(main_parts(mask), largest_hole)
+    return filled(main_parts(mask), largest)
+
+
+def without_hairs(mask: Mask) -> Mask:
+    """The mask without what is as thin as a hair: dark hairs join a lesion with dark corners, and with each other, so
+    that all of the image is a hole to fill.
+
+    Narrow gaps are closed before, or lesions of a loose texture would go with the hairs. A mask of hairs alone stays.
+    """
+    gap, hair = (max(1, round(share * np.mean(mask.shape))) for share in (GAP, HAIR))
+    padded = np.pad(mask, 2 * hair, mode="edge")
+    closed = ndimage.binary_closing(padded, np.ones((2 * gap + 1, 2 * gap + 1)))
+    opened = ndimage.binary_opening(closed, disk(hair))[2 * hair : -2 * hair, 2 * hair : -2 * hair]
+    return opened if opened.any() else mask
 
 
 def main_parts(mask: Mask) -> Mask:
@@ -168,10 +191,10 @@ def main_parts(mask: Mask) -> Mask:
     return np.pad(kept, [(_rim(size), _rim(size)) for size in mask.shape], mode="edge")
 
 
-def filled(mask: Mask, largest_hole: float = 1.0) -> Mask:
+def filled(mask: Mask, largest: float = 1.0) -> Mask:
     """The mask with holes filled that are no larger than this share of the image."""
     holes, _ = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)
-    return mask | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest_hole * mask.size))
+    return mask | ((holes > 0) & (np.bincount(holes.ravel())[holes] <= largest * mask.size))
 
 
 def _middle(shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -40,6 +40,8 @@ class LabelMap:
     """``[h, w]``, integers from 0."""
     steps: int = 0
     """Steps of optimisation taken."""
+    mask: NDArray[np.bool_] | None = None
+    """The object ``[h, w]``, from methods that know it; of the others, a rule chooses labels."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def choose_methods(names: Sequence[str], ablation: bool = False) -> tuple[Method
     known = {"all": table} | {method.name: [method.name] for method in methods}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"methods: unknown {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+        raise ValueError(
+            f"methods: unknown {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}, "
+            "or the folder of a trained model"
+        )
     chosen = {each for name in names for each in known[name]}
     return tuple(method for method in methods if method.name in chosen)

@@ -18,6 +18,7 @@ from rich.table import Table
 import msformer
 from msformer.baselines import Method, choose_methods
 from msformer.evaluation.layouts import Found, find_cases
+from msformer.evaluation.models import is_model, model_methods
 from msformer.evaluation.page import Report, write_page
 from msformer.evaluation.protocols import GATE, PROTOCOLS
 from msformer.evaluation.run import Outcome, evaluate
@@ -58,14 +59,16 @@ def run(
     names = [name.strip() for name in methods.split(",")]
     if ablation and names != ["all"]:
         raise ValueError(f"methods: --ablation says which, got {methods!r} as well")
-    chosen = choose_methods([*names, *FLOORS], ablation)
+    plain = [name for name in names if not is_model(name)]
+    chosen = choose_methods([*plain, *FLOORS], ablation)
+    device = str(find_device(device))
+    chosen += model_methods([name for name in names if is_model(name)], device)
     found = find_cases(data, layout, masks, exclude=(out,))
     if window is not None:
         found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
     if select not in (AUTO, *RULES):
         raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
     rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select
-    device = str(find_device(device))
     settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
     prepare_folder(out)
     cases = found.cases[:limit]
@@ -159,11 +162,12 @@ def headings_of(rules: str) -> dict[str, str]:
 
 EXPLANATION = """\
 Means over images with 95% bootstrap intervals, in percent, HD95 in pixels of the fitted image. The blind score is what
-a user without masks gets. The oracle scores look at the mask: what the label map holds, not what one finds. The
-published score multiplies the prediction by the dilated mask, so that "everything" scores high by it; read no number of
-that table without the row "everything". Without an object in the true mask, finding nothing counts as 100 in the blind
-score, and the other three leave the image out; so are fractions of nothing, such as the precision of an empty
-prediction. "(without 2)" says that two images are left out. The column "less …" compares every method with the last
-one: its DSC less the other's, image by image. Speckle is the share of pixels that differ from both neighbours along
-their row, or along their column: maps with much of it are no pleasure to look at.
+a user without masks gets; a trained model finds the object itself, and no rule is asked. The oracle scores look at the
+mask: what the label map holds, not what one finds. The published score multiplies the prediction by the dilated mask,
+so that "everything" scores high by it; read no number of that table without the row "everything". Without an object in
+the true mask, finding nothing counts as 100 in the blind score, and the other three leave the image out; so are
+fractions of nothing, such as the precision of an empty prediction. "(without 2)" says that two images are left out. The
+column "less …" compares every method with the last one: its DSC less the other's, image by image. Speckle is the share
+of pixels that differ from both neighbours along their row, or along their column: maps with much of it are no pleasure
+to look at.
 """

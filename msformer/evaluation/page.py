@@ -4,7 +4,6 @@ map.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image as PILImage
 from torch import Tensor
 
 from msformer.baselines import Method
@@ -29,9 +27,8 @@ from msformer.evaluation.store import Store
 from msformer.evaluation.summary import header, percent, table_rows
 from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import complete_file
-from msformer.pictures import outline, overlay
+from msformer.pictures import outline, overlay, picture_url
 from msformer.scoring import Mask
-from msformer.selection import select
 
 THUMBNAIL = (160, 160)
 """Height and width of a picture in the gallery, pixels."""
@@ -103,8 +100,7 @@ def _pictures(case: Case, report: Report, store: Store) -> tuple[str, str, list[
         fitted = store.load(method, case)
         if fitted is None or (method.name, "blind") not in dsc.index:
             continue
-        blind = select(rule, fitted.labels, resize_image(pair.image, (fitted.labels.shape[0], fitted.labels.shape[1])))
-        labels, chosen = (resize_labels(x, THUMBNAIL) for x in (fitted.labels, blind))
+        labels, chosen = (resize_labels(x, THUMBNAIL) for x in (fitted.labels, fitted.blind(rule, pair.image)))
         shown.append(
             Shown(
                 method.title,
@@ -124,13 +120,6 @@ def _pixels(image: Tensor) -> NDArray[np.uint8]:
 def shaded(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
     """An image ``[h, w, 3]``, darker where the mask is not."""
     return np.where(mask[..., None], pixels, pixels // 3).astype(np.uint8)
-
-
-def picture_url(pixels: NDArray[np.uint8]) -> str:
-    """A picture as text that stands in the page itself."""
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def box_plot(report: Report, protocol: str) -> Markup:

@@ -16,10 +16,9 @@ from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Store
-from msformer.io.prepare import resize_image, resize_labels
+from msformer.io.prepare import resize_labels
 from msformer.output import OutputError, printable
 from msformer.progress import RunProgress
-from msformer.selection import select
 from msformer_kernels import BackendError
 
 Row = dict[str, Any]
@@ -100,7 +99,7 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
         "steps": fitted.steps,
         "seconds": fitted.seconds,
     }
-    blind = select(rule, fitted.labels, resize_image(pair.image, size))
+    blind = fitted.blind(rule, pair.image)
     rows = []
     for protocol, predicted in predictions(fitted.labels, truth, blind).items():
         fair = protocol == "blind" or truth.any()

@@ -1,7 +1,8 @@
 """Label maps of methods on images, kept in a folder so that none is made twice.
 
 ``maps/<method>/<image>.png`` is the label map at the fitted size, ``maps/<method>/<image>.json`` the record of how it
-was made, written last: a map with a record is complete. It counts as done for the same image (by content), settings of
+was made, written last: a map with a record is complete. ``maps/<method>-masks/<image>.png`` is the mask of the object,
+from methods that know it. A map counts as done for the same image (by content), settings of
 the evaluation and of the method, and version.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import msformer
 from msformer.baselines import Method, Task
@@ -27,7 +29,9 @@ from msformer.output import complete_file, read_record, write_json
 from msformer.pictures import indexed_png
 from msformer.runs.plan import fingerprint
 from msformer.runs.write import read_labels
+from msformer.scoring import Mask
 from msformer.segmentation import order_by_area
+from msformer.selection import select
 from msformer_kernels import use_backend
 
 Report = Callable[..., None]
@@ -52,6 +56,14 @@ class Fitted:
     labels: NDArray[np.integer[Any]]
     steps: int
     seconds: float
+    mask: Mask | None = None
+    """Of the object, from methods that know it."""
+
+    def blind(self, rule: str, image: Tensor) -> Mask:
+        """The mask of the object ``[size, size]``: the method's own, or else by a rule, that sees ``[3, H, W]``."""
+        if self.mask is not None:
+            return self.mask
+        return select(rule, self.labels, resize_image(image, (self.labels.shape[0], self.labels.shape[1])))
 
 
 class Store:
@@ -67,7 +79,9 @@ class Store:
         if record is None:
             return None
         try:
-            return Fitted(read_labels(self._paths(method, case)[0]), record["steps"], record["seconds"])
+            labels = read_labels(self._file(method, case, ".png"))
+            mask = read_labels(self._mask_file(method, case)) > 0 if record.get("mask") else None
+            return Fitted(labels, record["steps"], record["seconds"], mask)
         except Exception:  # decoders raise whatever they like on damaged files
             return None
 
@@ -79,9 +93,10 @@ class Store:
             return False
 
     def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
-        labels, record = self._paths(method, case)
-        found = read_record(record)
-        if found is None or not labels.exists():
+        found = read_record(self._file(method, case, ".json"))
+        if found is None or not self._file(method, case, ".png").exists():
+            return None
+        if found.get("mask") and not self._mask_file(method, case).exists():
             return None
         key = self._key(method, case)
         return found if {name: found.get(name) for name in key} == key else None
@@ -94,17 +109,23 @@ class Store:
         started = time.perf_counter()
         with kept_memory(), use_backend(self.settings.backend):
             made = method.label_map(task)
-        fitted = Fitted(order_by_area(made.labels), made.steps, round(time.perf_counter() - started, 3))
-        labels, record = self._paths(method, case)
-        labels.parent.mkdir(parents=True, exist_ok=True)
+        seconds = round(time.perf_counter() - started, 3)
+        fitted = Fitted(order_by_area(made.labels), made.steps, seconds, made.mask)
+        record = self._file(method, case, ".json")
         record.unlink(missing_ok=True)  # an older one is not that of the new map
-        with complete_file(labels) as temporary:
-            indexed_png(fitted.labels).save(temporary, format="PNG", optimize=True)
-        write_json(record, self._key(method, case) | {"steps": fitted.steps, "seconds": fitted.seconds})
+        _write(self._file(method, case, ".png"), fitted.labels)
+        facts = {"steps": fitted.steps, "seconds": fitted.seconds}
+        if fitted.mask is not None:
+            _write(self._mask_file(method, case), fitted.mask)
+            facts["mask"] = True
+        write_json(record, self._key(method, case) | facts)
         return fitted
 
-    def _paths(self, method: Method, case: Case) -> tuple[Path, Path]:
-        return tuple(self.folder / method.name / f"{case.name}{suffix}" for suffix in (".png", ".json"))  # type: ignore[return-value]
+    def _file(self, method: Method, case: Case, suffix: str) -> Path:
+        return self.folder / method.name / f"{case.name}{suffix}"
+
+    def _mask_file(self, method: Method, case: Case) -> Path:
+        return self.folder / f"{method.name}-masks" / f"{case.name}.png"
 
     def _key(self, method: Method, case: Case) -> dict[str, Any]:
         reading: dict[str, Any] = {"window": None if case.window is None else list(case.window)}
@@ -116,3 +137,9 @@ class Store:
             "version": msformer.__version__,
             "sha256": fingerprint(case.image),
         }
+
+
+def _write(path: Path, labels: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(path) as temporary:
+        indexed_png(labels).save(temporary, format="PNG", optimize=True)

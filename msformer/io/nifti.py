@@ -172,13 +172,15 @@ def _nifti_pixels(image: Any, place: tuple[slice, ...], orientation: NDArray[Any
 
 
 def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], Slice]]) -> None:
-    """Writes labels as a NIfTI file, ``.nii`` or ``.nii.gz``, whose voxels lie exactly on those of the input.
+    """Writes labels or values as a NIfTI file, ``.nii`` or ``.nii.gz``, whose voxels lie exactly on those of the input.
 
     A label map of a DICOM picture becomes a volume ``[columns, rows, 1]``; those of slices of a NIfTI file one volume
-    of the input's shape that is 0 outside them. The type is the smallest unsigned one that holds the labels.
+    of the input's shape that is 0 outside them. The type is the smallest unsigned one that holds the labels; that of
+    values is float32.
 
     Args:
-        parts: at least one slice of one file, each with its labels: integers >= 0, ``[H, W]`` as the slice is shown.
+        parts: at least one slice of one file, each with its labels, integers >= 0, or its values, float32; ``[H, W]``
+            as the slice is shown.
 
     Raises:
         ValueError: unsuitable labels, a slice without geometry, or another suffix.
@@ -193,8 +195,7 @@ def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], S
         from nibabel import orientations
 
     whole = placed[0][1]
-    largest = max(int(labels.max()) for labels, _ in placed)
-    volume = np.zeros(_volume_shape(whole.shape), dtype=np.min_scalar_type(largest))
+    volume = np.zeros(_volume_shape(whole.shape), dtype=_type_of([labels for labels, _ in placed]))
     for labels, geometry in placed:
         undo = orientations.ornt_transform(IDENTITY, geometry.orientation)
         volume[geometry.place] = orientations.apply_orientation(labels.T[:, :, None], undo)
@@ -208,9 +209,16 @@ def _checked_geometry(labels: NDArray[Any], slice: Slice) -> Geometry:
         raise ValueError("slice: has no geometry to write labels with")
     if labels.shape != slice.pixels.shape[:2]:
         raise ValueError(f"labels: expected shape {slice.pixels.shape[:2]}, got {labels.shape}")
-    if labels.dtype.kind not in "biu" or labels.min() < 0:
-        raise ValueError(f"labels: expected integers >= 0, got {labels.dtype} from {labels.min()}")
+    if labels.dtype != np.float32 and (labels.dtype.kind not in "biu" or labels.min() < 0):
+        raise ValueError(f"labels: expected integers >= 0 or float32, got {labels.dtype} from {labels.min()}")
     return slice.geometry
+
+
+def _type_of(parts: Sequence[NDArray[Any]]) -> np.dtype[Any]:
+    """Float32 for values, the smallest unsigned type for labels."""
+    if any(part.dtype == np.float32 for part in parts):
+        return np.dtype(np.float32)
+    return np.min_scalar_type(max(int(part.max()) for part in parts))
 
 
 def _nifti_bytes(volume: NDArray[Any], geometry: Geometry) -> bytes:

@@ -75,6 +75,12 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
+def standardise_channels(image: Tensor) -> Tensor:
+    """``[..., H, W]`` -> the same shape, each channel of each image with mean 0 and variance 1; zeros if constant."""
+    spread, mean = torch.std_mean(image, dim=(-2, -1), correction=0, keepdim=True)
+    return (image - mean) / torch.where(spread > 1e-6, spread, 1)
+
+
 def resize_labels(labels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """``[h, w]`` -> ``[*size]`` by nearest neighbour, pixel centres on pixel centres."""
     return labels[np.ix_(*(nearest(new, old) for new, old in zip(size, labels.shape, strict=True)))]

@@ -12,18 +12,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PILImage
 
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
 from msformer.io.read import is_colour, is_ct, read_image
-from msformer.output import complete_file, printable, read_record, write_json
+from msformer.output import printable, read_record, write_json
 from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
-from msformer.runs.write import object_mask, one_based, write_pictures
-from msformer.segmentation import Progress, segment
+from msformer.runs.write import read_values, write_pictures
+from msformer.segmentation import Progress
 from msformer.selection import AUTO, rule_for
 
 
@@ -76,42 +74,30 @@ def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Re
         OutputError: a result cannot be written.
     """
     pixels = read_image(job.source, plan.reading_of(job))
-    result = segment(pixels, progress=progress, **plan.fit)
+    rule = None if plan.mask is None else rule_of(job, plan, pixels)
+    result = plan.way.segment(pixels, rule, progress)
     record = {
         "source": printable(str(job.source.resolve())),
         "sha256": fingerprint(job.source),
         "settings": settings_record(plan),
-        "labels": result.num_labels,
-        "steps": result.steps,
-        "settled": result.settled,
-        "seconds": round(result.seconds, 3),
-        "device": result.device,
-        "backend": result.backend,
-        "size": list(result.labels_full.shape),
-        "fitted_size": list(result.labels.shape),
-        "label_counts": result.label_counts,
-        "losses": result.losses,
+        "size": list(result.labels.shape),
+        **result.record,
     }
+    if rule is not None:
+        record["rule"] = rule
     job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
     write_pictures(job, folder, pixels, result)
-    mask = None
-    if plan.mask is not None:
-        rule = rule_of(job, plan, pixels)
-        record["rule"] = rule
-        mask = object_mask(pixels, result, rule)
-        with complete_file(job.file(folder, ".mask.png")) as temporary:
-            PILImage.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
     if is_medical(job.source) and job.slice_index is None:
         source = read_slice(job.source, plan.reading_of(job).slice_index)
-        write_nifti(job.file(folder, ".labels.nii.gz"), [(one_based(result.labels_full), source)])
-        if mask is not None:
-            write_nifti(job.file(folder, ".mask.nii.gz"), [(mask, source)])
+        for kind in plan.kinds:
+            write_nifti(job.file(folder, f".{kind}.nii.gz"), [(read_values(job, folder, kind), source)])
     write_json(job.file(folder, ".json"), record)
     return record
 
 
 def rule_of(job: Job, plan: Plan, pixels: NDArray[Any]) -> str:
     """The rule by which the mask of an image is made."""
-    if plan.mask not in (None, AUTO):
-        return str(plan.mask)
+    rule = plan.way.rule(plan.mask)
+    if rule not in (None, AUTO):
+        return str(rule)
     return rule_for(is_colour(prepare_image(pixels)), is_ct(job.source, plan.reading_of(job).slice_index))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msformer
 from msformer.io.files import plain_name
@@ -15,9 +14,7 @@ from msformer.io.medical import is_medical
 from msformer.io.nifti import count_slices
 from msformer.io.read import Reading
 from msformer.output import printable, read_record
-from msformer.presets import LossWeights
-
-Record = dict[str, Any]
+from msformer.runs.ways import Record, Way
 
 SUMMARY = "summary"  # summary.json; no image may have this name
 
@@ -103,33 +100,40 @@ def fingerprint(source: Path) -> str:
 class Plan:
     """How the images of a run are read and segmented."""
 
-    fit: Record
-    """Keyword arguments of `segment`."""
+    way: Way
     reading: Reading
     """Of a job without a slice of its own."""
     mask: str | None = None
     """The rule of `msformer.selection` by which a mask is written, or ``"auto"``: as `rule_for` says of each image."""
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the pictures that an image gets, and of the volumes: labels, mask, probability."""
+        return self.way.kinds if self.mask is None else (*self.way.kinds, "mask")
+
     def suffixes(self, job: Job) -> list[str]:
         """Of the files that an image gets, but for the record."""
-        kinds = ["labels"] if self.mask is None else ["labels", "mask"]
-        volumes = [f".{kind}.nii.gz" for kind in kinds] if is_medical(job.source) and job.slice_index is None else []
-        return [*(f".{kind}.png" for kind in kinds), ".overlay.png", *volumes]
+        medical = is_medical(job.source) and job.slice_index is None
+        volumes = [f".{kind}.nii.gz" for kind in self.kinds] if medical else []
+        return [*(f".{kind}.png" for kind in self.kinds), ".overlay.png", *volumes]
 
     def reading_of(self, job: Job) -> Reading:
-        """A file of one slice is read whatever slice is asked for of volumes."""
-        if job.slice_index is not None:
-            return replace(self.reading, slice_index=job.slice_index)
-        if self.reading.slice_index is not None and count_slices(job.source) == 1:
-            return replace(self.reading, slice_index=None)
-        return self.reading
+        """How the file of a job is read."""
+        return reading_of(job, self.reading)
+
+
+def reading_of(job: Job, reading: Reading) -> Reading:
+    """How the file of a job is read: one of a single slice whatever slice is asked for of volumes."""
+    if job.slice_index is not None:
+        return replace(reading, slice_index=job.slice_index)
+    if reading.slice_index is not None and count_slices(job.source) == 1:
+        return replace(reading, slice_index=None)
+    return reading
 
 
 def settings_record(plan: Plan) -> Record:
-    """The settings as they go into records: plain JSON, and the version, since another may fit differently."""
-    weights: LossWeights = plan.fit["weights"]
-    return plan.fit | {
-        "weights": asdict(weights),
+    """The settings as they go into records: plain JSON, and the version, since another may segment differently."""
+    return plan.way.settings() | {
         "window": None if plan.reading.window is None else list(plan.reading.window),
         "slice": plan.reading.slice_index,
         "mask": plan.mask,

@@ -15,22 +15,27 @@ from PIL import Image as PILImage
 
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
-from msformer.io.prepare import prepare_image, resize_image, resize_labels
+from msformer.io.prepare import prepare_image
 from msformer.io.read import read_image
 from msformer.output import complete_file, write_json
 from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
-from msformer.runs.plan import SUMMARY, Job, Plan, Record
-from msformer.segmentation import Segmentation
-from msformer.selection import select
+from msformer.runs.plan import SUMMARY, Job, Plan
+from msformer.runs.ways import Record, Result
 
+SUMMARISED = (
+    *("source", "labels", "steps", "settled", "confidence", "decided_by"),
+    *("seconds", "device", "backend", "size"),
+)
+"""What the summary has of a record."""
 _SHEET = re.compile(r"contact-sheet(-\d+)?\.png")
 
 
-def write_volumes(jobs: Sequence[Job], folder: Path, mask: bool) -> None:
-    """Puts the label maps, and masks, of slices of volumes together into a NIfTI file each.
+def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> None:
+    """Puts the label maps, masks and probabilities of slices of volumes together into a NIfTI file each.
 
     Args:
         jobs: finished ones; those that are not slices are left alone.
+        kinds: as of a `Plan`.
 
     Raises:
         ValueError, OSError: a volume, or what was made of it, cannot be read any more.
@@ -42,16 +47,22 @@ def write_volumes(jobs: Sequence[Job], folder: Path, mask: bool) -> None:
             volumes.setdefault(job.volume, []).append(job)
     for name, slices in volumes.items():
         (folder / f"{name}.json").unlink(missing_ok=True)  # of a single slice, whose files these replace
-        found = [(job, read_slice(job.source, job.slice_index)) for job in slices]
-        labels = [(one_based(read_labels(job.file(folder, ".labels.png"))), slice) for job, slice in found]
-        write_nifti(folder / f"{name}.labels.nii.gz", labels)
-        if mask:
-            write_nifti(folder / f"{name}.mask.nii.gz", [(read_mask(job, folder), slice) for job, slice in found])
+        places = [read_slice(job.source, job.slice_index) for job in slices]
+        for kind in kinds:
+            values = [read_values(job, folder, kind) for job in slices]
+            write_nifti(folder / f"{name}.{kind}.nii.gz", list(zip(values, places, strict=True)))
 
 
-def one_based(labels: NDArray[Any]) -> NDArray[np.uint32]:
-    """Labels as they go into volumes, where 0 is what was not segmented."""
-    return labels.astype(np.uint32) + 1
+def read_values(job: Job, folder: Path, kind: str) -> NDArray[Any]:
+    """Of a picture that was written for an image, what goes into a volume.
+
+    Labels count from 1 there, as 0 is what was not segmented; a mask is one of booleans; probabilities are floats, in
+    the 256 steps of their picture.
+    """
+    pixels = read_labels(job.file(folder, f".{kind}.png"))
+    if kind == "labels":
+        return pixels.astype(np.uint32) + 1
+    return pixels > 0 if kind == "mask" else pixels.astype(np.float32) / 255
 
 
 def display_image(pixels: Any) -> NDArray[np.uint8]:
@@ -59,20 +70,18 @@ def display_image(pixels: Any) -> NDArray[np.uint8]:
     return (prepare_image(pixels).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
-def object_mask(pixels: NDArray[Any], result: Segmentation, rule: str) -> NDArray[np.bool_]:
-    """The object ``[H, W]`` that a rule of `msformer.selection` finds in a label map, at the size of the image."""
-    height, width = result.labels.shape
-    found = select(rule, result.labels, resize_image(prepare_image(pixels), (height, width)))
-    return resize_labels(found, result.labels_full.shape)
-
-
-def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Segmentation) -> None:
-    labels = job.file(folder, ".labels.png")
-    with complete_file(labels) as temporary:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        indexed_png(result.labels_full).save(temporary, format="PNG", optimize=True)
-    with complete_file(job.file(folder, ".overlay.png")) as temporary:
-        PILImage.fromarray(overlay(display_image(pixels), result.labels_full)).save(temporary, format="PNG")
+def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Result) -> None:
+    """Label map and overlay, and mask and probabilities where there are any."""
+    pictures = {"labels": indexed_png(result.labels)}
+    pictures["overlay"] = PILImage.fromarray(overlay(display_image(pixels), result.labels))
+    if result.mask is not None:
+        pictures["mask"] = PILImage.fromarray(result.mask.astype(np.uint8) * 255)
+    if result.probability is not None:
+        pictures["probability"] = PILImage.fromarray((result.probability * 255).round().astype(np.uint8))
+    job.file(folder, "").parent.mkdir(parents=True, exist_ok=True)
+    for kind, picture in pictures.items():
+        with complete_file(job.file(folder, f".{kind}.png")) as temporary:
+            picture.save(temporary, format="PNG", optimize=kind == "labels")
 
 
 def read_labels(path: Path) -> NDArray[Any]:
@@ -128,8 +137,8 @@ def write_summary(
     """`summary.json`: the settings, the machine, and a line for each image."""
     images = [
         {"name": job.name, "status": "done"}
-        | {k: r[k] for k in ("source", "labels", "steps", "settled", "seconds", "device", "backend", "size")}
-        | {"loss": r["losses"][-1]}
+        | {k: r[k] for k in SUMMARISED if k in r}
+        | ({"loss": r["losses"][-1]} if "losses" in r else {})
         for job, r in zip(jobs, records, strict=True)
     ]
     images += [{"source": source, "status": "failed", "error": error} for source, error in failures.items()]

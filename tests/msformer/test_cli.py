@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 import msformer.runs.execute
+import msformer.runs.ways
 import msformer_kernels as kernels
 from msformer.cli import main
 from msformer.output import OutputError, complete_file, prepare_folder
@@ -253,7 +254,7 @@ def test_disk_full_while_writing(images: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = msformer.runs.execute.segment
+    original = msformer.runs.ways.segment
     calls = []
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -262,7 +263,7 @@ def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(msformer.runs.execute, "segment", interrupted)
+    monkeypatch.setattr(msformer.runs.ways, "segment", interrupted)
     result = run("segment", images, "--out", tmp_path / "out", *QUICK_OPTIONS)
     assert result.exit_code == 130
     assert "interrupted; finished images are complete" in result.output

@@ -51,6 +51,41 @@ def test_a_dark_frame_around_the_field_with_the_label_of_the_lesion() -> None:
         assert (select("dark", labels, image) == truth).all()
 
 
+def hairs(size: int, width: float) -> NDArray[np.bool_]:
+    """Lines all over a square image, that cross each other and reach its corners."""
+    rows, columns = np.mgrid[:size, :size]
+    spacing = size / 4
+    ways = (rows - columns, rows + columns - size, rows - size / 3, columns - size / 3)
+    return np.asarray(
+        np.any([np.abs((way + spacing / 2) % spacing - spacing / 2) <= width / 2 for way in ways], axis=0)
+    )
+
+
+@pytest.mark.parametrize("size", [97, 129, 257])
+def test_hairs_with_the_label_of_the_lesion(size: int) -> None:
+    """They join the lesion with dark corners, and enclose skin that would be filled as holes."""
+    truth = disc(size, size, 0.24 * size)
+    labels = truth | hairs(size, 0.012 * size) | ~disc(size, size, 0.56 * size)
+    found = select("dark", labels.astype(int), skin(labels))
+    assert dice(found, truth) > 0.93
+    assert not found[: size // 8].any()
+
+
+def test_a_lesion_of_a_loose_texture_does_not_go_with_the_hairs() -> None:
+    random = np.random.default_rng(0)
+    truth = disc(128, 128, 32)
+    labels = truth & (random.random(truth.shape) > 0.3)
+    assert dice(select("dark", labels.astype(int), skin(labels)), truth) > 0.97
+
+
+def test_hairs_alone_and_a_lesion_at_the_border() -> None:
+    only = hairs(128, 1.2)
+    assert select("dark", only.astype(int), skin(only)).any()
+    half = np.zeros((128, 128), np.bool_)
+    half[40:] = True
+    assert (select("dark", half.astype(int), skin(half)) == half).all()
+
+
 @pytest.mark.parametrize("radius", [12, 30])
 def test_a_bright_object_on_dark_ground(radius: int) -> None:
     truth = disc(128, 128, radius)

@@ -246,6 +246,17 @@ def test_smallest_type_for_labels(most: int, expected: type, tmp_path: Path) -> 
     assert np.asarray(written.dataobj).max() == most
 
 
+def test_values_between_labels(tmp_path: Path) -> None:
+    """Of an oblique volume: values lie on the voxels that the labels of the same pixels lie on."""
+    save_nifti(tmp_path / "a.nii")
+    found = read_nifti(tmp_path / "a.nii")
+    for name, values in (("labels", LABELS), ("values", (LABELS / 4).astype(np.float32))):
+        write_nifti(tmp_path / f"{name}.nii.gz", [(values, found)])
+    values, labels = (nibabel.load(tmp_path / f"{name}.nii.gz") for name in ("values", "labels"))
+    assert values.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(np.asarray(values.dataobj), np.asarray(labels.dataobj) / 4)
+
+
 def test_same_labels_same_bytes(tmp_path: Path) -> None:
     found = read_dicom(save_world_dicom(tmp_path / "a.dcm", 0))
     for name in ("a.nii.gz", "b.nii.gz", "c.nii"):
@@ -256,7 +267,7 @@ def test_same_labels_same_bytes(tmp_path: Path) -> None:
 
 def test_labels_that_cannot_be_written(tmp_path: Path) -> None:
     found = read_dicom(save_world_dicom(tmp_path / "a.dcm", 0))
-    for labels in (LABELS - 1, LABELS.astype(np.float32), LABELS.T):
+    for labels in (LABELS - 1, LABELS.astype(np.float64), LABELS.T):
         with pytest.raises(ValueError, match="labels: expected"):
             write_nifti(tmp_path / "a.nii", [(labels, found)])
     with pytest.raises(ValueError, match=r"path: expected a name ending in \.nii or \.nii\.gz"):

@@ -1,0 +1,131 @@
+"""Options of the command line that several commands share, and what they mean for a run.
+
+Heavy imports happen inside the functions, so that help and errors of usage come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from msformer.presets import DEFAULT, PRESETS, find_preset
+
+if TYPE_CHECKING:
+    from msformer.runs.ways import Fit, Way
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ALL_SLICES = "all"
+
+
+class SliceType(click.ParamType):
+    """The index of a slice, or all of them."""
+
+    name = "index"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[INDEX|{ALL_SLICES}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == ALL_SLICES else click.IntRange(0).convert(value, param, ctx)
+
+
+def run_options(command: Command) -> Command:
+    """The options of a run over many images."""
+    at_once = "Images that are fitted at the same time. [default: 1 on the CPU, 4 on a GPU]"
+    command = click.option("--at-once", type=click.IntRange(1), default=None, help=at_once)(command)
+    return click.option("--overwrite", is_flag=True, help="Segment again what is already done.")(command)
+
+
+def fit_options(size: int | None) -> Callable[[Command], Command]:
+    """The options of the fit, shared by the commands that segment; those not given are as the preset says.
+
+    Args:
+        size: default of ``--size``; None leaves it to the preset.
+    """
+
+    options = [
+        click.option(
+            "--preset",
+            type=click.Choice(list(PRESETS)),
+            default=DEFAULT,
+            show_default=True,
+            help="Settings for all that is not given below.",
+        ),
+        click.option(
+            "--size",
+            type=click.IntRange(33),
+            default=size,
+            show_default=size is not None,
+            help="Side of the fitted image, pixels.",
+        ),
+        click.option("--max-steps", type=click.IntRange(1), help="Steps at most."),
+        click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
+        click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),
+        click.option("--inter", type=click.FloatRange(0), help="Weight of the inter-scale loss."),
+        click.option("--intra", type=click.FloatRange(0), help="Weight of the intra-scale loss."),
+        click.option("--embed-dim", type=click.IntRange(1), help="Width of the model."),
+        click.option("--depth", type=click.IntRange(1), help="Blocks a branch."),
+        click.option("--learning-rate", type=click.FloatRange(0, min_open=True)),
+        click.option("--margin", type=click.IntRange(0), help="Mirrored around the image, pixels."),
+        click.option("--icnr/--no-icnr", default=None, help="Upsampling that starts even, against checkerboards."),
+        click.option("--standardise/--no-standardise", default=None, help="Channels with mean 0 and variance 1."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+        click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]"),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def make_fit(values: dict[str, Any]) -> Fit:
+    """Options of the command line -> the fit of each image, device and backend as they turn out.
+
+    A backend that is not available is thereby an error of its own, not one of every image, and a finished image counts
+    as done only for the backend and device that it was made with.
+    """
+    from torch import float32
+
+    from msformer.runs.ways import Fit
+    from msformer.segmentation import find_device
+    from msformer_kernels.core.backends import resolve
+
+    run = {name: values.pop(name) for name in ("preset", "seed")}
+    device = find_device(values.pop("device"))
+    backend = resolve(values.pop("backend"), device.type, float32)
+    given = {name: values.pop(name) for name in ("ce", "inter", "intra")}
+    preset = find_preset(run["preset"], **values)
+    weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
+    return Fit(run | vars(preset) | {"weights": weights, "device": str(device), "backend": backend})
+
+
+def make_way(values: dict[str, Any], model: Path | None, refine: bool) -> Way:
+    """Options of the command line -> how images are segmented: by a fit, or by a trained model, or by both.
+
+    Raises:
+        click.UsageError: options of a fit where there is none.
+    """
+    if model is None:
+        if refine:
+            raise click.UsageError("--refine is for --model, which is not given")
+        return make_fit(values)
+    context = click.get_current_context()
+    given = [name for name in values if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    options = [f"--{name.replace('_', '-')}" for name in given if name not in ("device", "backend")]
+    if options and not refine:
+        raise click.UsageError(f"{', '.join(options)}: of a fit, which --model does not make without --refine")
+    from msformer.runs.ways import Model
+    from msformer.training.saved import load
+
+    fit = make_fit(dict(values))
+    return Model(load(model, device=fit.device), fit.options["backend"], fit if refine else None)

@@ -1,0 +1,317 @@
+"""Training one network for folders of images, from files to a model: `train`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import msformer
+import msformer_kernels
+from msformer.io.read import Reading
+from msformer.memory import kept_memory
+from msformer.output import prepare_folder
+from msformer.segmentation import find_device
+from msformer.training import checkpoint
+from msformer.training.batches import Batches
+from msformer.training.checkpoint import State
+from msformer.training.distributed import Processes, from_first, joined, wait_for_all
+from msformer.training.folder import TEACHERS, Material, gather
+from msformer.training.lessons import Pool
+from msformer.training.objectives import Objective, find_objective
+from msformer.training.report import REPORT, Facts, pictures, write_report
+from msformer.training.rounds import taught_again
+from msformer.training.saved import TrainedModel, load, save_model
+from msformer.training.settings import PREDICTION_SIZE, STEPS, Settings
+from msformer.training.stopping import Wish, stop_on_request
+from msformer.training.trainer import AGREEMENT, Trainer, make_network
+from msformer.training.watch import Watch
+from msformer_kernels.core.backends import resolve
+
+CHECKPOINT_EVERY = 100
+"""Steps."""
+REPORT_EVERY = 30.0
+"""Seconds."""
+GUESSED = "auto"
+RECENT = 50
+"""Steps whose mean is shown."""
+
+
+def train(
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    domain: str | None = None,
+    objective: str = "teacher",
+    weights: Mapping[str, float] | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    batch: int = 8,
+    accumulate: int = 1,
+    precision: str = "float32",
+    rounds: int = 1,
+    learning_rate: float | None = None,
+    embed_dim: int = 32,
+    depth: int = 1,
+    window: tuple[float, float] | None = None,
+    slice_index: int | None = None,
+    all_slices: bool = False,
+    device: str = "auto",
+    backend: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainedModel:
+    """Trains one network on folders of images, without masks, and writes it to a folder.
+
+    Started again with the same arguments it goes on where it was stopped, in one process to the same bits. Under
+    ``torchrun`` all processes share the work.
+
+    Args:
+        folders: folders of images, or files.
+        out: folder for the model, its report, the checkpoint and what the teachers said.
+        domain: a name in `msformer.training.domains.DOMAINS`; None: as most images look.
+        objective: a name in `msformer.training.objectives.OBJECTIVES`.
+        weights: of the terms of the objective, by name; those not given are as it says.
+        steps: of each round.
+        seed: of the initial weights, and of all that is drawn.
+        batch: crops a step, of all processes together.
+        accumulate: parts that each process splits its share of the batch in, to save memory.
+        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+        rounds: after the first, the network is taught by itself and its teachers.
+        learning_rate: the highest; None: as the objective says.
+        embed_dim, depth: of the `MSFormer`.
+        window: the values that become black and white; None: what the file says, else the usual for its kind.
+        slice_index: of volumes; None: the middle one.
+        all_slices: takes every slice of volumes as an image.
+        device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
+        backend: of the kernels, see `msformer_kernels.use_backend`.
+        workers: processes that read images at the same time; None: one a core.
+        overwrite: starts anew, whatever is there.
+        progress: prints how it goes.
+
+    Raises:
+        ValueError: a setting out of range, no usable image, a checkpoint of another training.
+        OSError: a folder that cannot be read or written to.
+        FloatingPointError: the loss became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything so far is kept.
+    """
+    paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
+    chosen = find_objective(objective, weights)
+    out = Path(out)
+    with joined(device) as processes:
+        settings = Settings(
+            objective=objective,
+            weights=chosen.weights,
+            domain=domain or GUESSED,
+            steps=steps,
+            seed=seed,
+            batch=batch,
+            accumulate=accumulate,
+            precision=precision,
+            rounds=rounds,
+            learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
+            embed_dim=embed_dim,
+            depth=depth,
+            device=_device(device, processes).type,
+            backend=resolve(backend, _device(device, processes).type, torch.float32),
+        )
+        settings.check_split(processes.count)
+        if processes.first:
+            prepare_folder(out)
+            prepare_folder(out / TEACHERS)
+            if overwrite:
+                (out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+        wait_for_all()
+        shown = progress and processes.first
+        material = gather(
+            paths,
+            out,
+            domain=domain,
+            taught=chosen.taught,
+            seed=seed,
+            reading=Reading(window, slice_index),
+            all_slices=all_slices,
+            workers=workers or _cores(),
+            processes=processes,
+            shown=shown,
+        )
+        settings = replace(settings, domain=material.domain.name)
+        run = _Run(out, settings, chosen, material, _device(device, processes), processes, shown)
+        with msformer_kernels.use_backend(settings.backend), kept_memory(), stop_on_request() as wish:
+            run.all_rounds(wish)
+        wait_for_all()
+    return load(out, device=device)
+
+
+class _Run:
+    """A training and its files."""
+
+    def __init__(
+        self,
+        out: Path,
+        settings: Settings,
+        objective: Objective,
+        material: Material,
+        device: torch.device,
+        processes: Processes,
+        shown: bool,
+    ) -> None:
+        self.out, self.settings, self.objective, self.material = out, settings, objective, material
+        self.device, self.processes, self.shown = device, processes, shown
+        record = {**settings.record(), "images": material.pool.digest, "version": msformer.__version__}
+        del record["rounds"]  # a training may be given more rounds afterwards
+        self.state = checkpoint.read(out, record) or State(record)
+        if self.state.complete and self.state.round < settings.rounds:
+            self._next_round()
+        self.reported = time.monotonic()
+
+    def all_rounds(self, wish: Wish) -> None:
+        """Takes all steps that are left, and writes the model."""
+        done = self._steps_before() + self.state.step
+        with Watch("step", self.settings.steps * self.settings.rounds, done, self.shown) as watch:
+            for warning in self.material.warnings:
+                watch.say(f"warning: {warning}")
+            watch.say(
+                f"{len(self.material.pool)} images, domain {self.material.domain.name}, objective "
+                f"{self.objective.name}; {REPORT} in {self.out} shows how it goes"
+            )
+            if done:
+                watch.say(f"goes on after step {done}")
+            while not self.state.complete:
+                self._round(watch, wish)
+
+    def _round(self, watch: Watch, wish: Wish) -> None:
+        """The steps that are left of the round that the state is in, and what follows them."""
+        pool = self._pool(watch)
+        trainer = Trainer(self.settings, self.objective, self.state, self.device, self.processes)
+        batches = Batches(
+            pool,
+            self.material.domain.strengths,
+            seed=self.settings.seed + self.state.round - 1,
+            batch=self.settings.batch,
+            sizes=self.settings.sizes,
+            views=self.objective.views,
+            device=self.device,
+            share=(self.processes.rank, self.processes.count),
+        )
+
+        def each(state: State) -> bool:
+            watch.update(self._steps_before() + state.step, self._line())
+            if self.processes.first and state.step % CHECKPOINT_EVERY == 0:
+                checkpoint.write(trainer.snapshot(), self.out)
+            if self.processes.first and time.monotonic() - self.reported > REPORT_EVERY:
+                self._report(trainer, pool)
+            return wish.asked
+
+        finished = trainer.run(batches, each)
+        trainer.snapshot()
+        if finished:
+            self._next_round()
+        if self.processes.first:
+            if self.state.complete:
+                self._save(trainer)
+            checkpoint.write(self.state, self.out)
+            self._report(trainer, pool)
+        if not finished:
+            raise KeyboardInterrupt
+
+    def _next_round(self) -> None:
+        self.state.complete = self.state.round >= self.settings.rounds
+        if not self.state.complete:
+            self.state.round += 1
+            self.state.step = 0
+            self.state.optimizer = None
+            self.state.teacher = self.state.network
+
+    def _pool(self, watch: Watch) -> Pool:
+        """The images and targets of the round."""
+        if self.state.round == 1:
+            return self.material.pool
+        teacher = make_network(self.settings, self.objective, self.device)
+        teacher.load_state_dict(self.state.teacher or {})
+
+        def make() -> Pool:
+            material = self.material
+            return taught_again(teacher, material.pool, material.lessons, material.domain)
+
+        pool = from_first(make)
+        watch.say(f"round {self.state.round}: {len(pool)} images on which the network and its teachers agree")
+        return pool
+
+    def _steps_before(self) -> int:
+        return (self.state.round - 1) * self.settings.steps
+
+    def _recent(self, name: str) -> float:
+        return float(np.mean(self.state.history.get(name, [])[-RECENT:] or [0.0]))
+
+    def _line(self) -> str:
+        """How it goes, in a line."""
+        loss = sum(self.objective.weights[name] * self._recent(name) for name in self.objective.used)
+        parts = [f"loss {loss:.3f}"]
+        if self.objective.taught:
+            parts.append(f"agreement {100 * self._recent(AGREEMENT):.1f} %")
+        return ", ".join([*parts, f"data {self._data_share():.0f} % of the time"])
+
+    def _data_share(self) -> float:
+        return 100 * self.state.waited / self.state.seconds if self.state.seconds else 0.0
+
+    def _processes(self) -> str:
+        return "1 process" if self.processes.count == 1 else f"{self.processes.count} processes"
+
+    def _report(self, trainer: Trainer, pool: Pool) -> None:
+        state, material = self.state, self.material
+        domain = f"{material.domain.name}{', guessed' if material.guessed else ''}"
+        about = {
+            "command": shlex.join(["msformer", *sys.argv[1:]]),
+            "images": f"{len(material.pool)}, {len(material.disagreed)} left out whose teachers disagree",
+            "domain": domain,
+            "objective": self.objective.name,
+            "step": f"{state.step} of {self.settings.steps}, round {state.round} of {self.settings.rounds}",
+            "now": self._line(),
+            "time": f"{state.seconds:.0f} s",
+            "machine": f"{platform.platform()}, torch {torch.__version__}, {self.device}, {self._processes()}",
+        }
+        facts = Facts(about, material.warnings, state.complete)
+        write_report(self.out, facts, state.history, pictures(trainer.network, pool))
+        self.reported = time.monotonic()
+
+    def _save(self, trainer: Trainer) -> None:
+        training = {
+            **self.material.facts(),
+            "final loss of each term": {name: self._recent(name) for name in self.objective.used},
+            "final agreement with the targets": self._recent(AGREEMENT) if self.objective.taught else None,
+            "settings": self.settings.record(),
+            "seconds": round(self.state.seconds, 1),
+            "processes": self.processes.count,
+            "machine": f"{platform.platform()}, torch {torch.__version__}",
+            "warnings": list(self.material.warnings),
+        }
+        save_model(
+            self.out,
+            trainer.network,
+            domain=self.material.domain.name,
+            objective=self.objective.name,
+            size=PREDICTION_SIZE,
+            training=training,
+        )
+
+
+def _device(device: str, processes: Processes) -> torch.device:
+    """Of several processes on a machine with GPUs, each has its own."""
+    found = find_device(device)
+    return torch.device("cuda", processes.local_rank) if found.type == "cuda" and processes.count > 1 else found
+
+
+def _cores() -> int:
+    """Cores for this process, of those that it may run on."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -1,0 +1,215 @@
+"""A trained network in a folder: weights as safetensors, everything else as JSON, and a model card for people.
+
+``model.safetensors`` holds the weights in float32, ``model.json`` what is needed to use them (architecture,
+preprocessing, domain, objective) and how they came about, ``README.md`` the same in words. ``model.json`` is written
+last and holds the hash of the weights, so that a folder with one is complete. Nothing in the folder is code, and
+nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as tensor_bytes
+
+import msformer
+from msformer.io.prepare import prepare_image
+from msformer.model import MINIMUM_SIZE, MSFormer
+from msformer.output import complete_file, prepare_folder, write_json
+from msformer.segmentation import find_device
+from msformer.training.card import write_card
+from msformer.training.domains import find_domain
+
+if TYPE_CHECKING:
+    from msformer.training.predict import Prediction
+
+FORMAT = 1
+"""Of ``model.json``; it rises when an older package could not use a newer model."""
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
+OBJECTIVES = ("teacher", "consistency", "published")
+"""``teacher``: two labels, of which label 1 is the object. The others: clusters, of which a rule picks the object."""
+
+
+class ModelError(ValueError):
+    """A folder that holds no usable model; the message names it and says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A trained network, ready to be asked, as `load` returns it."""
+
+    network: MSFormer
+    """In evaluation mode, in float32, on its device."""
+    domain: str
+    """The kind of images it was trained on, in `msformer.training.domains`: decides the rules it is fused with."""
+    objective: str
+    """One of `OBJECTIVES`."""
+    size: int
+    """Side of the square that images are resized to, pixels. Their channels are then standardised one by one."""
+    training: Mapping[str, Any]
+    """How it was trained: plain JSON, as `save_model` was given it."""
+    digest: str
+    """SHA-256 of weights, architecture, preprocessing, domain and objective: of all that decides a prediction."""
+    version: str
+    """Of msformer, that it was written by."""
+    folder: Path = field(default=Path())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def predict(self, image: Any, **options: Any) -> Prediction:
+        """What the network says of an image of any kind that `msformer.segment` takes.
+
+        Args:
+            image: a path, PIL image, array or tensor, see `msformer.segment`.
+            options: of `msformer.training.predict.predict`.
+        """
+        from msformer.training.predict import predict
+
+        return predict(self, prepare_image(image), **options)
+
+
+def save_model(
+    folder: str | PathLike[str],
+    network: MSFormer,
+    *,
+    domain: str,
+    objective: str,
+    size: int,
+    training: Mapping[str, Any],
+) -> None:
+    """Writes a trained network, so that the folder holds a whole model or none.
+
+    Args:
+        folder: is made if it is not there; other files in it stay.
+        network: on any device, in any floating-point type, not wrapped.
+        domain: a key of `msformer.training.domains.DOMAINS`.
+        objective: one of `OBJECTIVES`.
+        size: side of the square that images are resized to for a prediction, pixels.
+        training: what a reader of the model card should know of the training (images, steps, seed, seconds, agreement,
+            statistics of the images, warnings, ...): plain JSON; the card lists it as it is.
+
+    Raises:
+        ValueError: an unknown domain or objective, a size that is too small, weights that are not finite.
+        OutputError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    _check(domain, objective, size)
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"network: its weights hold NaN or infinite values, in {broken[0]}")
+    content = tensor_bytes(weights, metadata={"format": "pt"})
+    description = {
+        "format": FORMAT,
+        "version": msformer.__version__,
+        "domain": domain,
+        "objective": objective,
+        "architecture": architecture_of(network),
+        "preprocessing": {"size": size, "standardise": "each channel of each image"},
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "training": dict(training),
+    }
+    json.dumps(description)  # raises TypeError before anything is written
+    prepare_folder(folder)
+    (folder / DESCRIPTION).unlink(missing_ok=True)  # an older one is not that of the new weights
+    with complete_file(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(content)
+    write_card(folder / CARD, description, parameters=sum(p.numel() for p in network.parameters()))
+    write_json(folder / DESCRIPTION, description)
+
+
+def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") -> TrainedModel:
+    """Reads a model that `save_model` wrote, by this version of the package or an older one.
+
+    Args:
+        folder: the folder.
+        device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without a model.
+        ModelError: damaged, of a newer package, of an unknown domain or objective, or with weights that do not fit.
+        ValueError: a device that cannot be used.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: no model, {WEIGHTS} is missing") from error
+    if hashlib.sha256(content).hexdigest() != description["sha256"]:
+        raise ModelError(f"{folder}: {WEIGHTS} is damaged, or not the file that {DESCRIPTION} was written with")
+    try:
+        _check(description["domain"], description["objective"], description["preprocessing"]["size"])
+        network = MSFormer(**description["architecture"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: {error}") from error
+    try:
+        network.load_state_dict(read_tensors(content))
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: {WEIGHTS} does not fit the architecture in {DESCRIPTION}: {error}") from error
+    decisive = {name: description[name] for name in ("domain", "objective", "architecture", "preprocessing", "sha256")}
+    return TrainedModel(
+        network=network.eval().requires_grad_(False).to(find_device(device)),
+        domain=description["domain"],
+        objective=description["objective"],
+        size=description["preprocessing"]["size"],
+        training=description["training"],
+        digest=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
+        version=description["version"],
+        folder=folder,
+    )
+
+
+def architecture_of(network: MSFormer) -> dict[str, Any]:
+    """The arguments of `MSFormer` that make a network with the same weights."""
+    block: Any = network.block_s[0]
+    return {
+        "in_channels": network.patch_embed_s.proj.in_channels,
+        "embed_dim": network.linear_up.in_features,
+        "num_clusters": network.num_clusters,
+        "depth": len(network.block_s),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / network.linear_up.in_features,
+    }
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = f"no model, {DESCRIPTION} is missing" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+        raise ModelError(f"{path}: not the description of a model")
+    if found["format"] > FORMAT:
+        raise ModelError(
+            f"{path}: format {found['format']}, of msformer {found.get('version')}; this is msformer "
+            f"{msformer.__version__}, which knows formats up to {FORMAT}: upgrade it"
+        )
+    missing = {"version", "domain", "objective", "architecture", "preprocessing", "sha256", "training"} - found.keys()
+    if missing:
+        raise ModelError(f"{path}: {', '.join(sorted(missing))} is missing")
+    return found
+
+
+def _check(domain: str, objective: str, size: int) -> None:
+    find_domain(domain)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: unknown {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if size < MINIMUM_SIZE:
+        raise ValueError(f"size: {size} pixels are too small, expected at least {MINIMUM_SIZE}")
