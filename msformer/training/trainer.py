@@ -8,6 +8,7 @@ wait.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class Trainer:
             self._called = DistributedDataParallel(self.network, device_ids=ids)
 
     def run(self, batches: Batches, each: Callable[[State], bool]) -> bool:
-        """Takes the steps that are left of a round.
+        """Takes the steps that are left of a round; once.
 
         Args:
             batches: of this round, this process's share.
@@ -93,6 +94,20 @@ class Trainer:
         Raises:
             FloatingPointError: a loss became NaN or infinite.
         """
+        try:
+            return self._take_steps(batches, each)
+        finally:
+            self._part()
+
+    def _part(self) -> None:
+        """Gives up what gradients are summed with. Destroyed after the group of processes, it holds the interpreter
+        while it waits for gloo's threads, which wait for the interpreter.
+        """
+        if self._called is not self.network:
+            self._called = self.network
+            gc.collect()
+
+    def _take_steps(self, batches: Batches, each: Callable[[State], bool]) -> bool:
         measured: list[Tensor] = []
         begun = time.perf_counter()
         while self.state.step < self.settings.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 from msformer.training import checkpoint
 from msformer.training.checkpoint import State
@@ -159,6 +161,8 @@ def spread_training(rank: int, count: int, folder: Path, objective: str) -> None
     settings = small_settings(objective=objective, steps=STEPS, accumulate=1)
     trainer = trainer_of(settings, processes=Processes(rank, count, rank))
     trainer.run(small_batches(settings, (rank, count)), lambda state: False)
+    # what is left of it would be destroyed after the group, and might wait for gloo's threads for ever
+    assert not any(isinstance(found, DistributedDataParallel) for found in gc.get_objects())
     if rank == 0:
         torch.save((trainer.state.history, trainer.network.state_dict()), folder / "found.pt")
     dist.destroy_process_group()
