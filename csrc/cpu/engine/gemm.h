@@ -110,8 +110,8 @@ void gemm_panel(int vectors, Range rows, std::int64_t k, const Operand<typename 
 }
 
 // Whether a block of B whose rows lie far apart is gathered first. Where a row of it is a cache line or less, rows that
-// are a multiple of some kilobytes apart push each other out of the first cache: up to 25 % of a backward pass. Where it
-// is four lines, gathering does not pay (docs/design.md).
+// are a multiple of some kilobytes apart push each other out of the first cache: up to 25 % of a backward pass. Where
+// it is four lines, gathering does not pay (docs/design.md).
 constexpr bool kGathers = MSFORMER_VECTOR_BYTES < 64;
 
 template <class E>
