@@ -69,15 +69,18 @@ struct SelfAttentionArguments {
   std::int64_t batch, tokens, channels, key_channels, value_channels, heads;
   Form form;
   double norm_eps;
+  bool norm_centred;  // LayerNorm; else RMSNorm
   bool residual;
   Activation x;
   Mask mask;
+  std::int64_t memory_tokens;  // further keys and values, the same for every image, as those of AttentionArguments
+  Activation memory_key, memory_value;
   SelfAttentionParameters<const void*> parameters;
   void *context, *key_max, *key_sum, *key_tokens;  // [B, H, Dk/H, Dv/H], [B, Dk], [B, Dk], [B, Dk, C]
   Activation output;                               // forward
   Activation grad_output;                          // backward, from here on
   const void* grad_context;
-  Activation grad_x;
+  Activation grad_x, grad_memory_key, grad_memory_value;
   SelfAttentionParameters<void*> gradients;
 };
 

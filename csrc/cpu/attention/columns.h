@@ -41,6 +41,8 @@ class Columns {
     load_tokens(from.value, batch, head, token, tokens, p_.values, rows_, p_.value_width);
     for_masked(from.mask, batch, token, tokens,
                [&](std::int64_t i) { fill(rows_ + i * p_.value_width, p_.value_width, T(0)); });
+    ask_for(from.key, batch, head, token + tokens, p_.a.key_tokens, p_.keys);
+    ask_for(from.value, batch, head, token + tokens, p_.a.key_tokens, p_.values);
     if (p_.softmax()) weigh_keys(tokens, sums);
     if (p_.relu())
       for (std::int64_t c = 0; c < p_.keys; ++c) sums.sum[c] += sum_of(keys_ + c * width, width);
@@ -51,6 +53,8 @@ class Columns {
   void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
     const std::int64_t width = padded<T>(tokens);
     load_queries(batch, head, token, tokens, context);
+    ask_for(p_.a.query, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
+    ask_for(p_.a.output, batch, head, token, p_.a.query_tokens, p_.values);
     gemm<Values<T>>(p_.values, p_.keys, width, {context, 1, p_.value_width}, {keys_, width}, Start::zero, nullptr,
                     {values_, width});
     scale_columns(values_, p_.values, width, static_cast<T>(p_.a.output_scale));
@@ -62,6 +66,9 @@ class Columns {
     const std::int64_t width = padded<T>(tokens);
     load_queries(batch, head, token, tokens, context);
     scale_columns(keys_, p_.keys, width, T(1));
+    ask_for(p_.a.query, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
+    ask_for(p_.a.grad_output, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
+    ask_for(p_.a.grad_query, batch, head, token, p_.a.query_tokens, p_.keys);
     load_tokens(p_.a.grad_output, batch, head, token, tokens, p_.values, rows_, p_.value_width);
     gemm<Values<T>>(p_.keys, tokens, p_.value_width, {keys_, width, 1}, {rows_, p_.value_width}, Start::output, nullptr,
                     {grad_context, p_.value_width});
@@ -92,6 +99,10 @@ class Columns {
     if (p_.softmax())
       for (std::int64_t c = 0; c < p_.keys; ++c)
         weights_of(keys_ + c * width, width, statistics.max[c], statistics.inverse_sum[c]);
+    ask_for(from.key, batch, head, token + tokens, p_.a.key_tokens, p_.keys);
+    ask_for(from.value, batch, head, token + tokens, p_.a.key_tokens, p_.values);
+    ask_for(from.grad_key, batch, head, token, p_.a.key_tokens, p_.keys);
+    ask_for(from.grad_value, batch, head, token, p_.a.key_tokens, p_.values);
     gemm<Values<T>>(p_.values, p_.keys, width, {grad_context, 1, p_.value_width}, {keys_, width}, Start::zero, nullptr,
                     {grad_values_, width});
     store(from.grad_value, batch, head, token, tokens, p_.values, grad_values_);
@@ -131,6 +142,19 @@ class Columns {
   static void store(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
                     std::int64_t channels, const T* in) {
     store_tokens(turned(x, token), batch, head, 0, channels, tokens, in, padded<T>(tokens));
+  }
+
+  // Asks for the next block of a tensor while this one is worked on: rows are too short for the processor to see them
+  // coming, and in images of 32 x 32 lie a page apart.
+  void ask_for(const Activation& x, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t last,
+               std::int64_t channels) const {
+    if (token >= last) return;
+    visit_elements(x, batch, head, token, [&](auto* element) {
+      constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(*element));
+      const std::int64_t count = min_of(last - token, kTokens);
+      for (std::int64_t c = 0; c < channels; ++c)
+        for (std::int64_t i = 0; i < count; i += kLine) __builtin_prefetch(element + c * x.channel_stride + i, 0, 2);
+    });
   }
 
   // join(term(0), term(1), ...), four at a time: a single chain would wait for each result

@@ -1,18 +1,23 @@
-// LayerNorm of rows in scratch memory, on the way in, and its gradient on the way out.
+// LayerNorm of rows in scratch memory, on the way in, and its gradient on the way out; or RMSNorm, which is the same about
+// zero instead of the mean.
 #pragma once
 
 #include "sums.h"
 
 namespace msformer::MSFORMER_VARIANT {
 
-// mean and 1 / sqrt(variance + eps) of one row, variance about the mean (two passes over a row that is in L1)
+// mean (zero if not centred) and 1 / sqrt(variance + eps) of one row, variance about that (two passes over a row that is
+// in L1)
 template <class T>
-inline void row_statistics(const T* row, std::int64_t channels, T eps, T& mean, T& rstd) {
+inline void row_statistics(const T* row, std::int64_t channels, T eps, bool centred, T& mean, T& rstd) {
   constexpr int W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
-  Vector<T> sum{};
-  for (std::int64_t c = 0; c < padded<T>(channels); c += W) sum += load(row + c);  // padding is zero
-  mean = horizontal_sum<T>(sum) / static_cast<T>(channels);
+  mean = T(0);
+  if (centred) {
+    Vector<T> sum{};
+    for (std::int64_t c = 0; c < padded<T>(channels); c += W) sum += load(row + c);  // padding is zero
+    mean = horizontal_sum<T>(sum) / static_cast<T>(channels);
+  }
   Vector<T> squares{};
   for (std::int64_t c = 0; c < whole; c += W) {
     const Vector<T> d = load(row + c) - mean;
@@ -33,6 +38,7 @@ struct Norm {
   const T* weight = nullptr;
   const T* bias = nullptr;
   T eps = T(0);
+  bool centred = true;
 };
 
 // LayerNorm of rows: in -> normalized (before weight and bias), out (after). Any of the three may be the same memory.
@@ -45,7 +51,7 @@ void layer_norm(const Norm<T>& norm, std::int64_t rows, std::int64_t channels, c
   for (std::int64_t i = 0; i < rows; ++i) {
     const T* row = in + i * leading;
     T mean, rstd;
-    row_statistics(row, channels, norm.eps, mean, rstd);
+    row_statistics(row, channels, norm.eps, norm.centred, mean, rstd);
     for (std::int64_t c = 0; c < width; c += W) {
       Vector<T> x = (load(row + c) - mean) * rstd;
       if (c == whole) x = keep_lanes<T>(x, channels - whole);
@@ -84,7 +90,7 @@ void layer_norm_backward(const Norm<T>& norm, std::int64_t rows, std::int64_t ch
       sum += scaled;
       dot += scaled * load(x + c);
     }
-    const T mean = horizontal_sum<T>(sum) * inverse, mean_dot = horizontal_sum<T>(dot) * inverse;
+    const T mean = norm.centred ? horizontal_sum<T>(sum) * inverse : T(0), mean_dot = horizontal_sum<T>(dot) * inverse;
     for (std::int64_t c = 0; c < width; c += W) store(g + c, (load(g + c) - mean - load(x + c) * mean_dot) * rstd[i]);
   }
 }

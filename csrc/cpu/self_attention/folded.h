@@ -72,7 +72,8 @@ struct SelfAttention {
       pack<E>(s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
       if (!s.a.parameters.norm.weight) return;
       norm = {copy_padded(norm_weight, s.a.parameters.norm.weight, s.channels),
-              copy_padded(norm_bias, s.a.parameters.norm.bias, s.channels), static_cast<T>(s.a.norm_eps)};
+              copy_padded(norm_bias, s.a.parameters.norm.bias, s.channels), static_cast<T>(s.a.norm_eps),
+              s.a.norm_centred};
     }
   };
 

@@ -5,6 +5,7 @@
 // sum_n S_nj dS_nj, which spares a third pass. Pass 2 recomputes queries and keys and writes grad_x; the gradients of
 // W_q and W_k are summed over tokens in a fixed number of groups of chunks.
 #include "folded.h"
+#include "memory.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
@@ -128,7 +129,7 @@ struct Backward : SelfAttention<E> {
   }
 
   // gradients of the context and of A, row by row of the key features
-  void small_products(Matrices& m) const {
+  void small_products(Matrices& m, const MemoryTokens<T>& memory_tokens) const {
     const std::int64_t output_packed = channels * head_value_width, value_packed = head_values * width;
     Workspace memory(sizeof(T) * static_cast<std::size_t>(heads * (output_packed + value_packed)));
     T* output_weight = static_cast<T*>(memory.data());
@@ -155,9 +156,13 @@ struct Backward : SelfAttention<E> {
                           grad_rows, width);
       // delta is subtracted from products with these rows, most of which it cancels: both must see the same rounding
       E::round_operands(grad_rows, rows * width);
-      for (std::int64_t i = 0; i < rows; ++i)
-        m.delta[batch * key_width + row + i] =
-            key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        T& delta = m.delta[batch * key_width + row + i];
+        delta = key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
+        if (memory_tokens.count)
+          delta += memory_tokens.of_delta(row + i, parameter(a.key_max)[first + i], parameter(a.key_sum)[first + i],
+                                          grad_context + i * head_value_width);
+      }
     });
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
       pack<E>(a.num_threads, m.grad_key_tokens_packed + n * rows_packed_size, m.grad_key_tokens + n * rows_size, 1,
@@ -166,7 +171,7 @@ struct Backward : SelfAttention<E> {
   }
 
   // W_o [C, Dv], W_v [Dv, C] and b_v: sums over images and key features, in blocks of rows
-  void small_gradients(const Matrices& m) const {
+  void small_gradients(const Matrices& m, const MemoryTokens<T>& memory_tokens) const {
     const std::int64_t output_blocks = (channels + 47) / 48, value_blocks = (head_values + 47) / 48;
     const std::size_t scratch = sizeof(T) * 48 * static_cast<std::size_t>(max_of(width, head_value_width));
     parallel_for(heads * (output_blocks + value_blocks), a.num_threads, scratch, [&](std::int64_t i, void* memory) {
@@ -195,16 +200,34 @@ struct Backward : SelfAttention<E> {
       for (std::int64_t r = 0; r < rows; ++r)
         std::memcpy(target + r * target_row, sum + r * leading, sizeof(T) * static_cast<std::size_t>(columns));
     });
-    if (!a.gradients.value_bias) return;
-    for (std::int64_t v = 0; v < values; ++v) {
-      double sum = 0;
-      for (std::int64_t n = 0; n < a.batch; ++n)
-        for (std::int64_t j = 0; this->any_kept(n) && j < head_keys; ++j)
-          sum += static_cast<double>(
-              m.grad_context[n * context_size + (v / head_values * head_keys + j) * head_value_width +
-                             v % head_values]);
-      static_cast<T*>(a.gradients.value_bias)[v] = static_cast<T>(sum);
+    if (memory_tokens.count)
+      memory_tokens.write_gradients([&](std::int64_t batch, std::int64_t row, T& max, T& sum, T& delta, const T*& grad) {
+        max = parameter(a.key_max)[batch * keys + row];
+        sum = parameter(a.key_sum)[batch * keys + row];
+        delta = m.delta[batch * key_width + row];
+        grad = m.grad_context + (batch * keys + row) * head_value_width;
+      });
+    if (a.gradients.value_bias) value_bias_gradient(m, memory_tokens);
+  }
+
+  void value_bias_gradient(const Matrices& m, const MemoryTokens<T>& memory_tokens) const {
+    Workspace memory(sizeof(double) * static_cast<std::size_t>(values));
+    double* sums = static_cast<double*>(memory.data());
+    for (std::int64_t v = 0; v < values; ++v) sums[v] = 0;
+    for (std::int64_t n = 0; n < a.batch; ++n) {
+      if (!this->any_kept(n)) continue;
+      for (std::int64_t row = 0; row < keys; ++row) {
+        const std::int64_t at = n * keys + row;
+        const double share =
+            memory_tokens.count
+                ? static_cast<double>(memory_tokens.left(row, parameter(a.key_max)[at], parameter(a.key_sum)[at], true))
+                : 1.0;
+        const T* grad = m.grad_context + at * head_value_width;
+        double* of_head = sums + row / head_keys * head_values;
+        for (std::int64_t v = 0; v < head_values; ++v) of_head[v] += share * static_cast<double>(grad[v]);
+      }
     }
+    for (std::int64_t v = 0; v < values; ++v) static_cast<T*>(a.gradients.value_bias)[v] = static_cast<T>(sums[v]);
   }
 
   void block_backward(const Weights& w, const Matrices& m, Blocks& s, TokenSums& sums, std::int64_t batch,
@@ -230,7 +253,8 @@ struct Backward : SelfAttention<E> {
     multiply<E>(tokens, channels, key_width, s.x, width, m.grad_key_tokens_packed + batch * rows_packed_size,
                 s.grad_keys, key_width);
     T* delta = m.delta + batch * key_width;
-    if (tokens == a.tokens) key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, delta);
+    if (tokens == a.tokens && !a.memory_tokens)
+      key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, delta);
     key_softmax_backward(tokens, key_width, s.keys, delta, s.grad_keys);
     multiply_add<E>(tokens, keys, width, s.grad_keys, key_width, m.key_right, s.grad_x, width);
     multiply_transposed_add<E>(keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight, width);
@@ -275,19 +299,22 @@ struct Backward : SelfAttention<E> {
   }
 
   void run() const {
-    const std::size_t weight_bytes = bytes_of<Weights>();
-    Workspace memory(weight_bytes + bytes_of<Matrices>());
+    Arena counter(nullptr);
+    MemoryTokens<T>(counter, a);
+    Workspace memory(bytes_of<Weights>() + bytes_of<Matrices>() + counter.used());
     Arena arena(memory.data());
     Weights w(arena, *this);
     Matrices m(arena, *this);
+    MemoryTokens<T> memory_tokens(arena, a);
     w.fill_in(*this);
+    memory_tokens.fill_in();
     load_state(m);
     reduce_grad_folded(w, m.grad_folded);
-    small_products(m);
+    small_products(m, memory_tokens);
     this->pack_rows(m.grad_key_tokens_right, m.grad_key_tokens, a.batch, keys, rows_size);
     this->pack_rows(m.query_right, w.query_rows, 1, this->query_rows, folded_size);
     this->pack_rows(m.key_right, w.key_rows, 1, keys, rows_size);
-    small_gradients(m);
+    small_gradients(m, memory_tokens);
     write_grad_x(w, m);
   }
 };

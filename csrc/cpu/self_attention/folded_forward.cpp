@@ -3,6 +3,7 @@
 // Exact: rho_k's columns sum to 1, and b_k cancels in the softmax over tokens. Two passes over X; queries, keys and
 // values live in scratch, kBlockTokens tokens at a time. A and the softmax statistics are returned for the backward.
 #include "folded.h"
+#include "memory.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
@@ -33,7 +34,7 @@ struct Forward : SelfAttention<E> {
   }
 
   // A [B, keys, width]
-  void reduce_tokens(const Weights& w, T* key_tokens) const {
+  void reduce_tokens(const Weights& w, const MemoryTokens<T>& memory_tokens, T* key_tokens) const {
     const std::int64_t size = KeySums<T>::size(keys, width);
     Workspace partials(sizeof(T) * static_cast<std::size_t>(this->chunks() * size));
     T* sums = static_cast<T*>(partials.data());
@@ -51,15 +52,17 @@ struct Forward : SelfAttention<E> {
     });
     parallel_for(a.batch * keys, a.num_threads, 64, [&](std::int64_t i, void*) {
       const std::int64_t batch = i / keys;
-      combine_keys(sums + batch * split.count * size, split.count, keys, i % keys, width, this->any_kept(batch),
-                   static_cast<T*>(a.key_max) + i, static_cast<T*>(a.key_sum) + i, key_tokens + i * width);
+      T *max = static_cast<T*>(a.key_max) + i, *sum = static_cast<T*>(a.key_sum) + i;
+      combine_keys(sums + batch * split.count * size, split.count, keys, i % keys, width,
+                   !memory_tokens.count && this->any_kept(batch), max, sum, key_tokens + i * width);
+      if (memory_tokens.count) memory_tokens.join(i % keys, width, max, sum, key_tokens + i * width);
       std::memcpy(static_cast<T*>(a.key_tokens) + i * channels, key_tokens + i * width,
                   sizeof(T) * static_cast<std::size_t>(channels));
     });
   }
 
-  // G [B, keys, head_value_width] = A W_v + 1 b_v^T for every head, and the user's copy
-  void make_context(const T* key_tokens, T* context) const {
+  // G [B, keys, head_value_width] = A W_v + 1 b_v^T, or see memory.h, for every head; and the user's copy
+  void make_context(const T* key_tokens, const MemoryTokens<T>& memory_tokens, T* context) const {
     const std::int64_t packed = channels * head_value_width;
     Workspace memory(sizeof(T) * static_cast<std::size_t>(heads * (packed + head_value_width)));
     T* value_weight = static_cast<T*>(memory.data());
@@ -73,12 +76,18 @@ struct Forward : SelfAttention<E> {
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       T* out = context + (batch * keys + row) * head_value_width;
+      const bool kept = this->any_kept(batch);
       multiply<Values<T>>(rows, channels, head_value_width, key_tokens + (batch * keys + row) * width, width,
                           value_weight + head * packed, out, head_value_width,
-                          this->any_kept(batch) ? bias + head * head_value_width : nullptr);
-      for (std::int64_t i = 0; i < rows; ++i)
-        std::memcpy(static_cast<T*>(a.context) + (batch * keys + row + i) * head_values, out + i * head_value_width,
+                          kept && !memory_tokens.count ? bias + head * head_value_width : nullptr);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const std::int64_t at = batch * keys + row + i;
+        if (memory_tokens.count)
+          memory_tokens.add_to_context(row + i, parameter(a.key_max)[at], parameter(a.key_sum)[at], kept,
+                                       out + i * head_value_width);
+        std::memcpy(static_cast<T*>(a.context) + at * head_values, out + i * head_value_width,
                     sizeof(T) * static_cast<std::size_t>(head_values));
+      }
     });
   }
 
@@ -114,15 +123,18 @@ struct Forward : SelfAttention<E> {
   void run() const {
     Arena counter(nullptr);
     Weights(counter, *this);
+    MemoryTokens<T>(counter, a);
     Matrices(counter, *this);
     Workspace memory(counter.used());
     Arena arena(memory.data());
     Weights w(arena, *this);
     w.fill_in(*this);
+    MemoryTokens<T> memory_tokens(arena, a);
+    memory_tokens.fill_in();
     const Matrices m(arena, *this);
     copy_padded(m.output_bias, a.parameters.output_bias, channels);
-    reduce_tokens(w, m.key_tokens);
-    make_context(m.key_tokens, m.context);
+    reduce_tokens(w, memory_tokens, m.key_tokens);
+    make_context(m.key_tokens, memory_tokens, m.context);
     this->fold(m.context, m.folded);
     this->pack_rows(m.folded_packed, m.folded, a.batch, this->query_rows, query_width * width);
     write_output(w, m.folded_packed, m.output_bias);

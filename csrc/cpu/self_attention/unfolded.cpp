@@ -43,7 +43,8 @@ struct Unfolded {
       copy_padded(value_bias, a.parameters.value_bias, u.values);
       if (a.parameters.norm.weight)
         norm = {copy_padded(norm_weight, a.parameters.norm.weight, u.channels),
-                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps)};
+                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps),
+                a.norm_centred};
     }
   };
 
@@ -110,6 +111,9 @@ struct Unfolded {
     attention.key = heads(t.key, key_width, keys);
     attention.value = heads(t.value, value_width, values);
     attention.mask = a.mask;
+    attention.memory_tokens = a.memory_tokens;
+    attention.memory_key = a.memory_key;
+    attention.memory_value = a.memory_value;
     if (a.mask.data) attention.mask.data += first_image * a.mask.batch_stride;
     attention.context = context;
     attention.key_max = key_max;
@@ -117,6 +121,34 @@ struct Unfolded {
     attention.output = heads(t.attended, value_width, values);
     return attention;
   }
+
+  // Gradients of the memory tokens: those of one group of images, and of all groups so far.
+  struct MemoryGradients {
+    const std::int64_t heads, tokens, key_width, value_width;
+    T *of_group, *total;  // keys [heads, tokens, key_width], then values likewise
+    MemoryGradients(Arena& arena, const Unfolded& u)
+        : heads(u.a.heads),
+          tokens(u.a.memory_tokens),
+          key_width(padded<T>(u.keys / u.a.heads)),
+          value_width(padded<T>(u.values / u.a.heads)),
+          of_group(arena.take<T>(size())),
+          total(arena.take<T>(size())) {}
+
+    std::int64_t size() const { return heads * tokens * (key_width + value_width); }
+    Activation keys_of(T* data) const { return in_scratch(data, key_width); }
+    Activation values_of(T* data) const { return in_scratch(data + heads * tokens * key_width, value_width); }
+    Activation in_scratch(T* data, std::int64_t leading) const {
+      return {data, sizeof(T) == 8 ? DType::float64 : DType::float32, 0, tokens * leading, leading, 1};
+    }
+    void write(const Activation& out, std::int64_t channels, T* from, std::int64_t leading) const {
+      for (std::int64_t head = 0; head < heads; ++head)
+        store_tokens(out, 0, head, 0, tokens, channels, from + head * tokens * leading, leading);
+    }
+    void finish(const SelfAttentionArguments& a) const {
+      write(a.grad_memory_key, a.key_channels / heads, total, key_width);
+      write(a.grad_memory_value, a.value_channels / heads, total + heads * tokens * key_width, value_width);
+    }
+  };
 
   std::int64_t context_size() const { return keys * (values / a.heads); }
   static T* at(void* base, std::int64_t offset) { return base ? static_cast<T*>(base) + offset : nullptr; }
@@ -168,6 +200,7 @@ struct Unfolded {
     Tokens tokens;
     T *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
     T *grad_query, *grad_key, *grad_value, *grad_attended;
+    MemoryGradients memory;
     T *context, *key_max, *key_sum;  // of the recomputed forward; the same as the saved ones, which stay as they are
     BackwardBuffers(Arena& arena, const Unfolded& u)
         : weights(arena, u),
@@ -194,6 +227,7 @@ struct Unfolded {
           grad_key(arena.take<T>(u.group_tokens * u.key_width)),
           grad_value(arena.take<T>(u.group_tokens * u.value_width)),
           grad_attended(arena.take<T>(u.group_tokens * u.value_width)),
+          memory(arena, u),
           context(arena.take<T>(u.group_images * u.context_size())),
           key_max(arena.take<T>(u.group_images * u.keys)),
           key_sum(arena.take<T>(u.group_images * u.keys)) {}
@@ -221,7 +255,13 @@ struct Unfolded {
     arguments.grad_query = heads(s.grad_query, key_width, keys);
     arguments.grad_key = heads(s.grad_key, key_width, keys);
     arguments.grad_value = heads(s.grad_value, value_width, values);
+    if (s.memory.tokens) {
+      fill(s.memory.of_group, s.memory.size(), T(0));
+      arguments.grad_memory_key = s.memory.keys_of(s.memory.of_group);
+      arguments.grad_memory_value = s.memory.values_of(s.memory.of_group);
+    }
     attention_backward(arguments);
+    add_rows(1, s.memory.size(), s.memory.of_group, s.memory.total);
     set_padding(t.attended, tokens, values, value_width, T(0));
     set_padding(s.grad_query, tokens, keys, key_width, T(0));
     set_padding(s.grad_key, tokens, keys, key_width, T(0));
@@ -265,6 +305,7 @@ struct Unfolded {
     fill(s.output_bias, width, T(0));
     fill(s.norm_weight, width, T(0));
     fill(s.norm_bias, width, T(0));
+    fill(s.memory.total, s.memory.size(), T(0));
     for_groups([&](std::int64_t first, std::int64_t images) { backward_group(s, right_sides, first, images); });
     s.query_gradient.finish();
     s.key_gradient.finish();
@@ -275,6 +316,7 @@ struct Unfolded {
     copy_out(s.output_bias, channels, a.gradients.output_bias);
     copy_out(s.norm_weight, channels, a.gradients.norm.weight);
     copy_out(s.norm_bias, channels, a.gradients.norm.bias);
+    if (s.memory.tokens) s.memory.finish(a);
   }
 };
 

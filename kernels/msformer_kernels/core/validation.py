@@ -51,6 +51,20 @@ def check_mask(mask: Tensor | None, batch: int, tokens: int, device: torch.devic
         raise ValueError(f"mask: is on {mask.device}, but the tokens are on {device}")
 
 
+def check_memory(
+    memory_key: Tensor | None, memory_value: Tensor | None, heads: int, key_channels: int, value_channels: int
+) -> None:
+    """Of memory tokens; channels are those of one head."""
+    if memory_key is not None and memory_value is not None:
+        check_rank("memory_key", memory_key, "[heads, M, Dk]", 3)
+        memory = memory_key.shape[1]
+        check_shape("memory_key", memory_key, (heads, memory, key_channels), "[heads, M, Dk] of one head")
+        check_shape("memory_value", memory_value, (heads, memory, value_channels), "[heads, M, Dv] of one head")
+    elif memory_key is not None or memory_value is not None:
+        given, other = ("memory_key", "memory_value") if memory_value is None else ("memory_value", "memory_key")
+        raise ValueError(f"{other}: expected a tensor beside {given}, got None")
+
+
 def check_heads(num_heads: int, **channels: int) -> None:
     if num_heads < 1:
         raise ValueError(f"num_heads: expected at least 1, got {num_heads}")

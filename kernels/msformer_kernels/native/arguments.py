@@ -29,6 +29,16 @@ def activation(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), DTYPES[x.dtype], *strides)
 
 
+def memory_activation(x: Tensor | None) -> tuple[int, ...]:
+    """`activation` of memory tokens `[heads, M, D]`, which are the same for every image."""
+    return NO_ACTIVATION if x is None else (x.data_ptr(), DTYPES[x.dtype], 0, *x.stride())
+
+
+def memory_arguments(key: Tensor | None, value: Tensor | None) -> tuple[int, ...]:
+    """How many memory tokens there are, and their keys and values."""
+    return (0 if key is None else key.shape[1], *memory_activation(key), *memory_activation(value))
+
+
 def mask_argument(mask: Tensor | None) -> tuple[int, ...]:
     """(address, batch stride, token stride) of a boolean `[B, N]`; zeros without a mask."""
     return (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())

@@ -1,10 +1,20 @@
-"""LayerNorm of tokens in plain PyTorch, where a layer has one, and its backward."""
+"""LayerNorm or RMSNorm of tokens in plain PyTorch, where a layer has one, and the backward of LayerNorm."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NORMS = ("layer", "rms")
+
+
+def norm_of(kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Over the last dimension of x; without a weight x as it is. RMSNorm: ``x / sqrt(mean(x^2) + eps)``."""
+    if kind == "layer" or weight is None:
+        return layer_norm(x, weight, bias, eps)
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return normed if bias is None else normed + bias
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

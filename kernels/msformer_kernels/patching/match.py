@@ -69,7 +69,8 @@ def match(
     why = _why_not_bypassed(module, likely[0]) if alike else None
     if why is not None:
         return why
-    return _prove(name, module, likely, alike, known)
+    allowed = [plan for plan in likely if _why_not_bypassed(module, plan) is None]
+    return _prove(name, module, allowed or likely, alike, known)
 
 
 def _prove(name: str, module: nn.Module, plans: list[Plan], alike: bool, known: Known) -> Match | str | None:

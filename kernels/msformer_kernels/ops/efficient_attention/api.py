@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msformer_kernels.core.validation import check_mask, check_rank, check_shape
+from msformer_kernels.core.validation import check_mask, check_memory, check_rank, check_shape
 from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
@@ -73,14 +73,7 @@ def efficient_attention(
     check_shape("key", key, (batch, heads, tokens, channels), "[B, heads, N, Dk] of the query")
     check_shape("value", value, (batch, heads, tokens, value.shape[3]), "[B, heads, N, Dv] of the key")
     check_mask(mask, batch, tokens, query.device)
-    if memory_key is not None and memory_value is not None:
-        check_rank("memory_key", memory_key, "[heads, M, Dk]", 3)
-        memory = memory_key.shape[1]
-        check_shape("memory_key", memory_key, (heads, memory, channels), "[heads, M, Dk] of the query")
-        check_shape("memory_value", memory_value, (heads, memory, value.shape[3]), "[heads, M, Dv] of the value")
-    elif memory_key is not None or memory_value is not None:
-        given, other = ("memory_key", "memory_value") if memory_value is None else ("memory_value", "memory_key")
-        raise ValueError(f"{other}: expected a tensor beside {given}, got None")
+    check_memory(memory_key, memory_value, heads, channels, value.shape[3])
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     if normalization == "relu" and not eps >= LEAST_EPS:

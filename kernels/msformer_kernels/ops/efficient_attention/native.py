@@ -12,7 +12,13 @@ from torch import Tensor
 
 from msformer_kernels import _native
 from msformer_kernels.core.layout import room_like
-from msformer_kernels.native.arguments import DTYPES, NO_ACTIVATION, activation, addresses, mask_argument
+from msformer_kernels.native.arguments import (
+    activation,
+    addresses,
+    mask_argument,
+    memory_activation,
+    memory_arguments,
+)
 from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
 
@@ -38,15 +44,8 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         *activation(call.key),
         *activation(call.value),
         *mask_argument(call.mask),
-        0 if call.memory_key is None else call.memory_key.shape[1],
-        *_memory(call.memory_key),
-        *_memory(call.memory_value),
+        *memory_arguments(call.memory_key, call.memory_value),
     )
-
-
-def _memory(x: Tensor | None) -> tuple[int, ...]:
-    """Of ``[heads, M, D]``, which is the same for every image."""
-    return NO_ACTIVATION if x is None else (x.data_ptr(), DTYPES[x.dtype], 0, *x.stride())
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
@@ -69,7 +68,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
             *activation(grads.output),
             *addresses((grad_context,)),
             *(number for gradient in found for number in activation(gradient)),
-            *(number for gradient in of_memory for number in _memory(gradient)),
+            *(number for gradient in of_memory for number in memory_activation(gradient)),
         )
     )
     return *found, *(saved.context.new_empty(0) if x is None else x for x in of_memory)

@@ -7,11 +7,13 @@ from torch import Tensor
 from msformer_kernels.core.validation import (
     check_heads,
     check_mask,
+    check_memory,
     check_norm,
     check_rank,
     check_shape,
 )
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.layer_norm import NORMS
 
 
 @OPERATOR.public
@@ -30,8 +32,11 @@ def efficient_self_attention(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer",
     residual: bool = False,
     mask: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Efficient attention of tokens with themselves: ``[x +] W_o(efficient_attention(W_q y, W_k y, W_v y))`` with y = x
@@ -49,14 +54,19 @@ def efficient_self_attention(
         output_weight: ``[C, Dv]``.
         query_bias, key_bias, value_bias, output_bias: of matching size, or None.
         num_heads: divides Dk and Dv; head h takes the h-th slice of each.
-        norm_weight, norm_bias: ``[C]``; a LayerNorm of x before the projections, unless norm_weight is None.
+        norm_weight, norm_bias: ``[C]``; a norm of x before the projections, unless norm_weight is None.
         norm_eps: of that LayerNorm.
+        norm_kind: ``"layer"``, or ``"rms"`` for RMSNorm: about zero instead of the mean (Zhang and Sennrich, 2019).
         residual: adds x (before the norm) to the output.
         mask: boolean ``[B, N]``, True keeps a token as a key. Masked tokens still get an output.
-        backend: see `msformer_kernels.use_backend`.
+        memory_key: ``[heads, M, Dk / heads]``: keys in front of those of every image, as diffusion models learn them;
+            they are never masked. Only with `memory_value`, and without `key_bias`.
+        memory_value: ``[heads, M, Dv / heads]``.
+        backend: see `msformer_kernels.use_backend`. RMSNorm and memory tokens have kernels on CPUs alone.
 
     Returns:
-        output ``[B, N, C]`` in x's dtype (under autocast in autocast's, unless residual), and the global context
+        output ``[B, N, C]`` in x's dtype (under autocast in autocast's, unless residual), channel by channel where x
+        lies so (as an image with channels first), and the global context
         ``[B, heads, Dk / heads, Dv / heads]``, a statistic over all tokens and so kept in float32 (float64 for
         float64). Both are differentiable. A batch or sequence of size 0 gives an empty output, zero context and zero
         gradients.
@@ -79,4 +89,11 @@ def efficient_self_attention(
     check_shape("output_bias", output_bias, (channels,), "[C]")
     check_heads(num_heads, Dk=key_channels, Dv=value_channels)
     check_norm("norm", norm_weight, norm_bias, channels)
+    if norm_kind not in NORMS:
+        raise ValueError(f"norm_kind: expected one of {', '.join(NORMS)}, got {norm_kind!r}")
     check_mask(mask, batch, tokens, x.device)
+    check_memory(memory_key, memory_value, num_heads, key_channels // num_heads, value_channels // num_heads)
+    if memory_key is not None and key_bias is not None:
+        raise ValueError(
+            "key_bias: expected None beside memory_key; subtract it from the memory keys, which is the same"
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.cuda.arguments import (
     address,
     as_given,
@@ -26,7 +27,7 @@ from msformer_kernels.cuda.arguments import (
 )
 from msformer_kernels.ops.efficient_attention import cuda_calls as attention
 from msformer_kernels.ops.efficient_self_attention import unfolded
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters, nothing_of_memory
 from msformer_kernels.ops.layer_norm import layer_norm_backward
 
 MOST_FOLDED = 128
@@ -62,7 +63,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if not _folds(call):
         return unfolded.forward(call, attention)
     output, *state = OPERATOR.fake(call)
-    parameters, how, kernels = handed_over(OPERATOR.parameters_of(call), x), engine(x.dtype), library(x)
+    parameters, how, kernels = handed_over(kernel_parameters(call), x), engine(x.dtype), library(x)
     inputs = _inputs(call, parameters)
     memory = scratch(kernels.self_attention_forward_scratch(how, inputs), x)
     kernels.self_attention_forward(
@@ -72,11 +73,11 @@ def forward(call: Any) -> tuple[Tensor, ...]:
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
-    x, given = call.x, OPERATOR.parameters_of(call)
+    x, given = call.x, kernel_parameters(call)
     parameters = handed_over(given, x)
-    grad_x, gradients = x.new_empty(x.shape), empty_gradients(parameters, x)
+    grad_x, gradients = room_like(x), empty_gradients(parameters, x)
     if x.numel() == 0:
-        return grad_x, *as_given([g.zero_() for g in gradients], given)
+        return grad_x, *as_given([g.zero_() for g in gradients], given), *nothing_of_memory(x)
     if not _folds(call):
         return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
     how, kernels, inputs = engine(x.dtype), library(x), _inputs(call, parameters)
@@ -96,4 +97,4 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
             memory.data_ptr(),
         ),
     )
-    return grad_x, *as_given(gradients, given)
+    return grad_x, *as_given(gradients, given), *nothing_of_memory(x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msformer_kernels import _native
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.native import arguments
 from msformer_kernels.native.arguments import (
     activation,
@@ -19,9 +20,11 @@ from msformer_kernels.native.arguments import (
     contiguous,
     empty_gradients,
     mask_argument,
+    memory_activation,
+    memory_arguments,
     rounded,
 )
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters
 
 
 def _inputs(call: Any) -> tuple[Any, ...]:
@@ -34,25 +37,28 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         call.num_heads,
         arguments.FORM,
         call.norm_eps,
+        call.norm_kind == "layer",
         call.residual,
         *activation(call.x),
         *mask_argument(call.mask),
+        *memory_arguments(call.memory_key, call.memory_value),
     )
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
-    parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(call.x.dtype))
+    parameters = contiguous(kernel_parameters(call), arithmetic_dtype(call.x.dtype))
     output, *state = OPERATOR.fake(call)
     _native.self_attention_forward((*_inputs(call), *addresses(parameters), *addresses(state), *activation(output)))
     return output, *state
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
-    x, given = call.x, OPERATOR.parameters_of(call)
+    x, given = call.x, kernel_parameters(call)
     parameters = contiguous(given, arithmetic_dtype(x.dtype))
     gradients = empty_gradients(given, x)
     state = [s.contiguous() for s in saved]
-    grad_x = x.new_empty(x.shape)
+    grad_x = room_like(x)
+    of_memory = [None if m is None else room_like(m) for m in (call.memory_key, call.memory_value)]
     grad_context = grads.context
     if grad_context is not None:
         grad_context = grad_context.to(saved.context.dtype).contiguous()
@@ -64,7 +70,10 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
             *activation(grads.output),
             *addresses((grad_context,)),
             *activation(grad_x),
+            *memory_activation(of_memory[0]),
+            *memory_activation(of_memory[1]),
             *addresses(gradients),
         )
     )
-    return (grad_x, *rounded(gradients, given))
+    absent = saved.context.new_empty(0)
+    return (grad_x, *rounded(gradients, given), *(absent if m is None else m for m in of_memory))

@@ -1,6 +1,6 @@
 """Efficient self-attention in plain PyTorch, unfolded as published: the specification of the operator.
 
-LayerNorm (optional), three projections, `efficient_attention` of every head, output projection, residual (optional).
+A norm (optional), three projections, `efficient_attention` of every head, output projection, residual (optional).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msformer_kernels.ops.efficient_attention.reference import efficient_attention
-from msformer_kernels.ops.layer_norm import layer_norm
+from msformer_kernels.ops.layer_norm import norm_of
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -32,14 +32,19 @@ def efficient_self_attention(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer",
     residual: bool = False,
     mask: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `msformer_kernels.ops.efficient_self_attention`."""
-    tokens = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    tokens = norm_of(norm_kind, x, norm_weight, norm_bias, norm_eps)
     query = _split_heads(F.linear(tokens, query_weight, query_bias), num_heads)
     key = _split_heads(F.linear(tokens, key_weight, key_bias), num_heads)
     value = _split_heads(F.linear(tokens, value_weight, value_bias), num_heads)
-    attended, context = efficient_attention(query, key, value, mask=mask)
+    attended, context = efficient_attention(
+        query, key, value, mask=mask, memory_key=memory_key, memory_value=memory_value
+    )
     output = F.linear(attended.transpose(1, 2).flatten(2), output_weight, output_bias)
     return (x + output if residual else output), context

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msformer_kernels.core.layout import room_like
 from msformer_kernels.core.operator import Operator
 from msformer_kernels.core.precision import arithmetic_dtype
 from msformer_kernels.core.registration import cast_output
@@ -23,7 +24,7 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
     keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
     wide = arithmetic_dtype(x.dtype)
     return (
-        x.new_empty(x.shape),
+        room_like(x),
         x.new_empty(batch, heads, keys // heads, values // heads, dtype=wide),
         x.new_empty(batch, keys, dtype=wide),
         x.new_empty(batch, keys, dtype=wide),
@@ -34,12 +35,18 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
 def _products(call: Any) -> int:
     """As published, unfolded: the projections, and context and output of every head."""
     weights = (call.query_weight, call.key_weight, call.value_weight, call.output_weight)
-    heads = 2 * call.query_weight.shape[0] * call.value_weight.shape[0] // call.num_heads
-    return call.x.shape[:2].numel() * (sum(weight.numel() for weight in weights) + heads)
+    batch, tokens, _ = call.x.shape
+    memory = 0 if call.memory_key is None else call.memory_key.shape[1]
+    of_a_token = call.query_weight.shape[0] * call.value_weight.shape[0] // call.num_heads
+    return batch * (tokens * sum(weight.numel() for weight in weights) + (2 * tokens + memory) * of_a_token)
 
 
-def _needs_features(call: Any) -> str | None:
+def _why_not_on_gpu(call: Any) -> str | None:
     """Why the kernels of a GPU do not take a call; None if they do."""
+    if call.memory_key is not None:
+        return "its kernels take no memory tokens"
+    if call.norm_kind != "layer" and call.norm_weight is not None:
+        return f"its kernels have no norm of kind {call.norm_kind!r}"
     if min(call.x.shape[2], call.query_weight.shape[0], call.value_weight.shape[0]) > 0:
         return None
     return "its kernels take at least one channel, key feature and value feature"
@@ -55,6 +62,17 @@ OPERATOR = Operator(
     without_gradient=("mask",),
     zero_gradient=("key_bias",),
     matrices=("query_weight", "key_weight", "value_weight", "output_weight"),
+    keeps_layout=True,
     autocast=cast_output,
-    limits={"cuda": _needs_features, "triton": _needs_features},
+    limits={"cuda": _why_not_on_gpu, "triton": _why_not_on_gpu},
 )
+
+
+def kernel_parameters(call: Any) -> tuple[Tensor | None, ...]:
+    """All but the memory tokens, which come last."""
+    return OPERATOR.parameters_of(call)[:-2]
+
+
+def nothing_of_memory(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of memory tokens, where there are none."""
+    return x.new_empty(0, dtype=arithmetic_dtype(x.dtype)), x.new_empty(0, dtype=arithmetic_dtype(x.dtype))

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from msformer_kernels.core.gradients import placed
+from msformer_kernels.core.layout import laid_like, room_like
 from msformer_kernels.ops.efficient_attention import triton_calls as attention
 from msformer_kernels.ops.efficient_attention.triton_calls import combine, kept_tokens
 from msformer_kernels.ops.efficient_self_attention import unfolded
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters, nothing_of_memory
 from msformer_kernels.ops.efficient_self_attention.triton_backward import (
     self_attention_fold_backward_kernel,
     self_attention_query_backward_kernel,
@@ -69,14 +70,14 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if not _folds(call):
         return unfolded.forward(call, attention)
     output, state = _folded_forward(call, kept_tokens(call.mask, x.shape[0], x.shape[1], x.device))
-    return output, *state
+    return laid_like(output, x), *state
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
-    x, given = call.x, OPERATOR.parameters_of(call)
+    x, given = call.x, kernel_parameters(call)
     if x.shape[0] == 0:
         zeros = (x.new_zeros(0, dtype=torch.float32) if p is None else torch.zeros_like(p) for p in given)
-        return x.new_zeros(x.shape), *zeros
+        return room_like(x).zero_(), *zeros, *nothing_of_memory(x)
     if not _folds(call):
         return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
     lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
@@ -85,7 +86,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     if grad_context is not None:
         grad_context = grad_context.to(torch.float32).contiguous()
     grad_x, gradients = _folded_backward(call, grads.output, grad_context, state, lengths)
-    return grad_x, *placed(gradients, given, x)
+    return laid_like(grad_x, x), *placed(gradients, given, x), *nothing_of_memory(x)
 
 
 def _folds(call: Any) -> bool:
@@ -104,7 +105,7 @@ def _nothing(call: Any) -> tuple[Tensor, ...]:
     keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
     zeros = x.new_zeros(batch, keys, channels, dtype=torch.float32)
     context = zeros.new_zeros(batch, heads, keys // heads, values // heads)
-    return x.new_zeros(x.shape), context, zeros.new_zeros(batch, keys), zeros.new_zeros(batch, keys), zeros
+    return room_like(x).zero_(), context, zeros.new_zeros(batch, keys), zeros.new_zeros(batch, keys), zeros
 
 
 def _prepared(call: Any) -> Any:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msformer_kernels.core.gradients import placed
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR
+from msformer_kernels.core.layout import laid_like
+from msformer_kernels.ops.efficient_self_attention.spec import kernel_parameters, nothing_of_memory
 from msformer_kernels.ops.layer_norm import layer_norm
 
 
@@ -91,7 +92,7 @@ def forward(call: Any, attention: Attention) -> tuple[Tensor, ...]:
     if call.residual:
         output += x
     key_tokens = context.new_full((x.shape[0], call.query_weight.shape[0], x.shape[2]), float("nan"))
-    return output, context, key_max.flatten(1), key_sum.flatten(1), key_tokens
+    return laid_like(output, x), context, key_max.flatten(1), key_sum.flatten(1), key_tokens
 
 
 def backward(
@@ -141,4 +142,4 @@ def backward(
         grad_norm_weight,
         grad_norm_bias,
     )
-    return grad_x, *placed(gradients, OPERATOR.parameters_of(call), x)
+    return laid_like(grad_x, x), *placed(gradients, kernel_parameters(call), x), *nothing_of_memory(x)

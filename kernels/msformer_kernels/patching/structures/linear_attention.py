@@ -1,18 +1,21 @@
 """Linear attention of diffusion models, on an image or on each image of a video: query, key and value of all heads come
 from one layer or from one each, channels first.
 
-The modules around the attention are called as they are; only what is between them is replaced.
+On a CPU norm and layers around the attention are fused with it, where nothing is between them. Elsewhere, and on a
+GPU, they are called as they are, and only what is between them is replaced.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from msformer_kernels.ops.efficient_attention import efficient_attention
+from msformer_kernels.ops.efficient_self_attention import efficient_self_attention
 from msformer_kernels.patching.structures.common import (
     NOTHING,
     Found,
@@ -22,7 +25,11 @@ from msformer_kernels.patching.structures.common import (
     head_counts,
     is_pointwise,
     layers_of,
+    weight_and_bias,
 )
+
+LEAST_LENGTH = 1e-12
+"""By which `torch.nn.functional.normalize` divides at least."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,32 @@ class LinearAttentionPlan(Plan):
         return images.unflatten(0, (-1, frames)).transpose(1, 2)
 
     def _of_images(self, module: nn.Module, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
         for name in self.before:
             x = module.get_submodule(name)(x)
+        image = self._attended(module, x)
+        for name in self.after:
+            image = module.get_submodule(name)(image)
+        return image
+
+    def _memory(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of the memory tokens, ``[heads, M, D]``."""
+        if self.memory is None:
+            return None, None
+        key, value = getattr(module, self.memory).transpose(2, 3).unbind()
+        return key, value
+
+    def _attended(self, module: nn.Module, x: Tensor) -> Any:
+        """Of the attention, of an image that has gone through `before`."""
+        height, width = x.shape[2:]
         made = [module.get_submodule(name)(x) for name in self.makers]
         parts = made[0].unflatten(1, (3, -1)).unbind(1) if len(made) == 1 else made
         heads = (part.flatten(2).unflatten(1, (self.num_heads, -1)) for part in parts)  # [B, h, D, N]
         query, key, value = (part.transpose(2, 3) for part in heads)
-        memory = (None, None) if self.memory is None else getattr(module, self.memory).transpose(2, 3).unbind()
+        memory = self._memory(module)
         output, _ = efficient_attention(
             query, key, value, memory_key=memory[0], memory_value=memory[1], output_scale=self.scale
         )
-        image: Any = output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
-        for name in self.after:
-            image = module.get_submodule(name)(image)
-        return image
+        return output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
 
     def fused(self) -> tuple[str, ...]:
         return ()
@@ -87,6 +105,99 @@ class LinearAttentionPlan(Plan):
         words += [f"memory {self.memory}"] * (self.memory is not None)
         words += ["each frame"] * self.video
         return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class LinearAttentionWithLayersPlan(LinearAttentionPlan):
+    """The same with the layers that make query, key and value, the one behind the attention, and the norm before it."""
+
+    output: str = ""
+    """The layer behind the attention."""
+    rest: tuple[str, ...] = ()
+    """What comes after it."""
+    norm: str = ""
+    """The parameter of the norm over channels that `before` consists of, where it is fused as well."""
+    norm_kind: str = "layer"
+    norm_eps: float = 0.0
+
+    title: ClassVar[str] = "efficient_self_attention"
+
+    def _of_images(self, module: nn.Module, x: Tensor) -> Tensor:
+        fuses = x.device.type == "cpu"
+        if not (fuses and self.norm):
+            for name in self.before:
+                x = module.get_submodule(name)(x)
+        image = (
+            self._attended_with_layers(module, x)
+            if fuses
+            else module.get_submodule(self.output)(self._attended(module, x))
+        )
+        for name in self.rest:
+            image = module.get_submodule(name)(image)
+        return image
+
+    def _attended_with_layers(self, module: nn.Module, x: Tensor) -> Any:
+        parts = [weight_and_bias(module, name) for name in self.makers]
+        if len(parts) == 1:
+            weight, bias = parts[0]
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            parts = list(zip(weight.chunk(3), biases, strict=True))
+        (query, query_bias), (key, key_bias), (value, value_bias) = parts
+        memory_key, memory_value = self._memory(module)
+        if memory_key is not None and key_bias is not None:  # the softmax sees differences alone
+            memory_key, key_bias = memory_key - key_bias.unflatten(0, (self.num_heads, 1, -1)), None
+        output, output_bias = weight_and_bias(module, self.output)
+        tokens, _ = efficient_self_attention(
+            x.flatten(2).transpose(1, 2),
+            query,
+            query_bias,
+            key,
+            key_bias,
+            value,
+            value_bias,
+            output * self.scale,
+            output_bias,
+            num_heads=self.num_heads,
+            norm_weight=module.get_parameter(self.norm).flatten() if self.norm else None,
+            norm_kind=self.norm_kind,
+            norm_eps=self.norm_eps,
+            memory_key=memory_key,
+            memory_value=memory_value,
+        )
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def fused(self) -> tuple[str, ...]:
+        return (*self.makers, self.output)
+
+    def called(self) -> tuple[str, ...]:
+        return self.rest if self.norm else (*self.before, *self.rest)
+
+    def options(self) -> str:
+        return ", ".join((super().options(), *[f"{self.norm_kind} norm {self.norm}"] * bool(self.norm)))
+
+
+def _with_layers(module: nn.Module, plan: LinearAttentionPlan) -> Iterator[LinearAttentionWithLayersPlan]:
+    """Plans that fuse layers, those with the most of them first; none where something is between."""
+    if len(plan.after) != 1 or not all(is_pointwise(module.get_submodule(name)) for name in plan.makers):
+        return
+    output, rest = plan.after[0], ()
+    after = module.get_submodule(output)
+    if type(after) is nn.Sequential and len(after) > 0:
+        first, *others = (f"{output}.{name}" for name, _ in after.named_children())
+        output, rest, after = first, tuple(others), after[0]
+    if not is_pointwise(after):
+        return
+    whole = LinearAttentionWithLayersPlan(**vars(plan), output=output, rest=rest)
+    into = features(module.get_submodule(plan.makers[0]))[1]
+    if len(plan.before) == 1:
+        norm = module.get_submodule(plan.before[0])
+        inner = list(norm.named_parameters(plan.before[0]))
+        if not is_pointwise(norm) and len(inner) == 1 and inner[0][1].numel() == into:
+            given = getattr(norm, "eps", None)
+            eps = float(given) if isinstance(given, float) else LEAST_LENGTH**2 / into
+            for kind in ("rms", "layer"):
+                yield replace(whole, norm=inner[0][0], norm_kind=kind, norm_eps=eps)
+    yield whole
 
 
 def linear_attention_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
@@ -114,8 +225,9 @@ def linear_attention_plans(module: nn.Module, children: dict[str, Plan]) -> Foun
     ends = [(last,), *((name, last) for name in between)]
     starts = dict.fromkeys((before, ()))
     ways = itertools.product(starts, orders, ends, head_counts(module, inner), (0.0, -0.5), (False, True))
-    plans = (
+    plans = [
         LinearAttentionPlan(arguments, start, order, end, heads, memory, (inner // heads) ** power, video)
         for start, order, end, heads, power, video in ways
-    )
-    return Found(tuple(plans))
+    ]
+    with_layers = (more for plan in plans for more in _with_layers(module, plan))
+    return Found((*with_layers, *plans))
