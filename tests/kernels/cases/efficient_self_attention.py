@@ -22,7 +22,15 @@ def self_attention_case(
     mask: str | None = None,
     layout: str = "contiguous",
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer",
+    memory: int | None = None,
 ) -> Case:
+    def of_memory() -> Tensors:
+        if memory is None:
+            return {}
+        sizes = {"memory_key": key_channels, "memory_value": value_channels}
+        return {name: strided(random(heads, memory, size // heads), layout) for name, size in sizes.items()}
+
     def make() -> Tensors:
         scale = channels**-0.5
         bias = (lambda n: random(n)) if biases else (lambda n: None)
@@ -31,7 +39,7 @@ def self_attention_case(
             "query_weight": random(key_channels, channels, scale=2 * scale),
             "query_bias": bias(key_channels),
             "key_weight": random(key_channels, channels, scale=2 * scale),
-            "key_bias": bias(key_channels),
+            "key_bias": bias(key_channels) if memory is None else None,
             "value_weight": random(value_channels, channels, scale=scale),
             "value_bias": bias(value_channels),
             "output_weight": random(channels, value_channels, scale=scale),
@@ -39,11 +47,12 @@ def self_attention_case(
             "norm_weight": random(channels) + 1 if norm else None,
             "norm_bias": bias(channels) if norm else None,
             "mask": random_mask(mask, batch, tokens),
+            **of_memory(),
         }
 
     def call(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
-        options = {"num_heads": heads, "residual": residual, "norm_eps": norm_eps, "backend": backend}
-        return kernels.efficient_self_attention(**tensors, **options)
+        options = {"num_heads": heads, "residual": residual, "norm_eps": norm_eps, "norm_kind": norm_kind}
+        return kernels.efficient_self_attention(**tensors, **options, backend=backend)
 
     return Case(name, make, call)
 
@@ -71,6 +80,21 @@ CASES = Cases(
             "heads_long", tokens=500, channels=64, key_channels=40, value_channels=80, heads=4, mask="random"
         ),
         self_attention_case("groups", batch=5, tokens=400, channels=40, key_channels=24, value_channels=40, heads=2),
+        self_attention_case("rms_norm", norm_kind="rms", norm_eps=0.2),
+        self_attention_case("memory", batch=3, heads=2, layout="transposed", mask="one_image_masked", memory=4),
+        self_attention_case(
+            "memory_long",
+            tokens=400,
+            channels=40,
+            key_channels=24,
+            value_channels=20,
+            heads=4,
+            norm_kind="rms",
+            mask="random",
+            layout="transposed",
+            memory=5,
+        ),
+        self_attention_case("memory_groups", batch=5, tokens=400, channels=12, heads=2, memory=2),
     ],
     empty=[
         self_attention_case("empty_batch", batch=0),

@@ -11,7 +11,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     chosen = {
         "small": cases.small,
-        "smooth": [c for c in cases.small if not any(n in c.name for n in ("relu", "hardswish", "expanded"))],
+        "smooth": [
+            *(c for c in cases.small if not any(n in c.name for n in ("relu", "hardswish", "expanded"))),
+            *(c for c in cases.large if c.name in ("memory", "rms_norm")),
+        ],
         "special": [c for c in cases.small if c.name in ("cross", "scaling", "heads", "bare", "relu", "tanh", "small")],
         "tiled": (*cases.small, *cases.medium),
         "large": cases.large,

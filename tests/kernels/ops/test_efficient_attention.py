@@ -342,7 +342,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"memory_key": torch.randn(3, 2, 4), "memory_value": torch.randn(3, 3, 6)},
         ValueError,
-        r"memory_value: expected \[heads, M, Dv\] of the value = \(3, 2, 6\), got \(3, 3, 6\)",
+        r"memory_value: expected \[heads, M, Dv\] of one head = \(3, 2, 6\), got \(3, 3, 6\)",
     ),
     ({"normalization": "l2"}, ValueError, "normalization: expected one of softmax, scaling, relu, got 'l2'"),
     ({"normalization": "relu", "eps": 0.0}, ValueError, "eps: expected at least 1e-30 with normalization 'relu', got"),

@@ -13,7 +13,7 @@ import torch
 import msformer_kernels as kernels
 from msformer_kernels.core.operator import OPERATORS
 from msformer_kernels.core.precision import float32_products
-from tests.kernels.cases import Case, cast, require, self_attention_case
+from tests.kernels.cases import Case, cast, require, run, self_attention_case
 from tests.kernels.cases.efficient_self_attention import CASES
 from tests.kernels.ops.shared import OperatorTests, check_error_rule, skip_in_the_interpreter
 
@@ -71,8 +71,8 @@ def test_cuda_with_tf32_or_wide_parameters(dtype: torch.dtype, tolerance: float)
     tensors = {name: None if x is None else x.float() for name, x in CASES["tiles"].draw().items()}
     assert tensors["x"] is not None
     tensors["x"] = tensors["x"].to(dtype)
-    options = {"num_heads": 2, "norm_eps": 1e-5, "residual": True}
-    call = operator.call_type(**tensors, **options)
+    options = {"num_heads": 2, "norm_eps": 1e-5, "norm_kind": "layer", "residual": True}
+    call = operator.call_type(**tensors, **options, memory_key=None, memory_value=None)
     with float32_products("high"):
         output, *state = calls.forward(call)
     grads = SimpleNamespace(output=torch.randn_like(output), context=torch.randn_like(state[0]))
@@ -81,12 +81,12 @@ def test_cuda_with_tf32_or_wide_parameters(dtype: torch.dtype, tolerance: float)
 
     exact = cast(tensors, torch.float64)
     expected = kernels.efficient_self_attention(**exact, **options, backend="reference")
-    inputs = [exact[name] for name in operator.differentiable]
+    inputs = [exact[name] for name in operator.differentiable if name in exact]
     gradients = torch.autograd.grad(expected, inputs, [grads.output.double(), grads.context.double()])
-    given = [tensors[name] for name in operator.differentiable]
-    for value, truth in zip((output, state[0], *found), (*expected, *gradients), strict=True):
+    given = [tensors[name] for name in operator.differentiable if name in tensors]
+    for value, truth in zip((output, state[0], *found[: len(given)]), (*expected, *gradients), strict=True):
         assert (value - truth).norm() <= tolerance * truth.norm()
-    for gradient, x in zip(found, given, strict=True):
+    for gradient, x in zip(found, given, strict=False):
         assert x is not None
         assert gradient.dtype == x.dtype
 
@@ -140,6 +140,57 @@ def test_context_alone_is_differentiable(float64_backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_without_tokens_the_context_is_that_of_the_memory(float64_backend: str) -> None:
+    case = self_attention_case("only_memory", tokens=0, heads=2, memory=3)
+    tensors = cast(case.draw(), torch.float64)
+    expected, found = run(case, tensors, "reference"), run(case, tensors, float64_backend)
+    assert expected["output1"].any()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_rms_norm_and_memory_are_those_of_pytorch() -> None:
+    """Of the reference, which the kernels are compared with."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(2, 7, 4), torch.randn(4)
+    weights = [torch.randn(4, 4) for _ in range(4)]
+    arguments = [t for w in weights for t in (w, None)]
+    normed = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * scale
+    options: dict[str, Any] = {"norm_weight": scale, "norm_eps": 0.1, "norm_kind": "rms"}
+    found, _ = kernels.efficient_self_attention(x, *arguments, **options, backend="reference")
+    expected, _ = kernels.efficient_self_attention(normed, *arguments, backend="reference")
+    torch.testing.assert_close(found, expected)
+
+    memory = {name: torch.randn(1, 2, 4) for name in ("memory_key", "memory_value")}
+    found, _ = kernels.efficient_self_attention(x, *arguments, **memory, backend="reference")
+    query, key, value = (torch.nn.functional.linear(x, w)[:, None] for w in weights[:3])
+    attended, _ = kernels.efficient_attention(query, key, value, **memory, backend="reference")
+    torch.testing.assert_close(found, torch.nn.functional.linear(attended[:, 0], weights[3]))
+
+
+def test_output_and_gradient_of_x_lie_in_memory_as_x_does(backend: str) -> None:
+    """Images with channels first need no copies around the operator; a graph expects the same layout."""
+    for name in ("transposed", "norm_residual", "images"):
+        tensors = cast(CASES[name].draw(), torch.float32)
+        x = tensors["x"]
+        assert x is not None
+        output = CASES[name].call(tensors, backend)[0]
+        for found in (output, *torch.autograd.grad(output.sum(), x)):
+            assert (found.transpose(-1, -2) if name == "transposed" else found).is_contiguous()
+
+
+def test_gpu_backends_say_what_they_have_no_kernels_for() -> None:
+    memory = {name: torch.zeros(1, 2, 4) for name in ("memory_key", "memory_value")}
+    operator = OPERATORS["efficient_self_attention"]
+    reasons = []
+    for options in (memory, {"norm_weight": torch.ones(4), "norm_kind": "rms"}, {}):
+        arguments = [t for _ in range(4) for t in (torch.zeros(4, 4), None)]
+        found = dict(zip(operator.names, [torch.zeros(1, 3, 4), *arguments], strict=False)) | options
+        defaults = dict(zip(operator.names, operator._defaults, strict=True))
+        reasons.append(operator.why_not("triton", [{**defaults, **found}[name] for name in operator.names]))
+    assert reasons == ["its kernels take no memory tokens", "its kernels have no norm of kind 'rms'", None]
+
+
 def self_attention(**changes: Any) -> None:
     weights = {f"{name}_weight": torch.randn(4, 4) for name in ("query", "key", "value", "output")}
     biases = {f"{name}_bias": torch.randn(4) for name in ("query", "key", "value", "output")}
@@ -154,6 +205,13 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"output_weight": torch.randn(4, 3)}, ValueError, r"output_weight: expected \[C, Dv\] = \(4, 4\)"),
     ({"num_heads": 3}, ValueError, "num_heads: 3 does not divide Dk = 4"),
     ({"num_heads": 0}, ValueError, "num_heads: expected at least 1, got 0"),
+    ({"norm_kind": "batch"}, ValueError, "norm_kind: expected one of layer, rms, got 'batch'"),
+    ({"memory_key": torch.randn(1, 2, 4)}, ValueError, "memory_value: expected a tensor beside memory_key, got None"),
+    (
+        {"memory_key": torch.randn(1, 2, 4), "memory_value": torch.randn(1, 2, 4)},
+        ValueError,
+        "key_bias: expected None beside memory_key",
+    ),
     ({"norm_bias": torch.randn(4)}, ValueError, "norm_bias: given without norm_weight"),
     ({"value_weight": torch.randn(4, 4).half()}, TypeError, "value_weight: has dtype torch.float16"),
     ({"x": torch.zeros(2, 6, 4, dtype=torch.int32)}, TypeError, "x: expected a floating-point"),

@@ -115,7 +115,7 @@ def test_a_diffusion_unet() -> None:
     with torch.no_grad():
         expected = model(image, step)
         report = kernels.patch(model, min_gain=0)
-        assert [r.by for r in report.replaced] == ["efficient_attention"] * 6
+        assert [r.by for r in report.replaced] == ["efficient_self_attention"] * 6
         torch.testing.assert_close(model(image, step), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -20,6 +20,31 @@ class VideoAttention(models.LinearAttention):
         return images.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
+class CentredAttention(models.LinearAttention):
+    """With a LayerNorm over channels, without bias, and no memory."""
+
+    class Norm(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.eps, self.gamma = 1e-3, nn.Parameter(torch.ones(1, channels, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            variance, mean = torch.var_mean(x, dim=1, unbiased=False, keepdim=True)
+            return (x - mean) / (variance + self.eps).sqrt() * self.gamma
+
+    def __init__(self) -> None:
+        super().__init__(memory=0)
+        self.norm = self.Norm(8)
+
+
+class BiasedAttention(models.LinearAttention):
+    """Keys of the images have a bias, those of the memory have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv = nn.Conv2d(8, 24, 1)
+
+
 class LayersAttention(nn.Module):
     """Query, key and value have a layer and a depthwise convolution each, an activation comes before the last layer,
     and more keys may be given."""
@@ -46,6 +71,10 @@ class LayersAttention(nn.Module):
         return self.to_out(self.nonlin(image))
 
 
+WITH_LAYERS = "efficient_self_attention"
+MEMORY = "2 heads, scale 0.5, memory mem_kv"
+
+
 def results(model: nn.Module, *given: Tensor) -> list[Tensor]:
     """Output and gradients."""
     x = given[0].clone().requires_grad_()
@@ -54,25 +83,32 @@ def results(model: nn.Module, *given: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("make", "shape", "options"),
+    ("make", "shape", "by", "options"),
     [
-        (VideoAttention, (2, 8, 3, 6, 4), "2 heads, scale 0.5, memory mem_kv, each frame"),
-        (LayersAttention, (2, 8, 6, 4), "2 heads, scale 0.5"),
+        (
+            VideoAttention,
+            (2, 8, 3, 6, 4),
+            WITH_LAYERS,
+            "2 heads, scale 0.5, memory mem_kv, each frame, rms norm norm.g",
+        ),
+        (CentredAttention, (2, 8, 6, 4), WITH_LAYERS, "2 heads, scale 0.5, layer norm norm.gamma"),
+        (BiasedAttention, (2, 8, 6, 4), WITH_LAYERS, f"{MEMORY}, rms norm norm.g"),
+        (LayersAttention, (2, 8, 6, 4), "efficient_attention", "2 heads, scale 0.5"),
     ],
 )
 def test_it_is_replaced_and_computes_the_same(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], options: str
+    make: Callable[[], nn.Module], shape: tuple[int, ...], by: str, options: str
 ) -> None:
     torch.manual_seed(0)
     model, x = make().double().eval(), torch.randn(shape, dtype=torch.float64)
     expected = results(model, x)
     report = kernels.patch(model, min_gain=0)
-    assert [(r.by, r.options) for r in report.replaced] == [("efficient_attention", options)]
+    assert [(r.by, r.options) for r in report.replaced] == [(by, options)]
     for found, exact in zip(results(model, x), expected, strict=True):
         torch.testing.assert_close(found, exact, atol=1e-10, rtol=1e-9)
     with torch.profiler.profile() as profile, torch.no_grad():
         model(x)
-    assert any(event.name == "msformer::efficient_attention" for event in profile.events())
+    assert any(event.name == f"msformer::{by}" for event in profile.events())
 
 
 def test_more_keys_and_dropout_run_its_own_forward() -> None:
@@ -87,3 +123,27 @@ def test_more_keys_and_dropout_run_its_own_forward() -> None:
     with torch.profiler.profile() as profile, torch.no_grad():
         model(x)
     assert not any(event.name.startswith("msformer::") for event in profile.events())
+
+
+def test_a_layer_that_must_be_called_leaves_the_attention_to_be_fused() -> None:
+    torch.manual_seed(0)
+    model, x = models.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    calls: list[nn.Module] = []
+    model.to_qkv.register_forward_hook(lambda module, *_: calls.append(module))
+    expected = results(model, x)
+    assert [r.by for r in kernels.patch(model, min_gain=0).replaced] == ["efficient_attention"]
+    calls.clear()
+    for found, exact in zip(results(model, x), expected, strict=True):
+        torch.testing.assert_close(found, exact, atol=1e-10, rtol=1e-9)
+    assert calls == [model.to_qkv]
+
+
+@pytest.mark.parametrize("touched", ["norm", "to_qkv", "to_out", "to_out.0", "to_out.1"])
+def test_what_is_hooked_after_the_patch_is_called(touched: str) -> None:
+    torch.manual_seed(0)
+    model, x = models.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    kernels.patch(model, min_gain=0)
+    calls: list[Tensor] = []
+    model.get_submodule(touched).register_forward_hook(lambda module, given, output: calls.append(output))
+    model(x)
+    assert len(calls) == 1

@@ -46,12 +46,12 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
     "linear attention": (
         models.LinearAttention,
         (),
-        [("", "efficient_attention", "2 heads, scale 0.5, memory mem_kv")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, memory mem_kv, rms norm norm.g")],
     ),
     "without memory": (
         lambda: models.LinearAttention(memory=0),
         (),
-        [("", "efficient_attention", "2 heads, scale 0.5")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, rms norm norm.g")],
     ),
     "multi-scale attention": (
         models.MultiScaleAttention,
