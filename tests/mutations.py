@@ -162,6 +162,27 @@ MUTATIONS = [
         PLAIN,
     ),
     Mutation(
+        "self-attention: keys of x do not see what the memory gets",
+        "csrc/cpu/self_attention/memory.h",
+        "found += static_cast<double>(weight(m, row, max, sum)) * gain(m, row, grad_context);",
+        "(void)grad_context;",
+        SELF,
+    ),
+    Mutation(
+        "self-attention: the bias of values counted for memory tokens as well",
+        "csrc/cpu/self_attention/memory.h",
+        "return kept ? static_cast<T>(1 - of_memory) : T(0);",
+        "return kept ? T(1) + T(0 * of_memory) : T(0);",
+        SELF,
+    ),
+    Mutation(
+        "gradient of RMSNorm about the mean",
+        "csrc/cpu/base/norm.h",
+        "const T mean = norm.centred ? horizontal_sum<T>(sum) * inverse : T(0), mean_dot",
+        "const T mean = horizontal_sum<T>(sum) * inverse, mean_dot",
+        SELF,
+    ),
+    Mutation(
         "one feature of 5003 left out of a linear layer",
         "csrc/cpu/linear/linear.cpp",
         "k * (range + 1) / k_ranges}",

@@ -41,8 +41,8 @@ class Columns {
     load_tokens(from.value, batch, head, token, tokens, p_.values, rows_, p_.value_width);
     for_masked(from.mask, batch, token, tokens,
                [&](std::int64_t i) { fill(rows_ + i * p_.value_width, p_.value_width, T(0)); });
-    ask_for(from.key, batch, head, token + tokens, p_.a.key_tokens, p_.keys);
-    ask_for(from.value, batch, head, token + tokens, p_.a.key_tokens, p_.values);
+    ask_for(from.key, batch, head, token + tokens, from.tokens, p_.keys);
+    ask_for(from.value, batch, head, token + tokens, from.tokens, p_.values);
     if (p_.softmax()) weigh_keys(tokens, sums);
     if (p_.relu())
       for (std::int64_t c = 0; c < p_.keys; ++c) sums.sum[c] += sum_of(keys_ + c * width, width);
@@ -67,7 +67,7 @@ class Columns {
     load_queries(batch, head, token, tokens, context);
     scale_columns(keys_, p_.keys, width, T(1));
     ask_for(p_.a.query, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
-    ask_for(p_.a.grad_output, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
+    ask_for(p_.a.grad_output, batch, head, token + tokens, p_.a.query_tokens, p_.values);
     ask_for(p_.a.grad_query, batch, head, token, p_.a.query_tokens, p_.keys);
     load_tokens(p_.a.grad_output, batch, head, token, tokens, p_.values, rows_, p_.value_width);
     gemm<Values<T>>(p_.keys, tokens, p_.value_width, {keys_, width, 1}, {rows_, p_.value_width}, Start::output, nullptr,
@@ -99,10 +99,10 @@ class Columns {
     if (p_.softmax())
       for (std::int64_t c = 0; c < p_.keys; ++c)
         weights_of(keys_ + c * width, width, statistics.max[c], statistics.inverse_sum[c]);
-    ask_for(from.key, batch, head, token + tokens, p_.a.key_tokens, p_.keys);
-    ask_for(from.value, batch, head, token + tokens, p_.a.key_tokens, p_.values);
-    ask_for(from.grad_key, batch, head, token, p_.a.key_tokens, p_.keys);
-    ask_for(from.grad_value, batch, head, token, p_.a.key_tokens, p_.values);
+    ask_for(from.key, batch, head, token + tokens, from.tokens, p_.keys);
+    ask_for(from.value, batch, head, token + tokens, from.tokens, p_.values);
+    ask_for(from.grad_key, batch, head, token, from.tokens, p_.keys);
+    ask_for(from.grad_value, batch, head, token, from.tokens, p_.values);
     gemm<Values<T>>(p_.values, p_.keys, width, {grad_context, 1, p_.value_width}, {keys_, width}, Start::zero, nullptr,
                     {grad_values_, width});
     store(from.grad_value, batch, head, token, tokens, p_.values, grad_values_);

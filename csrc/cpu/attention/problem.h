@@ -9,6 +9,7 @@ namespace msformer::MSFORMER_VARIANT {
 struct KeyTensors {
   Activation key, value, grad_key, grad_value;
   Mask mask;
+  std::int64_t tokens;
 };
 
 // Of one pair, in scratch memory: the context [keys, value_width], then the sum of the keys [key_width] that ReLU
@@ -28,8 +29,10 @@ struct Problem {
   bool query_softmax() const { return softmax() && a.normalize_query; }
   bool divides() const { return relu() && a.normalize_query; }
 
-  KeyTensors of_images() const { return {a.key, a.value, a.grad_key, a.grad_value, a.mask}; }
-  KeyTensors of_memory() const { return {a.memory_key, a.memory_value, a.grad_memory_key, a.grad_memory_value, {}}; }
+  KeyTensors of_images() const { return {a.key, a.value, a.grad_key, a.grad_value, a.mask, a.key_tokens}; }
+  KeyTensors of_memory() const {
+    return {a.memory_key, a.memory_value, a.grad_memory_key, a.grad_memory_value, {}, a.memory_tokens};
+  }
   bool is_all(std::int64_t tokens) const { return tokens == a.key_tokens + a.memory_tokens; }
   std::int64_t kept_tokens(std::int64_t batch) const {
     return count_kept(a.mask, batch, a.key_tokens) + a.memory_tokens;

@@ -50,7 +50,10 @@ class BlockPlan(Plan):
     """Whether `KEYWORDS` go to the attention."""
 
     title: ClassVar[str] = "block with mix_ffn"
-    probe_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((8, 16), (16, 8))
+
+    @property
+    def probe_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (8, 16), (16, 8)
 
     def keywords(self) -> tuple[str, ...]:
         return KEYWORDS if self.hands_on else ()

@@ -68,10 +68,13 @@ class Plan:
 
     title: ClassVar[str]
     """What is put in place, for the report."""
-    probe_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((5, 3), (4, 7))
-    """Heights and widths of the images that prove the plan."""
     needs_example: ClassVar[str | None] = None
     """Why the plan is carried out only where an example shows a gain."""
+
+    @property
+    def probe_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heights and widths of the images that prove the plan."""
+        return (5, 3), (4, 7)
 
     def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What `run` takes, of a call with these arguments; None where the plan does not take them."""
