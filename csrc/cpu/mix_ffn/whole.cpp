@@ -1,15 +1,10 @@
-// MixFFN, forward and backward, for images of few tokens: whole images at once, layer after layer.
+// MixFFN, forward and backward, for images of few tokens: whole images at once.
 //
-// The strips of mix_ffn_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of
-// every weight gradient; both are too much where the weights are larger than the images. Here the hidden tensors of a
-// group of images exist as a whole, in a workspace of a few megabytes, and all threads work on one product at a time
-// (dense.h).
-//
-// U and dZ are kept with a border of zeros for the convolution, whose taps reach R rows and columns far: a row of an
-// image is R + W tokens, the first R of them zero (also the right-hand neighbours of the row before), and R rows of
-// zeros lie above each image and below the last.
-#include "../engine/dense.h"
-#include "mix_ffn.h"
+// The strips of strips_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of every
+// weight gradient; both are too much where the weights are larger than the images. Here the hidden features of a group
+// of images are worked on slice by slice (hidden_slice.h), one thread on each. The products whose sums go over all
+// hidden features, the output and the gradient of x, come last, all threads on one product at a time (dense.h).
+#include "hidden_slice.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
@@ -17,73 +12,55 @@ namespace {
 template <class T>
 struct Whole : MixFFN<Values<T>> {
   using Base = MixFFN<Values<T>>;
+  using Slice = HiddenSlice<T>;
   using Weights = typename Base::Weights;
-  using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
-  using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
+  using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::activated, Base::activated_width;
 
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
-  const std::int64_t pitch = a.width + radius;
-  const std::int64_t bordered_tokens = (group_images * (a.height + radius) + radius) * pitch + radius;
+  const HiddenSlices<T> slices{hidden_width, hidden, a.gated || a.parameters.hidden_norm.weight};
+  const int slice_threads = slices.count > 1 ? 1 : a.num_threads;
+  const MixFFNArguments widest = widest_slice();
+  const std::size_t weight_bytes = bytes_of<Weights>(), vector_bytes = bytes_of_vectors();
 
   explicit Whole(const MixFFNArguments& arguments) : Base(arguments) {}
 
-  // where row r of the group (image r / height) begins in a bordered tensor: the zero tokens left of its first
-  std::int64_t bordered_row(std::int64_t row) const { return (row + (row / a.height + 1) * radius) * pitch; }
-  // where its first token is, in values
-  std::int64_t bordered_values(std::int64_t row) const { return (bordered_row(row) + radius) * hidden_width; }
-
-  void make_offsets(std::int64_t* offsets) const {
-    for (std::int64_t row = 0; row < group_images * a.height; ++row)
-      for (std::int64_t c = 0; c < a.width; ++c) offsets[row * a.width + c] = bordered_values(row) + c * hidden_width;
+  MixFFNArguments slice_arguments(std::int64_t i) const {
+    return with_hidden<T>(a, slices.begin(i), slices.end(i), slice_threads);
+  }
+  MixFFNArguments widest_slice() const {
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i < slices.count; ++i) most = max_of(most, slices.end(i) - slices.begin(i));
+    return with_hidden<T>(a, 0, most, slice_threads);
   }
 
-  void clear_border(T* bordered) const {
-    const auto clear = [&](std::int64_t token, std::int64_t count) {
-      fill(bordered + token * hidden_width, count * hidden_width, T(0));
-    };
-    for (std::int64_t i = 0; i <= group_images; ++i) clear(i * (a.height + radius) * pitch, radius * pitch);
-    for (std::int64_t row = 0; row < group_images * a.height; ++row) clear(bordered_row(row), radius);
-    clear(bordered_tokens - radius, radius);
+  // what a slice needs at most
+  template <class Pieces>
+  std::size_t bytes_of() const {
+    Arena counter(nullptr);
+    Pieces(counter, Slice(widest));
+    return counter.used();
+  }
+  std::size_t bytes_of_vectors() const {
+    Arena counter(nullptr);
+    take_vectors(counter, Slice(widest));
+    return counter.used();
+  }
+  static VectorGradients<T> take_vectors(Arena& arena, const Slice& slice) {
+    return VectorGradients<T>(arena, slice.width, slice.hidden_width, slice.tap_count);
   }
 
-  TapRows<T> neighbours(const T* bordered, std::int64_t row) const {
-    TapRows<T> found;
-    for (std::int64_t i = 0; i < kernel_size; ++i)
-      found.row[i] = bordered + (bordered_row(row) + (i - radius) * pitch) * hidden_width;
-    return found;
-  }
-
-  // calls task(row of the group) for the image rows of `images` images, in parallel
+  // calls task(slice, its weights, its number, scratch), in parallel; weights: of all slices
   template <class Task>
-  void for_rows(std::int64_t images, const Task& task) const {
-    parallel_for(images * a.height, a.num_threads, 0, [&](std::int64_t row, void*) { task(row); });
-  }
-
-  // calls task(begin, end) for slices of the hidden features, in parallel
-  template <class Task>
-  void for_hidden_slices(const Task& task) const {
-    constexpr std::int64_t kSlice = 4 * kWidth<T>;
-    parallel_for((hidden_width + kSlice - 1) / kSlice, a.num_threads, 0,
-                 [&](std::int64_t i, void*) { task(Range{i * kSlice, min_of(hidden_width, (i + 1) * kSlice)}); });
-  }
-
-  bool keeps_hidden() const { return a.kept_hidden.data != nullptr; }
-
-  // U of a group of images, without its activation
-  void make_hidden(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u) const {
-    dense_tokens<T>(a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias,
-                    {u, 0, offsets});
-  }
-
-  void keep_hidden_row(std::int64_t first_image, std::int64_t row, const T* u) const {
-    store_tokens(a.kept_hidden, first_image + row / a.height, 0, row % a.height * a.width, a.width, hidden,
-                 u + bordered_values(row), hidden_width);
-  }
-
-  void load_hidden_row(std::int64_t first_image, std::int64_t row, T* u) const {
-    load_tokens(a.kept_hidden, first_image + row / a.height, 0, row % a.height * a.width, a.width, hidden,
-                u + bordered_values(row), hidden_width);
+  void for_slices(char* weights, std::size_t scratch_bytes, bool packs, const Task& task) const {
+    parallel_for(slices.count, a.num_threads, scratch_bytes, [&](std::int64_t i, void* scratch) {
+      const MixFFNArguments arguments = slice_arguments(i);
+      const Slice slice(arguments);
+      Arena arena(weights + static_cast<std::size_t>(i) * weight_bytes);
+      Weights w(arena, slice);
+      w.fill_in(slice, packs);
+      task(slice, w, i, scratch);
+    });
   }
 
   template <class Task>
@@ -92,19 +69,38 @@ struct Whole : MixFFN<Values<T>> {
       task(first, min_of(group_images, a.batch - first));
   }
 
+  // rows of a slice -> its columns of all hidden features
+  void gather(std::int64_t i, std::int64_t tokens, const Slice& slice, const T* from, T* all) const {
+    T* to = all + slices.begin(i);
+    for (std::int64_t token = 0; token < tokens; ++token)
+      for (std::int64_t c = 0; c < slice.hidden_width; c += kWidth<T>)
+        store(to + token * hidden_width + c, load(from + token * slice.hidden_width + c));
+  }
+
+  // the norm of the tokens, padded
+  struct TokenNorm {
+    T *weight, *bias;
+    Norm<T> norm;
+    TokenNorm(Arena& arena, const Whole& m) : weight(arena.take<T>(m.width)), bias(arena.take<T>(m.width)) {}
+    void fill_in(const Whole& m) {
+      if (m.a.parameters.norm.weight)
+        norm = {copy_padded(weight, m.a.parameters.norm.weight, m.channels),
+                copy_padded(bias, m.a.parameters.norm.bias, m.channels), static_cast<T>(m.a.norm_eps)};
+    }
+  };
+
   struct ForwardBuffers {
-    Weights weights;
-    T *fc2, *fc2_bias, *x, *u, *z, *y;
-    std::int64_t* offsets;
+    TokenNorm norm;
+    char* slice_weights;
+    T *fc2, *fc2_bias, *x, *t, *y;
     ForwardBuffers(Arena& arena, const Whole& m)
-        : weights(arena, m),
+        : norm(arena, m),
+          slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
           fc2(arena.take<T>(m.activated * m.width)),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
-          u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
-          z(arena.take<T>(m.group_tokens * m.hidden_width)),
-          y(arena.take<T>(m.group_tokens * m.width)),
-          offsets(arena.take<std::int64_t>(m.group_tokens)) {}
+          t(arena.take<T>(m.group_tokens * m.hidden_width)),
+          y(arena.take<T>(m.group_tokens * m.width)) {}
   };
 
   void forward() const {
@@ -113,46 +109,37 @@ struct Whole : MixFFN<Values<T>> {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
-    s.weights.fill_in(*this);
+    s.norm.fill_in(*this);
     pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
                     channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
-    make_offsets(s.offsets);
-    clear_border(s.u);
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
-      load_images<T>(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
-      make_hidden(s.weights, images, s.x, s.offsets, s.u);
-      if (keeps_hidden() || this->activates_hidden())
-        for_rows(images, [&](std::int64_t row) {
-          if (keeps_hidden()) keep_hidden_row(first, row, s.u);
-          if (this->activates_hidden()) this->activate_hidden(a.width, s.u + bordered_values(row), nullptr);
-        });
-      for_rows(images, [&](std::int64_t row) {
-        T* z = s.z + row * a.width * hidden_width;
-        depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
-                            z);
-        this->normalize_and_activate(s.weights.hidden_norm, a.width, z);
-      });
-      dense_tokens<T>(a.num_threads, tokens, activated, width, s.z, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
+      load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
+      for_slices(s.slice_weights, bytes_of<typename Slice::ForwardBuffers>(), first == 0,
+                 [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
+                   Arena slice_arena(scratch);
+                   const typename Slice::ForwardBuffers b(slice_arena, slice);
+                   slice.forward(w, b, first, images, s.x);
+                   gather(i, tokens, slice, b.z, s.t);
+                 });
+      dense_tokens<T>(a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
   }
 
   struct BackwardBuffers {
-    Weights weights;
-    VectorGradients<T> vectors;
+    TokenNorm norm;
+    char *slice_weights, *slice_vectors;
     RightSide<T> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
     WeightGradient<T> fc1_gradient, fc2_gradient;
-    T *x, *normalized, *rstd, *grad_output, *grad_x;
-    T *u, *before, *grad_z, *z, *t;  // before: U without its activation
-    T *hidden_partials,
-        *norm_partials;  // gradients of the norms' weight and bias: an image row each; a token block each
-    std::int64_t* offsets;
+    T *x, *normalized, *rstd, *grad_output, *grad_x, *grad_u;
+    T *norm_partials, *norm_weight, *norm_bias, *fc2_bias;  // gradients; partials: of a token block each
     BackwardBuffers(Arena& arena, const Whole& m)
-        : weights(arena, m),
-          vectors(arena, m.width, m.hidden_width, m.tap_count),
+        : norm(arena, m),
+          slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
+          slice_vectors(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.vector_bytes))),
           fc1_transposed(arena, m.a.parameters.fc1_weight, m.hidden, m.channels),
           fc2_transposed(arena, m.a.parameters.fc2_weight, m.channels, m.activated),
           fc1_gradient(arena, m.a.gradients.fc1_weight, m.hidden, m.channels),
@@ -162,48 +149,43 @@ struct Whole : MixFFN<Values<T>> {
           rstd(arena.take<T>(m.group_tokens)),
           grad_output(arena.take<T>(m.group_tokens * m.width)),
           grad_x(arena.take<T>(m.group_tokens * m.width)),
-          u(arena.take<T>(m.bordered_tokens * m.hidden_width)),
-          before(m.activates_hidden() ? arena.take<T>(m.group_tokens * m.hidden_width) : nullptr),
-          grad_z(arena.take<T>(m.bordered_tokens * m.hidden_width)),
-          z(arena.take<T>(m.group_tokens * m.hidden_width)),
-          t(arena.take<T>(m.group_tokens * m.hidden_width)),
-          hidden_partials(arena.take<T>(m.group_images * m.a.height * 2 * m.hidden_width)),
+          grad_u(arena.take<T>(m.group_tokens * m.hidden_width)),
           norm_partials(arena.take<T>(token_blocks(m.group_tokens) * 2 * m.width)),
-          offsets(arena.take<std::int64_t>(m.group_tokens)) {}
+          norm_weight(arena.take<T>(m.width)),
+          norm_bias(arena.take<T>(m.width)),
+          fc2_bias(arena.take<T>(m.width)) {}
   };
 
-  // dZ of all rows, from U and grad_z = dT; T in s.t
-  void activation_gradients(const BackwardBuffers& s, std::int64_t images) const {
-    for_rows(images, [&](std::int64_t row) {
-      T* z = s.z + row * a.width * hidden_width;
-      T* t = s.t + row * a.width * hidden_width;
-      T* grad_z = s.grad_z + bordered_values(row);
-      T* partial = s.hidden_partials + row * 2 * hidden_width;
-      depthwise<T, false>(kernel_size, neighbours(s.u, row), s.weights.taps, s.weights.dw_bias, a.width, hidden_width,
-                          z);
-      fill(partial, 2 * hidden_width, T(0));
-      this->activation_backward(s.weights.hidden_norm, a.width, z, t, grad_z, partial, partial + hidden_width);
-    });
+  // dT of a slice = grad_output W_2, into the rows that the slice keeps for dZ
+  void make_grad_t(std::int64_t i, std::int64_t tokens, const Slice& slice, const T* grad_output,
+                   const Matrix<T>& fc2_transposed, const typename Slice::BackwardBuffers& b) const {
+    const Operand<T> rows{grad_output, width, 1};
+    if (slices.count == 1)
+      return dense<T>(slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed, Start::zero,
+                      nullptr, {b.grad_z, 0, b.offsets});
+    // columns are counted from the first of all hidden features
+    gemm_part<Values<T>>({0, tokens}, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
+                         Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
   }
 
-  // gradients of the convolution and of the hidden norm, and dU in place of z
-  void convolution_gradients(const BackwardBuffers& s, std::int64_t images) const {
-    for_hidden_slices([&](Range slice) {
-      for (std::int64_t row = 0; row < images * a.height; ++row)
-        depthwise_weight_backward<T>(kernel_size, neighbours(s.u, row), s.grad_z + bordered_values(row), a.width,
-                                     hidden_width, slice, s.vectors.taps, s.vectors.dw_bias);
-      const std::int64_t size = slice.end - slice.begin;
-      const T* partials = s.hidden_partials + slice.begin;
-      add_column_sums(images * a.height, size, partials, 2 * hidden_width, s.vectors.hidden_weight + slice.begin);
-      add_column_sums(images * a.height, size, partials + hidden_width, 2 * hidden_width,
-                      s.vectors.hidden_bias + slice.begin);
-    });
-    for_rows(images, [&](std::int64_t row) {
-      const std::int64_t at = row * a.width * hidden_width;
-      depthwise<T, true>(kernel_size, neighbours(s.grad_z, row), s.weights.taps, nullptr, a.width, hidden_width,
-                         s.z + at);
-      if (this->activates_hidden()) this->activate_hidden_backward(a.width, s.before + at, s.z + at);
-    });
+  void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,
+                      const Matrix<T>& fc2_transposed, std::int64_t first, std::int64_t images, void* scratch) const {
+    const std::int64_t tokens = images * image_tokens, begin = slices.begin(i);
+    const WeightGradient<T>&fc1 = s.fc1_gradient, &fc2 = s.fc2_gradient;
+    Arena arena(scratch), vector_arena(s.slice_vectors + static_cast<std::size_t>(i) * vector_bytes);
+    const typename Slice::BackwardBuffers b(arena, slice);
+    const VectorGradients<T> vectors = take_vectors(vector_arena, slice);
+    if (first == 0) vectors.clear();
+    slice.load_hidden(w, b, first, images, s.x);
+    make_grad_t(i, tokens, slice, s.grad_output, fc2_transposed, b);
+    slice.activation_gradients(w, b, images);
+    dense_weights<T>(slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
+                     slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
+    slice.convolution_gradients(w, b, vectors, images);
+    dense_weights<T>(slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
+                     fc1.data() + begin * fc1.leading(), fc1.leading(), first > 0);
+    gather(i, tokens, slice, b.z, s.grad_u);
+    if (first + images == a.batch) vectors.write(slice.a);
   }
 
   void backward() const {
@@ -212,48 +194,31 @@ struct Whole : MixFFN<Values<T>> {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
-    s.weights.fill_in(*this, !keeps_hidden());
-    s.vectors.clear();
+    s.norm.fill_in(*this);
     const Matrix<T> fc1_transposed = s.fc1_transposed.fill_in(a.num_threads);
     const Matrix<T> fc2_transposed = s.fc2_transposed.fill_in(a.num_threads);
-    const WeightGradient<T>&fc1 = s.fc1_gradient, &fc2 = s.fc2_gradient;
-    make_offsets(s.offsets);
-    clear_border(s.u);
-    clear_border(s.grad_z);
+    for (T* sums : {s.norm_weight, s.norm_bias, s.fc2_bias}) fill(sums, width, T(0));
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
-      load_images(a.num_threads, a.x, s.weights.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
+      load_images(a.num_threads, a.x, s.norm.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
-      if (!keeps_hidden()) make_hidden(s.weights, images, s.x, s.offsets, s.u);
-      if (keeps_hidden() || this->activates_hidden())
-        for_rows(images, [&](std::int64_t row) {
-          if (keeps_hidden()) load_hidden_row(first, row, s.u);
-          if (this->activates_hidden())
-            this->activate_hidden(a.width, s.u + bordered_values(row), s.before + row * a.width * hidden_width);
-        });
-      dense<T>(a.num_threads, tokens, channels, activated_width, {s.grad_output, width, 1}, fc2_transposed, Start::zero,
-               nullptr, {s.grad_z, 0, s.offsets});
-      activation_gradients(s, images);
-      dense_weights<T>(a.num_threads, channels, tokens, activated_width, s.grad_output, width, s.t, hidden_width,
-                       fc2.data(), fc2.leading(), first > 0);
-      convolution_gradients(s, images);
-      dense_weights<T>(a.num_threads, hidden, tokens, width, s.z, hidden_width, s.x, width, fc1.data(), fc1.leading(),
-                       first > 0);
-      for_hidden_slices([&](Range slice) {
-        add_column_sums(tokens, slice.end - slice.begin, s.z + slice.begin, hidden_width,
-                        s.vectors.fc1_bias + slice.begin);
-      });
-      add_column_sums(tokens, width, s.grad_output, width, s.vectors.fc2_bias);
-      dense<T>(a.num_threads, tokens, hidden, width, {s.z, hidden_width, 1}, fc1_transposed, Start::zero, nullptr,
+      for_slices(s.slice_weights, bytes_of<typename Slice::BackwardBuffers>(), first == 0 && !a.kept_hidden.data,
+                 [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
+                   backward_slice(s, slice, w, i, fc2_transposed, first, images, scratch);
+                 });
+      add_column_sums(tokens, width, s.grad_output, width, s.fc2_bias);
+      dense<T>(a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed, Start::zero, nullptr,
                {s.grad_x, width});
-      store_image_gradients(a.num_threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first,
-                            images, image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials,
-                            s.vectors.norm_weight, s.vectors.norm_bias);
+      store_image_gradients(a.num_threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images,
+                            image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
+                            s.norm_bias);
     });
-    fc1.finish();
-    fc2.finish();
-    s.vectors.write(a);
+    s.fc1_gradient.finish();
+    s.fc2_gradient.finish();
+    copy_out(s.fc2_bias, channels, a.gradients.fc2_bias);
+    copy_out(s.norm_weight, channels, a.gradients.norm.weight);
+    copy_out(s.norm_bias, channels, a.gradients.norm.bias);
   }
 };
 

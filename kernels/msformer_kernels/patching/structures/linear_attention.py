@@ -192,7 +192,7 @@ def _with_layers(module: nn.Module, plan: LinearAttentionPlan) -> Iterator[Linea
     """Plans that fuse layers, those with the most of them first; none where something is between."""
     if len(plan.after) != 1 or not all(is_pointwise(module.get_submodule(name)) for name in plan.makers):
         return
-    output, rest = plan.after[0], ()
+    output, rest = plan.after[0], tuple[str, ...]()
     after = module.get_submodule(output)
     if type(after) is nn.Sequential and len(after) > 0:
         first, *others = (f"{output}.{name}" for name, _ in after.named_children())
