@@ -162,6 +162,13 @@ MUTATIONS = [
         PLAIN,
     ),
     Mutation(
+        "MixFFN: slices of hidden features forget the images of the groups before",
+        "csrc/cpu/mix_ffn/whole.cpp",
+        "if (first == 0) vectors.clear();",
+        "vectors.clear();",
+        FFN,
+    ),
+    Mutation(
         "self-attention: keys of x do not see what the memory gets",
         "csrc/cpu/self_attention/memory.h",
         "found += static_cast<double>(weight(m, row, max, sum)) * gain(m, row, grad_context);",

@@ -110,6 +110,7 @@ CASES = Cases(
         mix_ffn_case("columns", height=9, width=13, channels=37, hidden=50, layout="transposed"),
         mix_ffn_case("large", height=71, width=79, channels=20, hidden=80),
         mix_ffn_case("wide", batch=2, height=9, width=150, channels=33, hidden=130, skip=False, hidden_norm=False),
+        mix_ffn_case("slices", batch=3, height=20, width=20, channels=13, hidden=203, hidden_norm=False),
         mix_ffn_case("groups", batch=5, height=21, width=23, channels=20, hidden=40),
     ],
     empty=[
