@@ -1,4 +1,4 @@
-"""What a trained network says of an image: sizes, mirror images, the gate, fusion with rules, clusters."""
+"""What a trained network says of an image: sizes, mirror images, fusion with rules, clusters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from msformer.io.prepare import prepare_image
 from msformer.scoring import dice
 from msformer.training import predict as module
-from msformer.training.predict import confidence, predict, probabilities
+from msformer.training.predict import confidence, fused, predict, probabilities
+from msformer.training.teachers import TEACHER_SIZE, Teachers
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs
 from tests.msformer.training.data import dark_model, dark_network
 
@@ -29,7 +30,7 @@ def test_the_object_at_the_size_of_the_image(tmp_path: Path) -> None:
     assert dice(found.mask, TRUTH) > 0.96
     assert ((found.probability > 0.5) == (found.labels == 1)).all()
     assert found.confidence > 0.75
-    assert (found.decided_by, found.gated) == ("net", True)
+    assert found.decided_by == "fused"
 
 
 def test_light_and_contrast_do_not_matter(tmp_path: Path) -> None:
@@ -63,16 +64,34 @@ def test_confidence() -> None:
     assert confidence(p) == 0
 
 
-def test_a_net_that_is_not_sure_asks_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_help_a_net_that_is_not_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unsure = dark_model(tmp_path, sharpness=0.5, shift=-0.5)
-    auto, net, fused = (predict(unsure, IMAGE, gate=gate) for gate in ("auto", "net", "fused"))
-    assert (auto.decided_by, net.decided_by, fused.decided_by) == ("fused", "net", "fused")
-    assert not auto.gated
-    np.testing.assert_array_equal(auto.mask, fused.mask)
-    np.testing.assert_array_equal(auto.probability, net.probability)
+    net, fused = predict(unsure, IMAGE, gate="net"), predict(unsure, IMAGE)
+    assert (net.decided_by, fused.decided_by) == ("net", "fused")
+    np.testing.assert_array_equal(fused.probability, net.probability)
     assert dice(fused.mask, TRUTH) > dice(net.mask, TRUTH) + 0.01
-    monkeypatch.setattr(module, "rule_masks", None)  # a net that is sure has none made
-    assert predict(dark_model(tmp_path), IMAGE).gated
+    monkeypatch.setattr(module, "rule_masks", None)
+    assert predict(unsure, IMAGE, gate="net").decided_by == "net", "no rule is asked"
+
+
+def test_a_net_that_is_sure_overrules_rules_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Teachers(np.zeros((6, TEACHER_SIZE, TEACHER_SIZE), np.bool_), ())
+    monkeypatch.setattr(module, "rule_masks", lambda image, domain: wrong)
+    sure, unsure = dark_model(tmp_path / "sure"), dark_model(tmp_path / "unsure", sharpness=0.5)
+    assert dice(predict(sure, IMAGE).mask, TRUTH) > 0.95
+    assert not predict(unsure, IMAGE).mask.any()
+
+
+def test_fusing() -> None:
+    """Laplace's rule of succession says how likely it is that one more mask would see the object."""
+    votes = np.array([[0, 3, 6]], np.uint8)
+    assert fused(np.full((1, 3), 0.5, np.float32), votes, 6) == pytest.approx((0.5 + np.array([[1, 4, 7]]) / 8) / 2)
+    limits = np.array([[7, 4, 1]], np.float32) / 8
+    assert (fused(limits + 0.01, votes, 6) > 0.5).all()
+    assert not (fused(limits - 0.01, votes, 6) > 0.5).any()
+    certain = np.array([[1, 0.5, 0]], np.float32)
+    np.testing.assert_allclose(fused(certain, votes, 6, doubt=0), 0.5)
+    assert fused(certain, votes, 6).dtype == np.float32
 
 
 def test_votes_are_fused_like_masks_of_rules(tmp_path: Path) -> None:
@@ -109,7 +128,7 @@ def test_holes_in_lungs_stay(tmp_path: Path) -> None:
 def test_clusters_are_chosen_by_the_rule_of_the_domain(tmp_path: Path) -> None:
     model = dark_model(tmp_path, objective="consistency")
     found = predict(model, IMAGE)
-    assert (found.decided_by, found.gated) == ("rule", False)
+    assert found.decided_by == "rule"
     assert set(np.unique(found.labels)) <= {0, 1, 2}
     assert dice(found.labels == 1, TRUTH) > 0.95, "labels keep their numbers"
     assert dice(found.mask, TRUTH) > 0.95
@@ -126,7 +145,8 @@ def test_any_image(tmp_path: Path) -> None:
 
     Image.fromarray(lesion(TRUTH)).save(path)
     np.testing.assert_array_equal(model.predict(path).mask, predict(model, IMAGE).mask)
-    np.testing.assert_array_equal(model.predict(lesion(TRUTH), gate="net").mask, predict(model, IMAGE).mask)
+    net = model.predict(lesion(TRUTH), gate="net")
+    np.testing.assert_array_equal(net.mask, predict(model, IMAGE, gate="net").mask)
     for image in (torch.zeros(3, 1, 1), torch.full((3, 50, 300), 0.4)):
         assert predict(model, image).mask.shape == image.shape[1:]
 
@@ -145,7 +165,7 @@ def test_errors(tmp_path: Path) -> None:
     model = dark_model(tmp_path)
     with pytest.raises(ValueError, match=r"image: expected \[3, H, W\], got \(1, 3, 40, 40\)"):
         predict(model, torch.zeros(1, 3, 40, 40))
-    with pytest.raises(ValueError, match="gate: unknown 'maybe'; expected auto, net or fused"):
+    with pytest.raises(ValueError, match="gate: unknown 'maybe'; expected fused or net"):
         predict(model, IMAGE, gate="maybe")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown rule 'best'"):
-        predict(model, IMAGE, rule="best", gate="fused")
+        predict(model, IMAGE, rule="best")
