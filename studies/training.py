@@ -43,6 +43,7 @@ from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import complete_file, prepare_folder
 from msformer.runs.plan import fingerprint
 from msformer.scoring import dice
+from msformer.training import predict
 from msformer.training.domains import Domain, find_domain
 from msformer.training.predict import confidence, fused, object_mask, shares_of
 from msformer.training.run import train
@@ -57,8 +58,10 @@ FOLDS = 5
 POOR = 0.8
 """Masks with a Dice coefficient below are counted."""
 RULES = ("otsu", "kmeans-2", "kmeans-3")
-DOUBTS = (0.0, 0.5, 1.0, 2.0, 4.0)
+VOTES = (1.0, 2.0, 3.0, 6.0, 12.0)
 """As `msformer.training.predict.fused` takes them."""
+TRUSTS = ("by its confidence", "in full")
+"""How much the network's word counts in a fused mask."""
 LIMITS = (0.65, 0.75, 0.85, 0.9)
 NEVER = float("inf")
 Arrays = dict[str, NDArray[Any]]
@@ -66,27 +69,35 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to a mask: the network alone where its confidence is above a limit, else fused with the rules."""
+    """A way to a mask: the network alone where its confidence is above a limit, else a mask that `masks` makes."""
 
-    doubt: float
+    mask: str
     limit: float = NEVER
 
     @property
     def name(self) -> str:
-        if self.limit < 0:
-            return "net alone"
-        gate = "" if self.limit == NEVER else f", net alone above {self.limit}"
-        return f"fused, doubt {self.doubt:g}{gate}"
+        return self.mask if self.limit == NEVER else f"{self.mask}, net alone above {self.limit}"
 
     def scores(self, found: pd.DataFrame) -> pd.Series:
         """Of rows as `row` makes them."""
-        return found["net"].where(found["confidence"] > self.limit, found[f"doubt {self.doubt:g}"])
+        return found[NET.mask].where(found["confidence"] > self.limit, found[self.mask])
 
 
-NET = Way(0, -1)
-GATED = Way(0, 0.75)
-WAYS = (NET, *(Way(doubt, limit) for doubt in DOUBTS for limit in (NEVER, *LIMITS)))
-SHOWN = (NET, Way(0), GATED, Way(1))
+def pooled(votes: float, trust: str) -> str:
+    """The name of a mask."""
+    return f"fused, {votes:g} votes, trusted {trust}"
+
+
+NET, MEAN, MAJORITY = Way("net alone"), Way("mean"), Way("majority of the rules")
+GATED = Way(MEAN.mask, 0.75)
+FUSED = Way(pooled(predict.VOTES, TRUSTS[0]))
+"""That of `msformer.training.predict`."""
+WAYS = (
+    NET,
+    *(Way(MEAN.mask, limit) for limit in (NEVER, *LIMITS)),
+    *(Way(pooled(votes, trust)) for trust in TRUSTS for votes in VOTES),
+)
+SHOWN = (NET, MEAN, GATED, FUSED)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,12 @@ class DataSet:
     def rule(self) -> str:
         """Of the blind score of label maps."""
         return RULE_OF_LAYOUT[self.layout]
+
+
+def data_set(folder: Path, out: Path) -> DataSet:
+    """The images and masks below a folder; raises ValueError where there are none."""
+    found, name = find_cases(folder, "auto", None), folder.resolve().name
+    return DataSet(name, found.layout, found.cases, out / name)
 
 
 def model_of(data: DataSet, name: str, steps: int) -> TrainedModel:
@@ -155,39 +172,56 @@ def what_the_network_says(image: Tensor, model: TrainedModel) -> Arrays:
     return {"probability": probability, "seconds": np.array(time.perf_counter() - started)}
 
 
-def row(probability: NDArray[np.float32], masks: NDArray[np.bool_], pair: Pair, rule: str) -> dict[str, float]:
-    """Dice coefficients of one image: ``net`` alone, ``majority`` of the rules, ``doubt 0`` and so on; and what a gate
-    could go by: confidence, agreement of the rules.
-    """
-    truth = resize_labels(pair.truth, (SIZE, SIZE))
-    decided = {f"doubt {doubt:g}": fused(probability, masks.sum(0), len(masks), doubt) for doubt in DOUBTS}
-    decided |= {"net": probability, "majority": Teachers(masks, ()).target.astype(np.float32)}
+def ask(case: Case, pair: Pair, model: TrainedModel, folder: Path) -> tuple[Arrays, Arrays]:
+    """`what_rules_say` and `what_the_network_says` of an image, kept in a folder."""
+    image, domain = resize_image(pair.image, (SIZE, SIZE)), find_domain(model.domain)
+    about = (fingerprint(case.image), case.slice_index, case.window, msformer.__version__)
+    key = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.npz"
+    return (
+        kept(folder / f"rules-{domain.name}" / key, partial(what_rules_say, image, domain)),
+        kept(folder / model.digest[:16] / key, partial(what_the_network_says, image, model)),
+    )
+
+
+def masks(probability: NDArray[np.float32], rules: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
+    """By name, maps ``[h, w]`` that are above one half where the object is; of masks ``[T, h, w]`` of the rules."""
+    share = rules.mean(0, dtype=np.float32)
+    trusts = dict(zip(TRUSTS, (confidence(probability), 1.0), strict=True))
+    return {
+        NET.mask: probability,
+        MAJORITY.mask: share,
+        MEAN.mask: (probability + share) / 2,
+        **{pooled(n, name): fused(probability, share, trust, n) for name, trust in trusts.items() for n in VOTES},
+    }
+
+
+def row(
+    probability: NDArray[np.float32], rules: NDArray[np.bool_], pair: Pair, model: TrainedModel
+) -> dict[str, float]:
+    """Of one image the confidence of the network, the agreement of the rules, and the Dice coefficients of `masks`."""
+    truth, rule = resize_labels(pair.truth, (SIZE, SIZE)), find_domain(model.domain).rule
+    found = {name: object_mask(values, rule, (SIZE, SIZE)) for name, values in masks(probability, rules).items()}
     return {
         "confidence": confidence(probability),
-        "agreement": Teachers(masks, ()).agreement,
-        **{name: dice(object_mask(values, rule, (SIZE, SIZE)), truth) for name, values in decided.items()},
+        "agreement": Teachers(rules, ()).agreement,
+        **{name: dice(mask, truth) for name, mask in found.items()},
     }
 
 
 def scores_of(data: DataSet, models: Mapping[str, TrainedModel]) -> pd.DataFrame:
     """A row for each image and model with the objective ``teacher``."""
-    rows, says = [], data.out / "says"
+    rows = []
     for case in data.cases:
         pair = read_pair(case)
-        image = resize_image(pair.image, (SIZE, SIZE))
-        about = (fingerprint(case.image), case.slice_index, case.window, msformer.__version__)
-        key = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.npz"
         for name, model in models.items():
-            domain = find_domain(model.domain)
-            rules = kept(says / f"rules-{domain.name}" / key, partial(what_rules_say, image, domain))
-            network = kept(says / model.digest[:16] / key, partial(what_the_network_says, image, model))
+            rules, network = ask(case, pair, model, data.out / "says")
             rows.append(
                 {
                     "image": case.name,
                     "model": name,
                     "seconds": float(network["seconds"]),
                     "seconds of rules": float(rules["seconds"]),
-                    **row(network["probability"], rules["masks"], pair, domain.rule),
+                    **row(network["probability"], rules["masks"], pair, model),
                 }
             )
     return pd.DataFrame(rows)
@@ -223,9 +257,9 @@ def table_of_methods(maps: pd.DataFrame, titles: Mapping[str, str], scores: pd.D
     for place, (model, own) in enumerate(scores.groupby("model", sort=False)):
         net, rules = own["seconds"].mean(), own["seconds of rules"].mean()
         if place == 0:
-            lines.append(["majority of the rules", *cells(own["majority"], rules), "", ""])
+            lines.append([MAJORITY.name, *cells(MAJORITY.scores(own), rules), "", ""])
         for way in SHOWN:
-            asked = (own["confidence"] <= way.limit).mean()
+            asked = 0 if way == NET else (own["confidence"] <= way.limit).mean()
             lines.append([f"{model}, {way.name}", *cells(way.scores(own), net + asked * rules), "", ""])
     return lines
 
@@ -245,6 +279,11 @@ def fold_of(images: Sequence[str]) -> dict[str, int]:
     return {names[place]: int(number % FOLDS) for number, place in enumerate(order)}
 
 
+def by_image(way: Way, found: pd.DataFrame) -> pd.Series:
+    """The scores of a way, each the mean over the models."""
+    return way.scores(found).groupby(found.image).mean()
+
+
 def best_way(scores: Sequence[pd.DataFrame]) -> Way:
     """That with the best mean of the means of data sets; the first of equals."""
     means = [np.mean([way.scores(found).mean() for found in scores]) for way in WAYS]
@@ -257,12 +296,13 @@ def table_of_choices(scores: Mapping[str, pd.DataFrame]) -> list[list[str]]:
     chosen = [best_way([found[folds[name] != fold] for name, found in scores.items()]) for fold in range(FOLDS)]
     lines = [["", "by folds of all sets", "chosen", "by the other sets", "chosen"]]
     for name, found in scores.items():
-        parts = [way.scores(found[folds[name] == fold]) for fold, way in enumerate(chosen)]
+        told = [found[folds[name] == fold] for fold in range(FOLDS)]
+        parts = [by_image(way, some) for way, some in zip(chosen, told, strict=True)]
         others = [other for key, other in scores.items() if key != name]
         line = [name, cells(pd.concat(parts), 0)[0], "; ".join(dict.fromkeys(way.name for way in chosen))]
         if others:
             way = best_way(others)
-            line += [cells(way.scores(found), 0)[0], way.name]
+            line += [cells(by_image(way, found), 0)[0], way.name]
         lines.append(line + [""] * (len(lines[0]) - len(line)))
     return lines
 
@@ -294,8 +334,7 @@ def main(folders: tuple[Path, ...], out: Path, models: str, steps: int) -> None:
     """Train what is missing, score all of it, choose the way to fuse by folds."""
     parts, scores = [], {}
     for folder in folders:
-        found = find_cases(folder, "auto", None)
-        data = DataSet(folder.resolve().name, found.layout, found.cases, out / folder.resolve().name)
+        data = data_set(folder, out)
         try:
             table, scores[data.name] = study(data, models.split(","), steps)
         except ValueError as error:

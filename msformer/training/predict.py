@@ -5,7 +5,8 @@ are decided at `TEACHER_SIZE`, where the rules see the image as well, and brough
 probabilities, so that borders stay smooth.
 
 A network with the objective ``teacher`` knows the object, and is fused with the rules that taught it, pixel by pixel:
-where the network is sure, its word stands, elsewhere that of the rules. Networks of clusters know no object: their
+where the network is sure, its word stands, elsewhere that of the rules. Its word counts as much as it is sure of the
+image as a whole. Networks of clusters know no object: their
 label map is one for the rule of their domain to choose from.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from torch import Tensor
 
 import msformer_kernels
@@ -32,8 +34,10 @@ from msformer.training.domains import Domain, find_domain
 from msformer.training.saved import TrainedModel
 from msformer.training.teachers import TEACHER_SIZE, rule_masks
 
-DOUBT = 1.0
-"""Votes for the object, and as many against it, that are added to those of the rules: Laplace's rule of succession."""
+VOTES = 3.0
+"""What the masks of the rules count for together: they are of three label maps."""
+LEAST = 1e-6
+"""No network is surer than this."""
 
 Gate = Literal["fused", "net"]
 DecidedBy = Literal["net", "fused", "rule"]
@@ -91,16 +95,15 @@ def predict(
     if model.objective != "teacher":
         return _by_rule(shares, image, domain, size)
     found = shares[1]
-    decided = found
+    decided, sure = found, confidence(found)
     if gate == "fused":
-        masks = _masks(image, domain, votes)
-        decided = fused(found, masks.sum(0), len(masks))
+        decided = fused(found, _share(image, domain, votes), sure)
     probability = _enlarged(found, size)
     return Prediction(
         probability=probability,
         labels=(probability > 0.5).astype(np.uint8),
         mask=object_mask(decided, domain.rule, size),
-        confidence=confidence(found),
+        confidence=sure,
         decided_by=gate,
     )
 
@@ -133,20 +136,23 @@ def confidence(probability: FloatMap) -> float:
     return max(0.0, 1 - doubt / area) if area else 0.0
 
 
-def fused(probability: FloatMap, votes: NDArray[np.integer], count: int, doubt: float = DOUBT) -> FloatMap:
-    """The mean of a network's probability ``[h, w]`` and of that of `count` masks, of which `votes` ``[h, w]`` see the
-    object: (votes + doubt) / (count + 2 doubt).
+def fused(probability: FloatMap, share: FloatMap, trust: float, votes: float = VOTES) -> FloatMap:
+    """What a network and rules say together of the object, ``[h, w]``: the product of their odds, those of the network
+    to the power of `trust`.
 
-    Where six masks agree, a network overrules them that gives them less than 1/8. Without doubt, none could.
+    Rules of which `share` ``[h, w]`` see the object give it (votes share + 1) / (votes + 2), by Laplace's rule of
+    succession. So rules that agree are overruled by a network that is sure, and trusted.
     """
-    share = (votes + np.float32(doubt)) / np.float32(count + 2 * doubt)
-    return np.asarray((probability + share) / 2, dtype=np.float32)
+    rules = (votes * share + 1) / (votes + 2)
+    odds = trust * logit(probability.clip(LEAST, 1 - LEAST)) + logit(rules)
+    return np.asarray(expit(odds), dtype=np.float32)
 
 
-def _masks(image: Tensor, domain: Domain, votes: Sequence[Mask]) -> NDArray[np.bool_]:
-    """The masks of the rules and the votes, ``[T, h, w]``, at `TEACHER_SIZE`."""
+def _share(image: Tensor, domain: Domain, votes: Sequence[Mask]) -> FloatMap:
+    """The share of rules, and votes, that see the object, ``[h, w]``, at `TEACHER_SIZE`."""
     side = (TEACHER_SIZE, TEACHER_SIZE)
-    return np.stack([*rule_masks(resize_image(image, side), domain).masks, *(resize_labels(v, side) for v in votes)])
+    masks = [*rule_masks(resize_image(image, side), domain).masks, *(resize_labels(vote, side) for vote in votes)]
+    return np.asarray(np.mean(masks, axis=0, dtype=np.float32))
 
 
 def _by_rule(shares: FloatMap, image: Tensor, domain: Domain, size: tuple[int, int]) -> Prediction:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from msformer.io.prepare import prepare_image
 from msformer.scoring import dice
@@ -82,16 +83,34 @@ def test_a_net_that_is_sure_overrules_rules_that_agree(tmp_path: Path, monkeypat
     assert not predict(unsure, IMAGE).mask.any()
 
 
+def test_a_net_counts_as_much_as_it_is_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the image as a whole: pixels that it is sure of do not overrule the rules where it is unsure of the rest."""
+    wrong = Teachers(np.zeros((6, TEACHER_SIZE, TEACHER_SIZE), np.bool_), ())
+    monkeypatch.setattr(module, "rule_masks", lambda image, domain: wrong)
+    model = dark_model(tmp_path)
+    assert predict(model, IMAGE).mask.any()
+    monkeypatch.setattr(module, "confidence", lambda probability: 0.1)
+    assert not predict(model, IMAGE).mask.any()
+
+
+def odds(probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    return probability / (1 - probability)
+
+
 def test_fusing() -> None:
-    """Laplace's rule of succession says how likely it is that one more mask would see the object."""
-    votes = np.array([[0, 3, 6]], np.uint8)
-    assert fused(np.full((1, 3), 0.5, np.float32), votes, 6) == pytest.approx((0.5 + np.array([[1, 4, 7]]) / 8) / 2)
-    limits = np.array([[7, 4, 1]], np.float32) / 8
-    assert (fused(limits + 0.01, votes, 6) > 0.5).all()
-    assert not (fused(limits - 0.01, votes, 6) > 0.5).any()
-    certain = np.array([[1, 0.5, 0]], np.float32)
-    np.testing.assert_allclose(fused(certain, votes, 6, doubt=0), 0.5)
-    assert fused(certain, votes, 6).dtype == np.float32
+    """Odds multiply, and Laplace's rule of succession says how likely one more rule would see the object."""
+    share, p = np.array([0, 1 / 3, 1], np.float32), np.array([0.9, 0.9, 0.3], np.float32)
+    rules = np.array([0.2, 0.4, 0.8], np.float32)
+    np.testing.assert_allclose(odds(fused(p, share, 1)), odds(p) * odds(rules), rtol=1e-5)
+    np.testing.assert_allclose(odds(fused(p, share, 0.5)), odds(p) ** 0.5 * odds(rules), rtol=1e-5)
+    np.testing.assert_allclose(odds(fused(p, share, 1, votes=6)[2:]), odds(p)[2:] * 7, rtol=1e-5)
+    limits = np.array([0.8, 0.6, 0.2], np.float32)
+    assert (fused(limits + 0.01, share, 1) > 0.5).all()
+    assert not (fused(limits - 0.01, share, 1) > 0.5).any()
+    certain = fused(np.array([1, 0, 1], np.float32), share, 0)
+    np.testing.assert_allclose(certain, rules, rtol=1e-6)
+    assert certain.dtype == np.float32
+    np.testing.assert_array_equal(fused(np.array([1, 1, 0], np.float32), share, 0.9) > 0.5, [True, True, False])
 
 
 def test_votes_are_fused_like_masks_of_rules(tmp_path: Path) -> None:
