@@ -174,8 +174,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 def evaluate(**options: Any) -> None:
     """Score MS-Former and the methods it is compared with on images with true masks.
 
-    A trained model is scored by the masks of `msformer segment --model MODEL/ --mask`; MODEL/:net is its network alone,
-    MODEL/:fused always fused with the rules.
+    A trained model is scored by the masks of `msformer segment --model MODEL/ --mask`; MODEL/:net is its network alone.
 
     Writes report.html and report.md, summary.csv, scores.csv (a line an image, method and protocol) and the label maps.
     What is done is not done again, so an interrupted run goes on where it stopped.

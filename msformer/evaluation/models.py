@@ -1,8 +1,8 @@
-"""Trained models as methods of an evaluation: ``MODEL/``, and of models that know the object also its parts.
+"""Trained models as methods of an evaluation: ``MODEL/``, and ``MODEL/:net``, its network alone.
 
-``MODEL/`` is scored as `msformer segment --model MODEL/ --mask` makes its masks, ``MODEL/:net`` as the network alone,
-``MODEL/:fused`` as always fused with the rules. The blind score is that of the model's mask; no rule of the evaluation
-has a say. The other scores see the mask as two labels, or the clusters of a model that knows clusters.
+``MODEL/`` is scored as `msformer segment --model MODEL/ --mask` makes its masks, ``MODEL/:net`` as the network alone.
+The blind score is that of the model's mask; no rule of the evaluation has a say. The other scores see the mask as two
+labels, or the clusters of a model that knows clusters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from msformer.baselines import LabelMap, Method, Task, all_methods
 from msformer.training.predict import Gate, predict
 from msformer.training.saved import TrainedModel, load
 
-TITLES: dict[Gate, str] = {"auto": "", "net": ", net alone", "fused": ", fused"}
+TITLES: dict[Gate, str] = {"fused": "", "net": ", net alone"}
 ORDER = 20
 """After all methods that were not trained: a table compares with the last one."""
 
@@ -37,9 +36,9 @@ def model_method(name: str, device: str) -> Method:
     """
     path, gate = _split(name)
     model = load(path, device=device)
-    if gate != "auto" and model.objective != "teacher":
+    if gate != "fused" and model.objective != "teacher":
         raise ValueError(f"methods: {name}: the model knows clusters (objective {model.objective}), and has no parts")
-    ending = "" if gate == "auto" else f"-{gate}"
+    ending = "" if gate == "fused" else f"-{gate}"
     return Method(
         name=f"model-{Path(path).resolve().name}-{model.digest[:8]}{ending}",
         title=f"{Path(path)}{TITLES[gate]}",
@@ -65,5 +64,4 @@ def label_map(task: Task, model: TrainedModel, gate: Gate) -> LabelMap:
 
 def _split(name: str) -> tuple[str, Gate]:
     """Folder and part."""
-    path, colon, part = name.rpartition(":")
-    return (path, cast(Gate, part)) if colon and part in get_args(Gate) else (name, "auto")
+    return (name.removesuffix(":net"), "net") if name.endswith(":net") else (name, "fused")

@@ -135,7 +135,7 @@ class Model(Way):
     """A trained network is asked, and with `refine` a fit is made as well.
 
     The fit starts afresh, since starting from the network's weights gains nothing. Its label map is the one that is
-    kept; its mask is one more vote beside those of the rules, and the network then never decides alone.
+    kept; its mask is one more vote beside those of the rules.
 
     Raises:
         ValueError: `refine` with a network of clusters, whose mask is a rule's already.
@@ -177,7 +177,7 @@ class Model(Way):
         found = predict(
             self.model,
             prepare_image(pixels),
-            gate="net" if rule is None else "fused" if votes else "auto",
+            gate="net" if rule is None else "fused",
             rule=rule,
             votes=votes,
             backend=self.backend,

@@ -4,9 +4,10 @@ The network sees the image at its own size, standardised, in four mirror images,
 are decided at `TEACHER_SIZE`, where the rules see the image as well, and brought to the size of the image through the
 probabilities, so that borders stay smooth.
 
-A network with the objective ``teacher`` knows the object. Where it is sure, the mask is its own; otherwise it is fused
-with the rules that taught it: the mean of its probability and of the share of rules that see the object is above one
-half. Networks of clusters know no object: their label map is one for the rule of their domain to choose from.
+A network with the objective ``teacher`` knows the object, and is fused with the rules that taught it, pixel by pixel:
+where the network is sure, its word stands, elsewhere that of the rules. Its word counts as much as it is sure of the
+image as a whole. Networks of clusters know no object: their
+label map is one for the rule of their domain to choose from.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from torch import Tensor
 
 import msformer_kernels
@@ -32,10 +34,12 @@ from msformer.training.domains import Domain, find_domain
 from msformer.training.saved import TrainedModel
 from msformer.training.teachers import TEACHER_SIZE, rule_masks
 
-SURE = 0.75
-"""Confidence above which the network is not asked twice."""
+VOTES = 3.0
+"""What the masks of the rules count for together: they are of three label maps."""
+LEAST = 1e-6
+"""No network is surer than this."""
 
-Gate = Literal["auto", "net", "fused"]
+Gate = Literal["fused", "net"]
 DecidedBy = Literal["net", "fused", "rule"]
 FloatMap = NDArray[np.float32]
 
@@ -56,18 +60,12 @@ class Prediction:
     decided_by: DecidedBy
     """``net``: the network alone; ``fused``: with the rules; ``rule``: a rule, from clusters."""
 
-    @property
-    def gated(self) -> bool:
-        """Whether the network was sure enough to decide alone."""
-        return self.decided_by == "net"
 
-
-@torch.inference_mode()
 def predict(
     model: TrainedModel,
     image: Tensor,
     *,
-    gate: Gate = "auto",
+    gate: Gate = "fused",
     rule: str | None = None,
     votes: Sequence[Mask] = (),
     backend: str | None = None,
@@ -77,8 +75,7 @@ def predict(
     Args:
         image: ``[3, H, W]``, floating point, values in [0, 1], on the CPU, as `msformer.io.prepare.prepare_image` makes
             it; any size.
-        gate: ``"auto"``: the network alone where it is sure, else fused with the rules; or always the one or the other.
-            Has no meaning for clusters.
+        gate: ``"fused"`` with the rules, or the ``"net"`` alone. Has no meaning for clusters.
         rule: of `msformer.selection`; that of the model's domain by default.
         votes: further masks ``[h, w]`` of the object, of any size, that are fused like those of the rules.
         backend: of the kernels, see `msformer_kernels.use_backend`.
@@ -88,30 +85,37 @@ def predict(
     """
     if image.dim() != 3 or image.shape[0] != 3:
         raise ValueError(f"image: expected [3, H, W], got {tuple(image.shape)}")
-    if gate not in ("auto", "net", "fused"):
-        raise ValueError(f"gate: unknown {gate!r}; expected auto, net or fused")
+    if gate not in get_args(Gate):
+        raise ValueError(f"gate: unknown {gate!r}; expected fused or net")
     domain = find_domain(model.domain)
     if rule is not None:
         domain = replace(domain, rule=rule)
     size = (image.shape[1], image.shape[2])
-    seen = resize_image(image, (model.size, model.size))
-    with own_stream(model.device), msformer_kernels.use_backend(backend) if backend is not None else nullcontext():
-        shares = probabilities(model.network, seen[None].to(model.device))[0]
-        shares = _resized(shares, (TEACHER_SIZE, TEACHER_SIZE)).cpu()
+    shares = shares_of(model, image, backend)
     if model.objective != "teacher":
-        return _by_rule(shares.numpy(), image, domain, size)
-    found = shares[1].numpy()
-    sure = confidence(found)
-    alone = gate == "net" or (gate == "auto" and sure > SURE)
-    decided = found if alone else _fused(found, image, domain, votes)
+        return _by_rule(shares, image, domain, size)
+    found = shares[1]
+    decided, sure = found, confidence(found)
+    if gate == "fused":
+        decided = fused(found, _share(image, domain, votes), sure)
     probability = _enlarged(found, size)
     return Prediction(
         probability=probability,
         labels=(probability > 0.5).astype(np.uint8),
-        mask=_mask(decided, domain.rule, size),
+        mask=object_mask(decided, domain.rule, size),
         confidence=sure,
-        decided_by="net" if alone else "fused",
+        decided_by=gate,
     )
+
+
+@torch.inference_mode()
+def shares_of(model: TrainedModel, image: Tensor, backend: str | None = None) -> FloatMap:
+    """Shares of the labels ``[K, h, w]`` of an image ``[3, H, W]``, at `TEACHER_SIZE`."""
+    seen = resize_image(image, (model.size, model.size))
+    with own_stream(model.device), msformer_kernels.use_backend(backend) if backend is not None else nullcontext():
+        shares = probabilities(model.network, seen[None].to(model.device))[0]
+        found: FloatMap = _resized(shares, (TEACHER_SIZE, TEACHER_SIZE)).cpu().numpy()
+    return found
 
 
 def probabilities(network: MSFormer, images: Tensor) -> Tensor:
@@ -132,11 +136,23 @@ def confidence(probability: FloatMap) -> float:
     return max(0.0, 1 - doubt / area) if area else 0.0
 
 
-def _fused(probability: FloatMap, image: Tensor, domain: Domain, votes: Sequence[Mask]) -> FloatMap:
-    """The mean of the network's probability and of the share of rules, and votes, that see the object."""
+def fused(probability: FloatMap, share: FloatMap, trust: float, votes: float = VOTES) -> FloatMap:
+    """What a network and rules say together of the object, ``[h, w]``: the product of their odds, those of the network
+    to the power of `trust`.
+
+    Rules of which `share` ``[h, w]`` see the object give it (votes share + 1) / (votes + 2), by Laplace's rule of
+    succession. So rules that agree are overruled by a network that is sure, and trusted.
+    """
+    rules = (votes * share + 1) / (votes + 2)
+    odds = trust * logit(probability.clip(LEAST, 1 - LEAST)) + logit(rules)
+    return np.asarray(expit(odds), dtype=np.float32)
+
+
+def _share(image: Tensor, domain: Domain, votes: Sequence[Mask]) -> FloatMap:
+    """The share of rules, and votes, that see the object, ``[h, w]``, at `TEACHER_SIZE`."""
     side = (TEACHER_SIZE, TEACHER_SIZE)
     masks = [*rule_masks(resize_image(image, side), domain).masks, *(resize_labels(vote, side) for vote in votes)]
-    return np.asarray((probability + np.mean(masks, axis=0, dtype=np.float32)) / 2)
+    return np.asarray(np.mean(masks, axis=0, dtype=np.float32))
 
 
 def _by_rule(shares: FloatMap, image: Tensor, domain: Domain, size: tuple[int, int]) -> Prediction:
@@ -154,7 +170,7 @@ def _by_rule(shares: FloatMap, image: Tensor, domain: Domain, size: tuple[int, i
     )
 
 
-def _mask(decided: FloatMap, rule: str, size: tuple[int, int]) -> Mask:
+def object_mask(decided: FloatMap, rule: str, size: tuple[int, int]) -> Mask:
     """What is above one half, cleaned up, at the size of the image."""
     cleaned = clean_up(decided > 0.5, largest_hole(rule))
     return _enlarged(_agreeing(decided, cleaned), size) > 0.5

@@ -1,4 +1,4 @@
-"""What a trained network says of an image: sizes, mirror images, the gate, fusion with rules, clusters."""
+"""What a trained network says of an image: sizes, mirror images, fusion with rules, clusters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from msformer.io.prepare import prepare_image
 from msformer.scoring import dice
 from msformer.training import predict as module
-from msformer.training.predict import confidence, predict, probabilities
+from msformer.training.predict import confidence, fused, predict, probabilities
+from msformer.training.teachers import TEACHER_SIZE, Teachers
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs
 from tests.msformer.training.data import dark_model, dark_network
 
@@ -29,7 +31,7 @@ def test_the_object_at_the_size_of_the_image(tmp_path: Path) -> None:
     assert dice(found.mask, TRUTH) > 0.96
     assert ((found.probability > 0.5) == (found.labels == 1)).all()
     assert found.confidence > 0.75
-    assert (found.decided_by, found.gated) == ("net", True)
+    assert found.decided_by == "fused"
 
 
 def test_light_and_contrast_do_not_matter(tmp_path: Path) -> None:
@@ -63,16 +65,52 @@ def test_confidence() -> None:
     assert confidence(p) == 0
 
 
-def test_a_net_that_is_not_sure_asks_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_help_a_net_that_is_not_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unsure = dark_model(tmp_path, sharpness=0.5, shift=-0.5)
-    auto, net, fused = (predict(unsure, IMAGE, gate=gate) for gate in ("auto", "net", "fused"))
-    assert (auto.decided_by, net.decided_by, fused.decided_by) == ("fused", "net", "fused")
-    assert not auto.gated
-    np.testing.assert_array_equal(auto.mask, fused.mask)
-    np.testing.assert_array_equal(auto.probability, net.probability)
+    net, fused = predict(unsure, IMAGE, gate="net"), predict(unsure, IMAGE)
+    assert (net.decided_by, fused.decided_by) == ("net", "fused")
+    np.testing.assert_array_equal(fused.probability, net.probability)
     assert dice(fused.mask, TRUTH) > dice(net.mask, TRUTH) + 0.01
-    monkeypatch.setattr(module, "rule_masks", None)  # a net that is sure has none made
-    assert predict(dark_model(tmp_path), IMAGE).gated
+    monkeypatch.setattr(module, "rule_masks", None)
+    assert predict(unsure, IMAGE, gate="net").decided_by == "net", "no rule is asked"
+
+
+def test_a_net_that_is_sure_overrules_rules_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Teachers(np.zeros((6, TEACHER_SIZE, TEACHER_SIZE), np.bool_), ())
+    monkeypatch.setattr(module, "rule_masks", lambda image, domain: wrong)
+    sure, unsure = dark_model(tmp_path / "sure"), dark_model(tmp_path / "unsure", sharpness=0.5)
+    assert dice(predict(sure, IMAGE).mask, TRUTH) > 0.95
+    assert not predict(unsure, IMAGE).mask.any()
+
+
+def test_a_net_counts_as_much_as_it_is_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the image as a whole: pixels that it is sure of do not overrule the rules where it is unsure of the rest."""
+    wrong = Teachers(np.zeros((6, TEACHER_SIZE, TEACHER_SIZE), np.bool_), ())
+    monkeypatch.setattr(module, "rule_masks", lambda image, domain: wrong)
+    model = dark_model(tmp_path)
+    assert predict(model, IMAGE).mask.any()
+    monkeypatch.setattr(module, "confidence", lambda probability: 0.1)
+    assert not predict(model, IMAGE).mask.any()
+
+
+def odds(probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    return probability / (1 - probability)
+
+
+def test_fusing() -> None:
+    """Odds multiply, and Laplace's rule of succession says how likely one more rule would see the object."""
+    share, p = np.array([0, 1 / 3, 1], np.float32), np.array([0.9, 0.9, 0.3], np.float32)
+    rules = np.array([0.2, 0.4, 0.8], np.float32)
+    np.testing.assert_allclose(odds(fused(p, share, 1)), odds(p) * odds(rules), rtol=1e-5)
+    np.testing.assert_allclose(odds(fused(p, share, 0.5)), odds(p) ** 0.5 * odds(rules), rtol=1e-5)
+    np.testing.assert_allclose(odds(fused(p, share, 1, votes=6)[2:]), odds(p)[2:] * 7, rtol=1e-5)
+    limits = np.array([0.8, 0.6, 0.2], np.float32)
+    assert (fused(limits + 0.01, share, 1) > 0.5).all()
+    assert not (fused(limits - 0.01, share, 1) > 0.5).any()
+    certain = fused(np.array([1, 0, 1], np.float32), share, 0)
+    np.testing.assert_allclose(certain, rules, rtol=1e-6)
+    assert certain.dtype == np.float32
+    np.testing.assert_array_equal(fused(np.array([1, 1, 0], np.float32), share, 0.9) > 0.5, [True, True, False])
 
 
 def test_votes_are_fused_like_masks_of_rules(tmp_path: Path) -> None:
@@ -109,7 +147,7 @@ def test_holes_in_lungs_stay(tmp_path: Path) -> None:
 def test_clusters_are_chosen_by_the_rule_of_the_domain(tmp_path: Path) -> None:
     model = dark_model(tmp_path, objective="consistency")
     found = predict(model, IMAGE)
-    assert (found.decided_by, found.gated) == ("rule", False)
+    assert found.decided_by == "rule"
     assert set(np.unique(found.labels)) <= {0, 1, 2}
     assert dice(found.labels == 1, TRUTH) > 0.95, "labels keep their numbers"
     assert dice(found.mask, TRUTH) > 0.95
@@ -126,7 +164,8 @@ def test_any_image(tmp_path: Path) -> None:
 
     Image.fromarray(lesion(TRUTH)).save(path)
     np.testing.assert_array_equal(model.predict(path).mask, predict(model, IMAGE).mask)
-    np.testing.assert_array_equal(model.predict(lesion(TRUTH), gate="net").mask, predict(model, IMAGE).mask)
+    net = model.predict(lesion(TRUTH), gate="net")
+    np.testing.assert_array_equal(net.mask, predict(model, IMAGE, gate="net").mask)
     for image in (torch.zeros(3, 1, 1), torch.full((3, 50, 300), 0.4)):
         assert predict(model, image).mask.shape == image.shape[1:]
 
@@ -145,7 +184,7 @@ def test_errors(tmp_path: Path) -> None:
     model = dark_model(tmp_path)
     with pytest.raises(ValueError, match=r"image: expected \[3, H, W\], got \(1, 3, 40, 40\)"):
         predict(model, torch.zeros(1, 3, 40, 40))
-    with pytest.raises(ValueError, match="gate: unknown 'maybe'; expected auto, net or fused"):
+    with pytest.raises(ValueError, match="gate: unknown 'maybe'; expected fused or net"):
         predict(model, IMAGE, gate="maybe")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown rule 'best'"):
-        predict(model, IMAGE, rule="best", gate="fused")
+        predict(model, IMAGE, rule="best")

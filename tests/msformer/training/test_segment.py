@@ -58,7 +58,7 @@ def test_a_folder(images: Path, tmp_path: Path) -> None:
     assert dice(labels == 1, TRUTH) > 0.93
     found = record(out / "a.json")
     assert 0.5 < found["confidence"] < 1
-    assert (found["decided_by"], found["rule"], found["fitted_size"]) == ("net", "lesion", [49, 49])
+    assert (found["decided_by"], found["rule"], found["fitted_size"]) == ("fused", "lesion", [49, 49])
     assert "losses" not in found
     assert found["settings"]["domain"] == "dermoscopy"
     summary = record(out / "summary.json")
@@ -73,14 +73,6 @@ def test_without_masks_the_rules_are_not_asked(images: Path, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     assert not (out / "a.mask.png").exists()
     assert "decided_by" not in record(out / "a.json")
-
-
-def test_a_net_that_is_not_sure(images: Path, tmp_path: Path) -> None:
-    model, out = save_dark_model(tmp_path / "model", sharpness=0.5), tmp_path / "out"
-    result = run("segment", images / "a.png", "--out", out, "--model", model, "--mask")
-    assert result.exit_code == 0, result.output
-    assert record(out / "a.json")["decided_by"] == "fused"
-    assert "fused" in result.output
 
 
 def test_done_for_the_same_model_only(images: Path, tmp_path: Path) -> None:
