@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -39,6 +40,9 @@ OBJECT_STORE = 256 << 20
 GPU_SHARE = 0.25
 """Of a task: as many fits a GPU as without a cluster."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+_ERROR = re.compile(r"^[\w.]*(?:Error|Exception): (?!.*Traceback)(.+)$", re.MULTILINE)
+"""The last line of a traceback; the first of several is the cause of the others."""
 
 
 class Needs(NamedTuple):
@@ -235,8 +239,8 @@ def _check_answer(address: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"cluster: what answers at {address} is not a Ray that this machine can join") from error
     if trial.returncode != 0:
-        reason = next(iter(trial.stderr.strip().splitlines()[-1:]), f"exit status {trial.returncode}")
-        raise ValueError(f"cluster: {address} cannot be joined: {reason}")
+        reasons = _ERROR.findall(trial.stderr) or [f"exit status {trial.returncode}"]
+        raise ValueError(f"cluster: {address} cannot be joined: {reasons[0]}")
 
 
 def cores() -> int:

@@ -18,8 +18,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image as PILImage
 
+from benchmarks import cluster_overhead
 from msformer.evaluation import command
 from msformer.options import make_executor
 from tests.msformer.conftest import QUICK_OPTIONS
@@ -182,6 +184,13 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "there")
     with pytest.raises(ValueError, match="RAY_ADDRESS: expected auto or HOST:PORT, got 'there'"):
         cluster()
+
+
+def test_the_overhead_is_measured() -> None:
+    result = CliRunner().invoke(cluster_overhead.main, ["--tasks", "3", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    for line in ("start: ", "first task: ", "nothing, Ray: ", "three_files, here: "):
+        assert line in result.output
 
 
 def test_ctrl_c_keeps_what_is_done(pairs: Path, tmp_path: Path) -> None:
