@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import click
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 import msformer
 from msformer.output import write_files
@@ -179,17 +179,18 @@ def _outcome(reference: Any, folder: Path, attempt: int) -> Future[Any] | None:
         value, files = ray.get(reference)
         write_files(files, folder)
         future.set_result(value)
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, Exception) else error
+    except RayError as error:
+        cause = getattr(error, "cause", None)  # what the work raised
         if isinstance(cause, ImportError):
             raise ValueError(f"cluster: a worker cannot import what it needs: {cause}") from error
-        cause.__cause__ = error  # with the traceback of the worker
-        future.set_exception(cause)
-    except RayError as error:
-        if attempt < ATTEMPTS:
+        if isinstance(cause, Exception) and not isinstance(cause, RayError):
+            cause.__cause__ = error  # with the traceback of the worker
+            future.set_exception(cause)
+        elif attempt < ATTEMPTS:
             return None
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        future.set_exception(ChildProcessError(f"its worker died {ATTEMPTS} times: {reason}"))
+        else:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            future.set_exception(ChildProcessError(f"its worker died {ATTEMPTS} times: {reason}"))
     except OSError as error:
         future.set_exception(error)
     return future

@@ -106,8 +106,8 @@ def test_a_run_says_the_same_in_whatever_order_images_end(tmp_path: Path, monkey
         result = evaluate("--data", folder, "--methods", "otsu", "--out", out / "report")
         assert result.exit_code == 1
         assert "[2/6] b: failed" in result.output or "[4/6] b: failed" in result.output
-        scores = pd.read_csv(out / "report" / "scores.csv").drop(columns="seconds")
-        scored.append((scores.to_csv(), (out / "report" / "summary.csv").read_bytes()))
+        tables = (pd.read_csv(out / "report" / f"{table}.csv") for table in ("scores", "summary"))
+        scored.append([table.drop(columns="seconds").to_csv() for table in tables])
         monkeypatch.setattr("msformer.cli.make_executor", lambda *arguments, **more: Backwards())
         monkeypatch.setattr(command, "make_executor", lambda *arguments, **more: Backwards())
     assert segmented[0] == segmented[1]
