@@ -8,16 +8,27 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from msformer.options import ALL_SLICES, SliceType, fit_options, make_fit, make_way, run_options
+from msformer.options import (
+    ALL_SLICES,
+    SliceType,
+    cluster_options,
+    fit_options,
+    make_executor,
+    make_fit,
+    make_way,
+    needed_packages,
+    run_options,
+)
 from msformer.training.command import train
 
 if TYPE_CHECKING:
+    from msformer.runs.executors import Executor
     from msformer.runs.plan import Job, Plan
     from msformer.runs.ways import Record
 
@@ -49,6 +60,7 @@ def main() -> None:
 @click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of a trained model, to ask instead of a fit.")
 @click.option("--refine", is_flag=True, help="With --model: fit each image as well, and fuse both.")
+@cluster_options
 @fit_options(size=None)
 def segment(
     paths: tuple[Path, ...],
@@ -61,6 +73,8 @@ def segment(
     slice: int | str | None,
     model: Path | None,
     refine: bool,
+    cluster: str | None,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
@@ -73,6 +87,7 @@ def segment(
     With --model a network that was trained on such images is asked, in a moment, in place of the fit; the object's
     probability is written, too, and the record says how sure the network was and what decided the mask.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
+    With --cluster the images are tasks of Ray, each with --threads; --at-once then limits the tasks under way.
     """
     if select != "auto" and not mask:
         raise click.UsageError("--select is for --mask, which is not given")
@@ -85,15 +100,15 @@ def segment(
         way = make_way(options, model, refine)
         reading = Reading(window, slice_index=slice if isinstance(slice, int) else None)
         plan = Plan(way, reading, select if mask else None)
+        executor = make_executor(cluster, threads, way.device, at_once, images_at_once(way.device))
         sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
-        finished, failures = run_all(jobs, out, plan, overwrite, at_once)
+        finished, failures = run_all(jobs, out, plan, overwrite, executor)
         write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
+        drawn: dict[str, Any] = {}
         if mask:
-            found = "border of the mask"
-            finish(jobs, finished, failures, out, plan, mask=lambda job: read_mask(job, out), border=found)
-        else:
-            finish(jobs, finished, failures, out, plan)
+            drawn = {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
+        finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)
     sys.exit(1 if failures else 0)
 
 
@@ -113,12 +128,14 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
     with friendly_errors():
         from msformer.demo import make_images, print_scores, score_all
         from msformer.io.read import Reading
+        from msformer.runs.executors import Local
         from msformer.runs.plan import Plan, plan_jobs
 
         sources, masks = make_images(out, count, options["seed"])
         plan = Plan(make_fit(options), Reading())
         jobs = plan_jobs(sources, [out / "images"], out)
-        finished, failures = run_all(jobs, out, plan, overwrite, at_once)
+        executor = Local(at_once or images_at_once(plan.way.device))
+        finished, failures = run_all(jobs, out, plan, overwrite, executor)
         scores = score_all(finished, masks, out)
         finish(
             jobs,
@@ -171,6 +188,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report.")
+@cluster_options
 def evaluate(**options: Any) -> None:
     """Score MS-Former and the methods it is compared with on images with true masks.
 
@@ -238,55 +256,54 @@ def friendly_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-@contextmanager
-def needed_packages(extra: str) -> Iterator[None]:
-    """Says which extra to install where one of its packages is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("msformer", "msformer_kernels"):
-            raise
-        raise ValueError(f"{error.name} is not installed; run: pip install 'msformer[{extra}]'") from error
-
-
 def run_all(
-    jobs: list[Job], out: Path, plan: Plan, overwrite: bool, at_once: int | None
+    jobs: list[Job], out: Path, plan: Plan, overwrite: bool, executor: Executor
 ) -> tuple[dict[str, Record], dict[str, str]]:
     """Segments what is not done yet; returns the records by name, and the errors by origin."""
+    from functools import partial
+
     from torch import OutOfMemoryError
 
     from msformer.output import OutputError, prepare_folder
     from msformer.progress import RunProgress
-    from msformer.runs.execute import done_before, for_each, run_job
+    from msformer.runs.execute import done_before, run_job
     from msformer_kernels import BackendError
 
     prepare_folder(out)
     finished: dict[str, Record] = {}
     failures: dict[str, str] = {}
 
-    def segment_one(job: Job, check: Callable[[], None]) -> None:
+    @contextmanager
+    def of_image(job: Job) -> Iterator[None]:
+        """What goes wrong with an image is said and does not end the run."""
         try:
-            record = None if overwrite else done_before(job, out, plan)
-            if record is not None:
-                progress.skipped()
-            else:
-                update = progress.start(job.name)
-
-                def step(number: int, labels: int, loss: float) -> None:
-                    check()
-                    update(number, plan.way.steps, f"{labels} labels, loss {loss:.3f}")
-
-                record = run_job(job, out, plan, step)
-                progress.ended(job.name, plan.way.outcome(record))
-            finished[job.name] = record
+            yield
         except (OutputError, BackendError):
             raise
         except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
             failures[job.origin] = str(error)
             progress.ended(job.name, f"failed: {error}")
 
-    with RunProgress(len(jobs)) as progress:
-        for_each(jobs, segment_one, at_once or images_at_once(plan.way.device))
+    def settled(job: Job) -> bool:
+        """Whether there is nothing to make, as the image was done before, or cannot be read."""
+        with of_image(job):
+            record = None if overwrite else done_before(job, out, plan)
+            if record is None:
+                progress.begin()
+                return False
+            progress.skipped()
+            finished[job.name] = record
+        return True
+
+    work = partial(run_job, plan=plan)
+    with executor, RunProgress(len(jobs)) as progress:
+        to_make = (job for job in jobs if not settled(job))
+        with closing(executor.run(work, to_make, out, lambda job: progress.start(job.name))) as outcomes:
+            for job, outcome in outcomes:
+                with of_image(job):
+                    record = outcome.result()
+                    progress.ended(job.name, plan.way.outcome(record))
+                    finished[job.name] = record
     return finished, {job.origin: failures[job.origin] for job in jobs if job.origin in failures}
 
 

@@ -5,7 +5,8 @@ Heavy imports happen inside the functions, so that help and errors of usage come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ from click.core import ParameterSource
 from msformer.presets import DEFAULT, PRESETS, find_preset
 
 if TYPE_CHECKING:
+    from msformer.runs.executors import Executor
     from msformer.runs.ways import Fit, Way
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,6 +42,49 @@ def run_options(command: Command) -> Command:
     at_once = "Images that are fitted at the same time. [default: 1 on the CPU, 4 on a GPU]"
     command = click.option("--at-once", type=click.IntRange(1), default=None, help=at_once)(command)
     return click.option("--overwrite", is_flag=True, help="Segment again what is already done.")(command)
+
+
+def cluster_options(command: Command) -> Command:
+    """Where a run takes place."""
+    threads = "With --cluster: threads of each task. [default: 1]"
+    command = click.option("--threads", type=click.IntRange(1), default=None, help=threads)(command)
+    cluster = "Run as tasks on Ray: auto (this machine, or what RAY_ADDRESS names), or HOST:PORT of a cluster."
+    return click.option("--cluster", metavar="auto|ADDRESS", default=None, help=cluster)(command)
+
+
+def make_executor(cluster: str | None, threads: int | None, device: str, at_once: int | None, here: int) -> Executor:
+    """Options of the command line -> where a run takes place.
+
+    Args:
+        device: of the work, as it turned out.
+        at_once: items at a time, if that was given.
+        here: items at a time in this process otherwise.
+
+    Raises:
+        click.UsageError: threads of tasks where there are none.
+        ValueError: Ray is not installed, or an address that means nothing.
+    """
+    from msformer.runs.executors import Local
+
+    if cluster is None:
+        if threads is not None:
+            raise click.UsageError("--threads is for --cluster, which is not given")
+        return Local(at_once or here)
+    with needed_packages("cluster"):
+        from msformer.runs.cluster import Cluster
+    return Cluster(cluster, threads or 1, at_once, device)
+
+
+@contextmanager
+def needed_packages(extra: str) -> Iterator[None]:
+    """Says which extra to install where one of its packages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name in ("msformer", "msformer_kernels"):
+            raise
+        raise ValueError(f"{name} is not installed; run: pip install 'msformer[{extra}]'") from error
 
 
 def fit_options(size: int | None) -> Callable[[Command], Command]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,24 @@ def complete_file(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes files below a folder, records last, so that what has a record is complete.
+
+    Args:
+        files: content by path below the folder; those that end in ``.json`` are records.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    records = [name for name in files if name.endswith(".json")]
+    for name in records:
+        (folder / name).unlink(missing_ok=True)  # an older one is not that of the new files
+    for name in [*(name for name in files if name not in records), *records]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(folder / name) as temporary:
+            temporary.write_bytes(files[name])
 
 
 def prepare_folder(folder: Path) -> None:

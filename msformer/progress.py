@@ -53,10 +53,14 @@ class RunProgress:
         if self._skipped:
             self._print(f"{self._skipped} of {self._count} {self._what} were already done with these settings")
 
-    def start(self, name: str) -> Update:
-        """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
+    def begin(self) -> None:
+        """Something is made from now on, if nothing was before: the time that is taken counts."""
         if self._first_start is None:
             self._first_start = time.monotonic()
+
+    def start(self, name: str) -> Update:
+        """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
+        self.begin()
         bar = self._running[name] = self._bars.add_task(name, total=None, details="")
 
         def update(done: int, steps: int, details: str = "") -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
@@ -25,6 +26,7 @@ from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.io.read import Reading
+from msformer.options import make_executor
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.selection import AUTO, RULES
@@ -49,6 +51,8 @@ def run(
     device: str,
     backend: str | None,
     out: Path,
+    cluster: str | None,
+    threads: int | None,
 ) -> dict[str, str]:
     """Evaluates and writes the report; returns the failures.
 
@@ -70,18 +74,21 @@ def run(
         raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
     rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select
     settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
+    executor = make_executor(cluster, threads, device, at_once=None, here=1)
     prepare_folder(out)
     cases = found.cases[:limit]
     for problem in found.problems:
         click.echo(f"left out: {problem}", err=True)
-    outcome = evaluate(cases, chosen, rule, Store(out, settings))
+    outcome = evaluate(cases, chosen, rule, Store(out, settings), executor)
     if not outcome.rows:
         raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
-    _write(out, found, chosen, settings, outcome)
+    _write(out, found, chosen, settings, outcome, executor.facts)
     return outcome.failures
 
 
-def _write(out: Path, found: Found, methods: tuple[Method, ...], settings: Settings, outcome: Outcome) -> None:
+def _write(
+    out: Path, found: Found, methods: tuple[Method, ...], settings: Settings, outcome: Outcome, place: dict[str, Any]
+) -> None:
     scores = pd.DataFrame(outcome.rows)
     summary = summarise(outcome.rows, methods)
     rules = _rules(scores)
@@ -93,7 +100,7 @@ def _write(out: Path, found: Found, methods: tuple[Method, ...], settings: Setti
         "blind rule": rules,
         "msformer": f"{msformer.__version__}, backend {settings.backend}",
         "machine": f"{platform.platform()}, torch {torch.__version__}, {settings.device}",
-    }
+    } | {name: ", ".join(f"{key} {value}" for key, value in facts.items()) for name, facts in place.items()}
     report = Report(about, EXPLANATION, headings_of(rules), summary, scores, methods, outcome.failures, found.problems)
     write_csv(scores, out / "scores.csv")
     write_csv(summary, out / "summary.csv")

@@ -1,4 +1,4 @@
-"""A run of an evaluation: fit what is not there yet, score all of it.
+"""A run of an evaluation: fit what is not there yet, score all of it, here or on a cluster.
 
 An image that fails is reported with its name and does not stop the run. Scores come from the kept label maps, at the
 fitted size; the Dice coefficient at the image's own size stands beside them.
@@ -6,8 +6,10 @@ fitted size; the Dice coefficient at the image's own size stands beside them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from msformer.baselines import Method
@@ -15,10 +17,11 @@ from msformer.evaluation.layouts import Case
 from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
-from msformer.evaluation.store import Fitted, Store
+from msformer.evaluation.store import Fitted, Settings, Store
 from msformer.io.prepare import resize_labels
 from msformer.output import OutputError, printable
 from msformer.progress import RunProgress
+from msformer.runs.executors import Executor, Local, Report
 from msformer_kernels import BackendError
 
 Row = dict[str, Any]
@@ -34,47 +37,116 @@ class Outcome:
     """Error by image, or by image and method."""
 
 
-def evaluate(cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store) -> Outcome:
+@dataclass(frozen=True)
+class Asked:
+    """A method on an image, to be scored. The method is a number, since others' weights need not come along."""
+
+    case: Case
+    place: tuple[int, int]
+    """Of the image among the cases, and of the method among the methods of the run."""
+    rule: str
+    """Of the blind score."""
+    fitted: Fitted | None
+    """What was made before."""
+
+
+class Scorer:
+    """Makes the label maps that are missing and scores them, in this process or another one. Keeps the last image."""
+
+    def __init__(self, methods: Sequence[Method], settings: Settings) -> None:
+        self.methods = tuple(methods)
+        self.settings = settings
+        self._last: tuple[Case, Pair] | None = None
+
+    def pair(self, case: Case) -> Pair:
+        """As `read_pair`."""
+        if self._last is None or self._last[0] != case:
+            self._last = None  # not two images in memory at a time
+            self._last = case, read_pair(case)
+        return self._last[1]
+
+    def __call__(self, asked: Asked, folder: Path, report: Report) -> list[Row]:
+        """The rows of `score`. A label map that is made is kept in the `Store` of the folder."""
+        pair, method = self.pair(asked.case), self.methods[asked.place[1]]
+        fitted = asked.fitted or Store(folder, self.settings).fit(method, asked.case, pair, report)
+        return score(asked.case, pair, method, fitted, asked.rule)
+
+
+def evaluate(
+    cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store, executor: Executor | None = None
+) -> Outcome:
     """All methods on all images; image by image, so that an interrupted run has whole images.
+
+    Args:
+        executor: where that happens; in this process by default.
 
     Raises:
         OutputError, BackendError: nothing can be written, or the backend is not available.
     """
+    run = _Run(cases, methods, rule, store)
     missing = sum(not store.has(method, case) for case in cases for method in methods)
-    with RunProgress(len(cases) * len(methods), "label maps", to_make=missing) as progress:
-        return _evaluate(cases, methods, rule, store, progress)
+    with (
+        executor or Local(at_once=1) as entered,
+        RunProgress(len(cases) * len(methods), "label maps", to_make=missing) as progress,
+    ):
+        return run.outcome(entered, progress)
 
 
-def _evaluate(
-    cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store, progress: RunProgress
-) -> Outcome:
-    rows: list[Row] = []
-    failures: dict[str, str] = {}
-    for case in cases:
+class _Run:
+    def __init__(self, cases: Sequence[Case], methods: Sequence[Method], rule: str, store: Store) -> None:
+        self.cases, self.methods, self.rule, self.store = cases, methods, rule, store
+        self.scorer = Scorer(methods, store.settings)
+        self.rows: dict[tuple[int, int], list[Row]] = {}
+        self.failures: dict[tuple[int, int], tuple[str, str]] = {}
+        """Image, or image and method, and error, by place."""
+
+    def outcome(self, executor: Executor, progress: RunProgress) -> Outcome:
+        def start(asked: Asked) -> Report:
+            return progress.start(self.name(asked)) if asked.fitted is None else lambda *done: None
+
+        with closing(executor.run(self.scorer, self.asked(progress), self.store.root, start)) as outcomes:
+            for asked, scored in outcomes:
+                with self.failing(asked.place, self.name(asked), progress):
+                    rows = self.rows[asked.place] = scored.result()
+                    if asked.fitted is None:
+                        made = f"{rows[0]['labels']} labels, {rows[0]['seconds']:.1f} s"
+                        progress.ended(self.name(asked), made)
+                    else:
+                        progress.skipped()
+        rows = [row for place in sorted(self.rows) for row in self.rows[place]]
+        return Outcome(rows, dict(self.failures[place] for place in sorted(self.failures)))
+
+    def name(self, asked: Asked) -> str:
+        return f"{asked.case.name}, {self.methods[asked.place[1]].title}"
+
+    def asked(self, progress: RunProgress) -> Iterator[Asked]:
+        """All that is to be scored; images that cannot be read are left out."""
+        for i, case in enumerate(self.cases):
+            chosen = None
+            with self.failing((i, 0), case.name, progress, items=len(self.methods)):
+                pair = self.scorer.pair(case)
+                _check_object(case, pair, self.store.settings.size)
+                chosen = rule_of(case, pair, self.rule)
+            if chosen is None:
+                continue
+            for j, method in enumerate(self.methods):
+                asked = None
+                with self.failing((i, j), f"{case.name}, {method.title}", progress):
+                    asked = Asked(case, (i, j), chosen, self.store.load(method, case))
+                if asked is not None:
+                    progress.begin()
+                    yield asked
+
+    @contextmanager
+    def failing(self, place: tuple[int, int], name: str, progress: RunProgress, items: int = 1) -> Iterator[None]:
+        """What goes wrong with an image, or with a method on it, is said and does not end the run."""
         try:
-            pair = read_pair(case)
-            chosen = rule_of(case, pair, rule)
-            _check_object(case, pair, store.settings.size)
-        except (ValueError, OSError, MemoryError) as error:
-            failures[case.name] = printable(str(error))
-            progress.ended(case.name, f"failed: {failures[case.name]}", items=len(methods))
-            continue
-        for method in methods:
-            name = f"{case.name}, {method.title}"
-            try:
-                fitted = store.load(method, case)
-                if fitted is None:
-                    fitted = store.fit(method, case, pair, progress.start(name))
-                    progress.ended(name, f"{len(set(fitted.labels.flat))} labels, {fitted.seconds:.1f} s")
-                else:
-                    progress.skipped()
-                rows += score(case, pair, method, fitted, chosen)
-            except (OutputError, BackendError):
-                raise
-            except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-                failures[name] = printable(str(error))
-                progress.ended(name, f"failed: {failures[name]}")
-    return Outcome(rows, failures)
+            yield
+        except (OutputError, BackendError):
+            raise
+        except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+            self.failures[place] = name, printable(str(error))
+            progress.ended(name, f"failed: {printable(str(error))}", items=items)
 
 
 def _check_object(case: Case, pair: Pair, size: int) -> None:

@@ -9,7 +9,6 @@ the evaluation and of the method, and version.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,13 @@ from msformer.io.prepare import resize_image
 from msformer.memory import kept_memory
 from msformer.output import complete_file, read_record, write_json
 from msformer.pictures import indexed_png
+from msformer.runs.executors import Report
 from msformer.runs.plan import fingerprint
 from msformer.runs.write import read_labels
 from msformer.scoring import Mask
 from msformer.segmentation import order_by_area
 from msformer.selection import select
 from msformer_kernels import use_backend
-
-Report = Callable[..., None]
-"""Called as ``report(done, steps)``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Store:
     """The label maps in a folder."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder = folder / "maps"
+        self.root, self.folder = folder, folder / "maps"
         self.settings = settings
 
     def load(self, method: Method, case: Case) -> Fitted | None:

@@ -1,4 +1,4 @@
-"""Segmenting the images of a run, one or several at a time, and resuming.
+"""Segmenting an image of a run, and resuming.
 
 A record is written last, so that an image with a record is complete. An image whose record has the same settings and
 the same input (by content) is not segmented again.
@@ -6,9 +6,6 @@ the same input (by content) is not segmented again.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +16,10 @@ from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
 from msformer.io.read import is_colour, is_ct, read_image
 from msformer.output import printable, read_record, write_json
+from msformer.runs.executors import Report
 from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
 from msformer.runs.write import read_values, write_pictures
-from msformer.segmentation import Progress
 from msformer.selection import AUTO, rule_for
-
-
-class Interrupted(Exception):
-    """The run is over, because another image ended it."""
-
-
-def for_each(jobs: Sequence[Job], work: Callable[[Job, Callable[[], None]], None], at_once: int) -> None:
-    """Calls ``work(job, check)`` for all jobs, `at_once` of them in threads at a time.
-
-    What one raises ends the run and is raised here; so is Ctrl-C. The others end where they call `check` next.
-    """
-    if at_once == 1:
-        for job in jobs:
-            work(job, lambda: None)
-        return
-    over = threading.Event()
-
-    def check() -> None:
-        if over.is_set():
-            raise Interrupted
-
-    with ThreadPoolExecutor(at_once) as pool:
-        running = [pool.submit(work, job, check) for job in jobs]
-        try:
-            for future in as_completed(running):
-                future.result()
-        except BaseException:
-            over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
@@ -66,16 +33,23 @@ def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
     return record if record.get("sha256") == fingerprint(job.source) else None
 
 
-def run_job(job: Job, folder: Path, plan: Plan, progress: Progress | None) -> Record:
+def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     """Segments one image and writes its files.
+
+    Args:
+        report: called before each step of a fit.
 
     Raises:
         ValueError, OSError, FloatingPointError: as `segment`, for this image.
         OutputError: a result cannot be written.
     """
+
+    def step(number: int, labels: int, loss: float) -> None:
+        report(number, plan.way.steps, f"{labels} labels, loss {loss:.3f}")
+
     pixels = read_image(job.source, plan.reading_of(job))
     rule = None if plan.mask is None else rule_of(job, plan, pixels)
-    result = plan.way.segment(pixels, rule, progress)
+    result = plan.way.segment(pixels, rule, step)
     record = {
         "source": printable(str(job.source.resolve())),
         "sha256": fingerprint(job.source),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from msformer.options import ALL_SLICES, SliceType
+from msformer.options import ALL_SLICES, SliceType, needed_packages
 
 
 class WeightsType(click.ParamType):
@@ -86,7 +86,7 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
     Stopped with Ctrl-C or killed, the same command goes on where it was. `torchrun --nproc-per-node N -m msformer
     train ...` shares the work among N processes.
     """
-    from msformer.cli import INTERRUPTED, friendly_errors, needed_packages
+    from msformer.cli import INTERRUPTED, friendly_errors
 
     with friendly_errors(), needed_packages("train"):
         from torch import OutOfMemoryError
