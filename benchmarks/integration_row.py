@@ -29,7 +29,7 @@ from msformer_kernels.patching.command import forward, tensors, training_step
 from msformer_kernels.patching.memory import peak_memory
 from msformer_kernels.patching.timing import medians
 
-ORIGINAL, COMPILE, PATCHED = "original", "compile", "patched"
+ORIGINAL, COMPILE, PATCHED, BOTH = "original", "compile", "patched", "patched, compiled"
 FORWARD, TRAINING = "forward", "forward + backward"
 MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
 ALLOWED = 1e-2
@@ -56,7 +56,8 @@ class IntegrationRow:
     """How many, by class and reason."""
     error: float | None = None
     """The largest of the proofs, in float64."""
-    compile_failure: str = ""
+    compile_failures: dict[str, str] = field(default_factory=dict)
+    """By rival."""
     differences: dict[str, float] = field(default_factory=dict)
     """Of the output from the original's, relative, by rival."""
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -66,10 +67,10 @@ class IntegrationRow:
     other_programs: float | None = None
     """Cores that were busy with something else meanwhile."""
 
-    def gain(self, passes: str, over: str) -> float | None:
-        """Time of a rival over that of the patched model."""
+    def gain(self, passes: str, over: str, of: str = PATCHED) -> float | None:
+        """Time of a rival over that of another, by default of the patched model."""
         times = self.seconds.get(passes, {})
-        return times[over] / times[PATCHED] if over in times else None
+        return times[over] / times[of] if over in times and of in times else None
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> IntegrationRow:
@@ -82,7 +83,7 @@ def measure(model: ForeignModel, samples: int, compile_limit: float) -> Integrat
 
     Args:
         samples: of each time; a large model takes at most `FEW`.
-        compile_limit: seconds for `torch.compile` in each of the two modes; 0 leaves it out.
+        compile_limit: seconds for each `torch.compile` in each of the two modes; 0 leaves it out.
     """
     row = IntegrationRow(model.name, reason=model.missing() or "")
     if row.reason:
@@ -100,9 +101,10 @@ def measure(model: ForeignModel, samples: int, compile_limit: float) -> Integrat
         row.reason = f"the output of the patched model is off by {row.differences[PATCHED]:.1g}"
         return row
     if compile_limit:
-        _add_compiled(rivals, inputs, row, compile_limit)
+        for name, of in ((COMPILE, ORIGINAL), (BOTH, PATCHED)):
+            _add_compiled(name, of, rivals, inputs, row, compile_limit)
     for passes, step in ((FORWARD, forward), (TRAINING, training_step)):
-        names = [name for name in (ORIGINAL, COMPILE, PATCHED) if name in rivals]
+        names = [name for name in (ORIGINAL, COMPILE, PATCHED, BOTH) if name in rivals]
         models = [rivals[name].train(passes == TRAINING) for name in names]
         found = medians(lambda m, step=step: step(m, inputs), models, row.samples)  # type: ignore[misc]
         row.seconds[passes] = dict(zip(names, found, strict=True))
@@ -122,20 +124,22 @@ def _patch(model: nn.Module, inputs: Inputs, row: IntegrationRow) -> None:
     row.error = max((r.error for r in report.replaced), default=None)
 
 
-def _add_compiled(rivals: dict[str, nn.Module], inputs: Inputs, row: IntegrationRow, limit: float) -> None:
-    """Unless it fails, or gives other results; the row says so."""
-    compiled: Any = torch.compile(copy.deepcopy(rivals[ORIGINAL]))
+def _add_compiled(
+    name: str, of: str, rivals: dict[str, nn.Module], inputs: Inputs, row: IntegrationRow, limit: float
+) -> None:
+    """The rival `of`, compiled, unless that fails or gives other results; the row says so."""
+    compiled: Any = torch.compile(copy.deepcopy(rivals[of]))
     try:
         with time_limit(limit):
-            row.differences[COMPILE] = _difference(compiled, rivals[ORIGINAL], inputs)
-        if row.differences[COMPILE] > ALLOWED:
-            row.compile_failure = f"its output is off by {row.differences[COMPILE]:.1g}"
+            row.differences[name] = _difference(compiled, rivals[ORIGINAL], inputs)
+        if row.differences[name] > ALLOWED:
+            row.compile_failures[name] = f"its output is off by {row.differences[name]:.1g}"
             return
         with time_limit(limit):
             training_step(compiled.train(), inputs)
-        rivals[COMPILE] = compiled
+        rivals[name] = compiled
     except Exception as error:  # whatever the compiler raises
-        row.compile_failure = in_short(error)
+        row.compile_failures[name] = in_short(error)
 
 
 def in_short(error: BaseException) -> str:

@@ -29,24 +29,36 @@ import torch
 
 from benchmarks.gpu.processes import worker_environment
 from benchmarks.integration_models import MODELS
-from benchmarks.integration_row import COMPILE, FAILED, FORWARD, MEASURED, ORIGINAL, PATCHED, TRAINING, IntegrationRow
+from benchmarks.integration_row import (
+    BOTH,
+    COMPILE,
+    FAILED,
+    FORWARD,
+    MEASURED,
+    ORIGINAL,
+    PATCHED,
+    TRAINING,
+    IntegrationRow,
+)
 from benchmarks.machine import Machine, describe
 from benchmarks.report import BUSY, size, where_lines
 from benchmarks.tables import duration, markdown_row
 from msformer.output import OutputError, complete_file, prepare_folder, read_record, write_json
 
 INTERRUPTED = 130
-VERSION = 1
+VERSION = 2
 TRANSFORMERS_4 = "transformers-4/"
+BOTH_OVER = "patched and compiled, over compile"
 HEADER = (
     *("model", "inputs", "replaced", "left alone", "error"),
-    *(FORWARD, "over original", "over compile"),
-    *(TRAINING, "over original", "over compile"),
+    *(FORWARD, "over original", "over compile", BOTH_OVER),
+    *(TRAINING, "over original", "over compile", BOTH_OVER),
     "peak memory of training: original, compile, patched",
 )
 LEGEND = (
     "Times are medians in turns, of the patched model; 'over X' is the time of X divided by it: above 1, the patched "
-    "model is faster. 'compile' is torch.compile of the original. Forward is in evaluation mode, forward + backward in "
+    "model is faster. 'compile' is torch.compile of the original; the last of three is the time of that over that of "
+    "torch.compile of the patched model. Forward is in evaluation mode, forward + backward in "
     "training mode. The error is the largest of the proofs, in float64. A block that was replaced contains its MixFFN."
 )
 
@@ -113,7 +125,7 @@ def cells(row: IntegrationRow) -> list[str]:
         return [row.model, ", ".join(row.inputs), f"{row.status}: {row.reason}", *[""] * (len(HEADER) - 3)]
     times = []
     for passes in (FORWARD, TRAINING):
-        gains = (row.gain(passes, over) for over in (ORIGINAL, COMPILE))
+        gains = (*(row.gain(passes, over) for over in (ORIGINAL, COMPILE)), row.gain(passes, COMPILE, BOTH))
         times += [duration(row.seconds[passes][PATCHED]), *("" if g is None else f"{g:.2f} x" for g in gains)]
     memory = (row.memory.get(rival) for rival in (ORIGINAL, COMPILE, PATCHED))
     return [
@@ -130,8 +142,7 @@ def cells(row: IntegrationRow) -> list[str]:
 def remarks(row: IntegrationRow) -> list[str]:
     """What was left alone and why, what failed, and whether the machine was busy."""
     found = [f"{row.model}, left alone: {count} {what}" for what, count in row.left_alone.items()]
-    if row.compile_failure:
-        found.append(f"{row.model}, torch.compile: {row.compile_failure}")
+    found += [f"{row.model}, torch.compile of the {rival}: {why}" for rival, why in row.compile_failures.items()]
     if row.other_programs is not None and row.other_programs >= BUSY:
         found.append(f"{row.model}: other programs kept {row.other_programs:.1f} cores busy: do not rely on its times")
     return found

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from benchmarks import integration_row, integrations
 from benchmarks.integration_models import MODELS, ForeignModel
-from benchmarks.integration_row import COMPILE, FAILED, FORWARD, MEASURED, ORIGINAL, PATCHED, TRAINING, IntegrationRow
+from benchmarks.integration_row import (
+    BOTH,
+    COMPILE,
+    FAILED,
+    FORWARD,
+    MEASURED,
+    ORIGINAL,
+    PATCHED,
+    TRAINING,
+    IntegrationRow,
+)
 from tests.kernels.patching.models import ImageMixFFN
 
 FORM, OTHER = "form/missformer-block", "form/dae-former-block"
@@ -47,7 +57,7 @@ def test_a_row_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.left_alone == {"ImageMixFFN: its output features differ from its input features": 1}
     assert row.error is not None
     assert row.error < 1e-12
-    assert row.compile_failure == "RuntimeError: the compiler"
+    assert row.compile_failures == dict.fromkeys((COMPILE, BOTH), "RuntimeError: the compiler")
     assert 0 < row.differences[PATCHED] < 1e-5
     assert {passes: set(times) for passes, times in row.seconds.items()} == {
         FORWARD: {ORIGINAL, PATCHED},
@@ -90,7 +100,7 @@ def test_a_compilation_ends_after_its_time() -> None:
 
 
 def full_row(name: str) -> IntegrationRow:
-    times = {ORIGINAL: 3e-3, COMPILE: 2e-3, PATCHED: 1e-3}
+    times = {ORIGINAL: 3e-3, COMPILE: 2e-3, PATCHED: 1e-3, BOTH: 5e-4}
     row = IntegrationRow(name, MEASURED, inputs=["(1, 3)"], samples=1, replaced={"mix_ffn": 8}, error=2e-15)
     row.left_alone, row.other_programs = {"Mlp: it is gated": 4}, 1.5
     row.seconds, row.memory = {FORWARD: times, TRAINING: times}, {ORIGINAL: 2**25, COMPILE: None, PATCHED: 2**24}
@@ -120,7 +130,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     assert second.exit_code == 0, second.output
     assert made == {OTHER: 1, FORM: 2}
     lines = out.with_suffix(".md").read_text().splitlines()
-    times = "1.00 ms | 3.00 x | 2.00 x"
+    times = "1.00 ms | 3.00 x | 2.00 x | 4.00 x"
     assert f"| {FORM} | (1, 3) | 8 mix_ffn | 4 | 2e-15 | {times} | {times} | 32 MiB, unknown, 16 MiB |" in lines
     assert f"- {FORM}, left alone: 4 Mlp: it is gated" in lines
     assert f"- {FORM}: other programs kept 1.5 cores busy: do not rely on its times" in lines
