@@ -86,8 +86,8 @@ MUTATIONS = [
     Mutation(
         "delta of the wrong head",
         FOLDED,
-        "m.delta[batch * key_width + row + i] =",
-        "m.delta[batch * key_width + (row + i + head_keys) % keys] =",
+        "T& delta = m.delta[batch * key_width + row + i];",
+        "T& delta = m.delta[batch * key_width + (row + i + head_keys) % keys];",
         SELF,
     ),
     Mutation(

@@ -1,13 +1,13 @@
-// LayerNorm of rows in scratch memory, on the way in, and its gradient on the way out; or RMSNorm, which is the same about
-// zero instead of the mean.
+// LayerNorm of rows in scratch memory, on the way in, and its gradient on the way out; or RMSNorm, which is the same
+// about zero instead of the mean.
 #pragma once
 
 #include "sums.h"
 
 namespace msformer::MSFORMER_VARIANT {
 
-// mean (zero if not centred) and 1 / sqrt(variance + eps) of one row, variance about that (two passes over a row that is
-// in L1)
+// mean (zero if not centred) and 1 / sqrt(variance + eps) of one row, variance about that (two passes over a row that
+// is in L1)
 template <class T>
 inline void row_statistics(const T* row, std::int64_t channels, T eps, bool centred, T& mean, T& rstd) {
   constexpr int W = kWidth<T>;

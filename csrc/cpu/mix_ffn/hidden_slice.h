@@ -1,7 +1,7 @@
 // A slice of the hidden features of MixFFN, for a group of images of few tokens: all that comes between the two linear
-// layers touches each hidden feature by itself, so a slice goes from the tokens through the first layer, convolution and
-// activation, and back, while it is in the second cache of one core. A hidden norm and a gate do not; then all hidden
-// features are one slice, and all threads work on it.
+// layers touches each hidden feature by itself, so a slice goes from the tokens through the first layer, convolution
+// and activation, and back, while it is in the second cache of one core. A hidden norm and a gate do not; then all
+// hidden features are one slice, and all threads work on it.
 //
 // U and dZ are kept with a border of zeros for the convolution, whose taps reach R rows and columns far: a row of an
 // image is R + W tokens, the first R of them zero (also the right-hand neighbours of the row before), and R rows of

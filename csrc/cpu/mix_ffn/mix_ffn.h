@@ -256,7 +256,8 @@ struct MixFFN {
   void activate_rows(const Norm<T>& norm, T* z) const {
     T mean[ROWS] = {}, rstd[ROWS] = {};
     if (norm.weight)
-      for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, norm.centred, mean[r], rstd[r]);
+      for (int r = 0; r < ROWS; ++r)
+        row_statistics(z + r * hidden_width, hidden, norm.eps, norm.centred, mean[r], rstd[r]);
     for (std::int64_t c = 0; c < hidden_width; c += kWidth<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
@@ -306,7 +307,8 @@ struct MixFFN {
   void norm_activation_backward_rows(const Norm<T>& norm, T* z, T* t, T* grad, T* weight_sum, T* bias_sum) const {
     constexpr int W = kWidth<T>;
     T mean[ROWS], rstd[ROWS];
-    for (int r = 0; r < ROWS; ++r) row_statistics(z + r * hidden_width, hidden, norm.eps, norm.centred, mean[r], rstd[r]);
+    for (int r = 0; r < ROWS; ++r)
+      row_statistics(z + r * hidden_width, hidden, norm.eps, norm.centred, mean[r], rstd[r]);
     Vector<T> sum[ROWS] = {}, dot[ROWS] = {};
     for (std::int64_t c = 0; c < hidden_width; c += W) {
       const Vector<T> weight = load(norm.weight + c), bias = load(norm.bias + c);

@@ -1,9 +1,9 @@
 // MixFFN, forward and backward, for images of few tokens: whole images at once.
 //
-// The strips of strips_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of every
-// weight gradient; both are too much where the weights are larger than the images. Here the hidden features of a group
-// of images are worked on slice by slice (hidden_slice.h), one thread on each. The products whose sums go over all
-// hidden features, the output and the gradient of x, come last, all threads on one product at a time (dense.h).
+// The strips of strips_{forward,backward}.cpp read all weights once for every image row, and keep a partial sum of
+// every weight gradient; both are too much where the weights are larger than the images. Here the hidden features of a
+// group of images are worked on slice by slice (hidden_slice.h), one thread on each. The products whose sums go over
+// all hidden features, the output and the gradient of x, come last, all threads on one product at a time (dense.h).
 #include "hidden_slice.h"
 
 namespace msformer::MSFORMER_VARIANT {
@@ -164,8 +164,8 @@ struct Whole : MixFFN<Values<T>> {
       return dense<T>(slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed, Start::zero,
                       nullptr, {b.grad_z, 0, b.offsets});
     // columns are counted from the first of all hidden features
-    gemm_part<Values<T>>({0, tokens}, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
-                         Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
+    gemm_part<Values<T>>({0, tokens}, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed, Start::zero,
+                         nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
   }
 
   void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,

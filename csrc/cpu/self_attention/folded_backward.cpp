@@ -201,12 +201,13 @@ struct Backward : SelfAttention<E> {
         std::memcpy(target + r * target_row, sum + r * leading, sizeof(T) * static_cast<std::size_t>(columns));
     });
     if (memory_tokens.count)
-      memory_tokens.write_gradients([&](std::int64_t batch, std::int64_t row, T& max, T& sum, T& delta, const T*& grad) {
-        max = parameter(a.key_max)[batch * keys + row];
-        sum = parameter(a.key_sum)[batch * keys + row];
-        delta = m.delta[batch * key_width + row];
-        grad = m.grad_context + (batch * keys + row) * head_value_width;
-      });
+      memory_tokens.write_gradients(
+          [&](std::int64_t batch, std::int64_t row, T& max, T& sum, T& delta, const T*& grad) {
+            max = parameter(a.key_max)[batch * keys + row];
+            sum = parameter(a.key_sum)[batch * keys + row];
+            delta = m.delta[batch * key_width + row];
+            grad = m.grad_context + (batch * keys + row) * head_value_width;
+          });
     if (a.gradients.value_bias) value_bias_gradient(m, memory_tokens);
   }
 

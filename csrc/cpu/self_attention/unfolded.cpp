@@ -43,8 +43,7 @@ struct Unfolded {
       copy_padded(value_bias, a.parameters.value_bias, u.values);
       if (a.parameters.norm.weight)
         norm = {copy_padded(norm_weight, a.parameters.norm.weight, u.channels),
-                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps),
-                a.norm_centred};
+                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps), a.norm_centred};
     }
   };
 
