@@ -174,6 +174,7 @@ def test_each_gpu_of_a_machine_is_asked(gpu: SimpleNamespace, monkeypatch: pytes
         x = SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, shape=(1, 4, 8))
         taps = SimpleNamespace(shape=(8, 1, 3, 3))
         given = {"x": x, "inner_activation": "identity", "gated": False, "dw_weight": taps}
+        given |= {"norm_kind": "layer", "memory_key": None, "memory_value": None}
         call = [given.get(n, SimpleNamespace(shape=(8, 8))) for n in OPERATORS[operator].names]
         return backends.why_not("cuda", "cuda", dtype, OPERATORS[operator], call)
 

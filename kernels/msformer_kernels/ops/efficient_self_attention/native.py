@@ -75,5 +75,5 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
             *addresses(gradients),
         )
     )
-    absent = saved.context.new_empty(0)
-    return (grad_x, *rounded(gradients, given), *(absent if m is None else m for m in of_memory))
+    gradients_of_memory = [saved.context.new_empty(0) if m is None else m for m in of_memory]
+    return (grad_x, *rounded(gradients, given), *gradients_of_memory)
