@@ -109,6 +109,13 @@ def _detached(value: Any) -> Any:
     return {k: _detached(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def _with_gradients(value: Any) -> Any:
+    """Tensors that ask for gradients, in lists or tuples as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_()
+    return type(value)(_with_gradients(v) for v in value)
+
+
 def measure(module: nn.Module, proved: Proved, call: Call) -> Gain:
     """Of a module with one call's arguments, in evaluation mode; the two take turns."""
     rivals = [copy.deepcopy(module).eval() for _ in range(2)]
@@ -122,9 +129,7 @@ def measure(module: nn.Module, proved: Proved, call: Call) -> Gain:
             return rival(*given, **named)
 
     def backward(rival: nn.Module) -> Any:
-        x = given[0].detach().requires_grad_() if given else None
-        arguments = given if x is None else (x, *given[1:])
-        output = rival(*arguments, **named)
+        output = rival(*(_with_gradients(given[:1])), *given[1:], **named)
         first = output[0] if isinstance(output, tuple) else output
         return first.backward(first.detach())
 

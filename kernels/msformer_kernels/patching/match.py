@@ -105,8 +105,8 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
             failed = failed or f"{type(problem).__name__}: {problem}"
             continue
         if error <= TOLERANCE:
-            witness = proof.witness(plan)
-            return Outcome(name, None, error, proof.why_not_in_training(plan), witness)
+            plan, in_training = _in_training(proof, plan)
+            return Outcome(name, None, error, in_training, proof.witness(plan))
         if error < nearest:
             nearest, where = error, plan
     if not alike and (math.isinf(nearest) or proof.makes_pairs(where) is not False):
@@ -115,6 +115,15 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
         return Outcome(name, f"it cannot be compared with {plans[0].title}: {failed or 'outputs of another shape'}")
     nearest_one = f"{where.title} ({where.options()}) comes nearest and differs by {nearest:.1e}"
     return Outcome(name, f"it computes something else: {nearest_one}")
+
+
+def _in_training(proof: Proof, plan: Plan) -> tuple[Plan, str]:
+    """The plan, or one that lays tensors out in another way if that one holds in training; and why none does."""
+    first = proof.why_not_in_training(plan)
+    for other in (plan, *plan.in_other_layouts()) if first else ():
+        if not proof.why_not_in_training(other):
+            return other, ""
+    return plan, first
 
 
 def _bypassed(module: nn.Module, plan: Plan) -> Iterable[tuple[str, nn.Module]]:

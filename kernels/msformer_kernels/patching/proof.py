@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +95,7 @@ class Proof:
             self.module = copied.cpu().double().requires_grad_(True)
             self._fill()
         self._buffers = [buffer.clone() for buffer in self.module.buffers()]
-        self._exact: dict[tuple[Any, ...], tuple[Results, bool]] = {}
+        self._exact: dict[tuple[Any, ...], tuple[Results, Drawn]] = {}
 
     @torch.no_grad()
     def _fill(self) -> None:
@@ -112,9 +112,9 @@ class Proof:
                 norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=generator) + 0.5)
 
     def error(self, plan: Plan, *, training: bool) -> float:
-        """The largest relative error of output and gradients, or the first that is above `TOLERANCE`; infinite in
-        training if the module draws random numbers, and for outputs of another shape. In training, too, the BatchNorms
-        whose running statistics the plan takes are in evaluation mode.
+        """The largest relative error of output and gradients, or the first that is above `TOLERANCE`; infinite if the
+        module draws random numbers and the plan others, and for outputs of another shape. In training, too, the
+        BatchNorms whose running statistics the plan takes are in evaluation mode.
 
         Raises whatever the module or the plan raises.
         """
@@ -125,10 +125,10 @@ class Proof:
         for size in plan.probe_sizes:
             with plain_mode():
                 exact, drawn = self._of_the_module(plan, size, training)
-                if drawn:
-                    return math.inf
-                with deterministic():
+                with deterministic() as drawn_here:
                     found = self._results(plan, size, _carries_out(plan, self.module), exact)
+                    if drawn_here() != drawn:
+                        return math.inf
             largest = max(largest, _deviation(found, exact), key=lambda e: math.inf if math.isnan(e) else e)
             if not largest <= TOLERANCE:
                 break
@@ -141,7 +141,7 @@ class Proof:
                 return ""
         except Exception as problem:  # what cannot be compared is not replaced
             return f"it cannot be compared ({type(problem).__name__})"
-        drawn = any(drawn for _, drawn in self._exact.values())
+        drawn = any(drawn is not None for _, drawn in self._exact.values())
         return "it draws random numbers" if drawn else "it computes something else"
 
     def witness(self, plan: Plan) -> Witness:
@@ -168,14 +168,14 @@ class Proof:
         grown = [[b - a for a, b in zip(*pair, strict=False)] for pair in zip(*shapes, strict=False)]
         return any(growth.count(many - few) > 1 for growth in grown)
 
-    def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, bool]:
-        """Results of the module's own forward, and whether it drew random numbers."""
+    def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, Drawn]:
+        """Results of the module's own forward, and the random numbers that it drew."""
         evaluated = training and plan.evaluated()
         key = (
             plan.arguments,
             plan.taken(),
             plan.keywords(),
-            plan.input_shape(self.module, *size),
+            plan.probe_shapes(self.module, *size),
             size,
             training,
             evaluated,
@@ -200,7 +200,8 @@ class Proof:
                 return found
             total = sum((y * torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)).sum() for y in outputs)
             assert isinstance(total, Tensor)
-            inputs = [x, *(t for t in rest if isinstance(t, Tensor)), *self.module.parameters()]
+            given = [*x, *rest] if isinstance(x, list) else [x, *rest]
+            inputs = [*(t for t in given if isinstance(t, Tensor)), *self.module.parameters()]
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         pairs = zip(gradients, inputs, strict=True)
         found.values.extend(torch.zeros_like(p) if g is None else g for g, p in pairs)
@@ -218,17 +219,22 @@ def _carries_out(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """x and the other arguments; on one of the images also those that the plan takes though they are optional."""
+def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The first argument and the others; on one of the images also those that the plan takes though they are
+    optional."""
     generator, (height, width) = torch.Generator().manual_seed(1), size
-    convention, shape = plan.arguments.convention, plan.input_shape(module, height, width)
+    convention, shapes = plan.arguments.convention, plan.probe_shapes(module, height, width)
     loud = LOUD if size == plan.probe_sizes[-1] else 1
-    x = (loud * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+
+    def drawn(shape: tuple[int, ...], scale: int = 1) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+
+    x = plan.as_argument([drawn(shape, loud) for shape in shapes])
     rest: tuple[Any, ...] = {"image": (), "size": ((height, width),), "hw": (height, width)}[convention or ""]
     names = [name for name, _ in plan.arguments.optional]
     if plan.taken() and size == plan.probe_sizes[-1]:
         before = [default for _, default in plan.arguments.optional[: names.index(plan.taken()[0])]]
-        rest = (*rest, *before, torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
+        rest = (*rest, *before, drawn(shapes[0]))
     return x, rest, dict.fromkeys(plan.keywords(), True) if size == plan.probe_sizes[-1] else {}
 
 
@@ -286,16 +292,25 @@ _PRODUCTS = (
 )
 
 
+Drawn = Hashable
+"""Where drawing random numbers left PyTorch's and Python's generators; None if none were drawn."""
+
+
 @contextmanager
-def deterministic() -> Iterator[Callable[[], bool]]:
-    """Puts the states of PyTorch's and Python's random numbers back; the value tells whether any were drawn."""
+def deterministic() -> Iterator[Callable[[], Drawn]]:
+    """Seeds PyTorch's and Python's random numbers, and puts their states back; the value tells what was drawn so
+    far."""
     of_python = random.getstate()
+
+    def state() -> Hashable:
+        return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         random.seed(2)
-        before, before_python = torch.get_rng_state(), random.getstate()
+        before = state()
         try:
-            yield lambda: not torch.equal(before, torch.get_rng_state()) or before_python != random.getstate()
+            yield lambda: None if state() == before else state()
         finally:
             random.setstate(of_python)
 

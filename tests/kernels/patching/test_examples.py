@@ -19,7 +19,7 @@ def test_an_adapter_is_trained_and_its_layer_left_alone() -> None:
     command = [sys.executable, str(EXAMPLES / "segformer_adapter.py")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert "replaced: 6" in found.stdout
+    assert "replaced: 8" in found.stdout
     assert re.search(r"left alone: 1\n +SegformerMix\w+: \S+3\S+mlp: .*lora_A", found.stdout, re.DOTALL)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", found.stdout)]
     assert len(losses) == 4

@@ -1,5 +1,6 @@
 """What the structure of a module may compute, a file for each structure."""
 
+from msformer_kernels.patching.structures.all_mlp_decoder import all_mlp_decoder_plans
 from msformer_kernels.patching.structures.attention import attention_plans
 from msformer_kernels.patching.structures.block import block_plans
 from msformer_kernels.patching.structures.common import Plan, Search
@@ -17,6 +18,7 @@ SEARCHES: tuple[Search, ...] = (
     linear_attention_plans,
     relu_attention_plans,
     token_attention_plans,
+    all_mlp_decoder_plans,
 )
 
 __all__ = ["SEARCHES", "Plan", "Search"]

@@ -119,6 +119,19 @@ class Plan:
         image = self.arguments.convention == "image"
         return (2, channels, height, width) if image else (2, height * width, channels)
 
+    def probe_shapes(self, module: nn.Module, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors that `as_argument` takes."""
+        return (self.input_shape(module, height, width),)
+
+    def as_argument(self, tensors: list[Tensor]) -> Any:
+        """The first argument of the forward."""
+        return tensors[0]
+
+    def in_other_layouts(self) -> tuple[Plan, ...]:
+        """Plans that compute the same of tensors that lie otherwise in memory. Dropout draws in the order of memory, so
+        they drop other places."""
+        return ()
+
     def options(self) -> str:
         """For the report."""
         return ""
