@@ -118,9 +118,9 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
 
 
 def _in_training(proof: Proof, plan: Plan) -> tuple[Plan, str]:
-    """The plan, or one that lays tensors out in another way if that one holds in training; and why none does."""
+    """The plan, or one that holds in training as well where it does not; and why none does."""
     first = proof.why_not_in_training(plan)
-    for other in (plan, *plan.in_other_layouts()) if first else ():
+    for other in plan.for_training(proof.module) if first else ():
         if not proof.why_not_in_training(other):
             return other, ""
     return plan, first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -379,6 +380,32 @@ def test_what_draws_random_numbers_keeps_its_forward_in_training(of_python: bool
     assert "training" in kernels.patch(model).replaced[0].note
     assert operators_called(model.train(), SIZE) == []
     assert operators_called(model.eval(), SIZE) == ["msformer::mix_ffn"]
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "called"),
+    [
+        (lambda: models.TupleBlock(drop_path=0.5), HW, "drop_path called"),
+        (lambda: models.ConvMixFFN(drop_path=0.5), SIZE, "dropout_layer called"),
+    ],
+)
+def test_stochastic_depth_is_called_and_draws_what_it_did(
+    make: Callable[[], nn.Module], size: tuple[Any, ...], called: str
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    ours = copy.deepcopy(model)
+    row = kernels.patch(ours).replaced[0]
+    assert called in row.options
+    assert row.note == ""
+    for training in (True, False):
+        assert operators_called(ours.train(training), size) == ["msformer::mix_ffn"]
+        for seed in range(4):
+            torch.manual_seed(seed)
+            found = call(ours.train(training), size)
+            torch.manual_seed(seed)
+            for a, b in zip(found, call(model.train(training), size), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", ["norm2", "mlp.norm1"])

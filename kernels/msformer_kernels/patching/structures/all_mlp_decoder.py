@@ -125,7 +125,8 @@ class AllMLPDecoderPlan(Plan):
     def as_argument(self, tensors: list[Tensor]) -> Any:
         return tensors
 
-    def in_other_layouts(self) -> tuple[Plan, ...]:
+    def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
+        """Dropout draws in the order of memory."""
         return (replace(self, channels_last=not self.channels_last),)
 
     def options(self) -> str:

@@ -7,7 +7,7 @@ residual are fused in as well.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from msformer_kernels.patching.structures.common import (
     as_tokens,
     is_norm,
     joined,
+    may_drop,
 )
 from msformer_kernels.patching.structures.mix_ffn import IDENTITY, MixFFNPlan
 
@@ -48,6 +49,8 @@ class BlockPlan(Plan):
     inner_attention: AttentionPlan | None
     hands_on: bool
     """Whether `KEYWORDS` go to the attention."""
+    dropped_by: tuple[str, str] | None = None
+    """Submodules, stochastic depth, that are called on what attention and feed-forward layer give, before the sum."""
 
     title: ClassVar[str] = "block with mix_ffn"
 
@@ -65,7 +68,10 @@ class BlockPlan(Plan):
         attended, returned = self._attend(module, tokens, height, width, keywords)
         norm = module.get_submodule(self.norm2)
         feed_forward = module.get_submodule(self.feed_forward)
-        output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=True)
+        drops = self.dropped_by
+        output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=drops is None)
+        if drops is not None:
+            output = attended + module.get_submodule(drops[1])(output)
         output = as_given(convention, output, height, width)
         return (output, *returned) if self.returns_rest else output
 
@@ -74,8 +80,10 @@ class BlockPlan(Plan):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """x + attention(norm1(x)), and what the attention returns besides."""
         norm, attention = module.get_submodule(self.norm1), module.get_submodule(self.attention)
+        drop = None if self.dropped_by is None else module.get_submodule(self.dropped_by[0])
         if self.inner_attention is not None:
-            return self.inner_attention.compute(attention, x, norm=norm, residual=True), ()
+            found = self.inner_attention.compute(attention, x, norm=norm, residual=drop is None)
+            return (found if drop is None else x + drop(found)), ()
         tokens = norm(x)
         if self.attention_call == "image":
             found = attention(as_given("image", tokens, height, width), **keywords)
@@ -85,6 +93,8 @@ class BlockPlan(Plan):
         found, returned = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
         if self.attention_call == "image":
             found = as_tokens("image", found, ())[0]
+        if drop is not None:
+            found = drop(found)
         return (found if self.attention_adds else x + found), returned
 
     def fused(self) -> tuple[str, ...]:
@@ -97,14 +107,25 @@ class BlockPlan(Plan):
         return tuple(joined(self.feed_forward, name) for name in self.inner.evaluated())
 
     def called(self) -> tuple[str, ...]:
-        return (self.norm1, self.attention) if self.inner_attention is None else ()
+        called = (self.norm1, self.attention) if self.inner_attention is None else ()
+        return (*called, *(self.dropped_by or ()))
+
+    def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
+        """The attention of OpenMMLab, which adds by itself, drops by itself."""
+        inside = tuple(f"{name}." for name in (self.attention, self.feed_forward))
+        names = [name for name in may_drop(module) if not name.startswith(inside)]
+        pairs = ((a, b) for i, a in enumerate(names) for b in names[i:])
+        return () if self.attention_adds else tuple(replace(self, dropped_by=pair) for pair in pairs)
 
     def channels(self, module: nn.Module) -> int:
         return self.inner.channels(module.get_submodule(self.feed_forward))
 
     def options(self) -> str:
-        fused = f"{self.norm2} and residual in {self.feed_forward}"
-        return fused if self.inner_attention is None else f"{fused}, {self.norm1} and residual in {self.attention}"
+        both = " and residual" * (self.dropped_by is None)
+        words = [f"{self.norm2}{both} in {self.feed_forward}"]
+        words += [f"{self.norm1}{both} in {self.attention}"] * (self.inner_attention is not None)
+        words += [f"{name} called" for name in dict.fromkeys(self.dropped_by or ())]
+        return ", ".join(words)
 
 
 def block_plans(module: nn.Module, children: dict[str, Plan]) -> Found:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from msformer_kernels.nn.activations import known_name
+
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, _BatchNorm)
 SCALARS = (bool, int, float, str, type(None))
 
@@ -127,9 +129,8 @@ class Plan:
         """The first argument of the forward."""
         return tensors[0]
 
-    def in_other_layouts(self) -> tuple[Plan, ...]:
-        """Plans that compute the same of tensors that lie otherwise in memory. Dropout draws in the order of memory, so
-        they drop other places."""
+    def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
+        """Plans that compute the same in evaluation mode and draw other random numbers in training."""
         return ()
 
     def options(self) -> str:
@@ -202,6 +203,19 @@ def as_tokens(convention: str, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor
 def as_given(convention: str, tokens: Tensor, height: int, width: int) -> Tensor:
     """Tokens in the layout that the module takes."""
     return tokens.transpose(1, 2).unflatten(2, (height, width)) if convention == "image" else tokens
+
+
+def may_drop(module: nn.Module) -> tuple[str, ...]:
+    """Names of the submodules without parameters that may be dropout or stochastic depth."""
+    leaves = [(name, child) for name, child in module.named_modules() if name and not child._modules]
+    return tuple(
+        name
+        for name, child in leaves
+        if not isinstance(child, nn.Identity)
+        and known_name(child) is None
+        and not child._parameters
+        and not child._buffers
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from msformer_kernels.patching.structures.common import (
     is_norm,
     is_pointwise,
     layers_of,
+    may_drop,
 )
 
 IDENTITY = "identity"
@@ -50,6 +51,8 @@ class MixFFNPlan(Plan):
     adds: str | None = None
     """``"x"``, or ``"identity"``: the argument of that name, or x without one."""
     gated: bool = False
+    dropped_by: str | None = None
+    """A submodule that is called on the output before anything is added to it: stochastic depth."""
 
     title: ClassVar[str] = "mix_ffn"
 
@@ -59,11 +62,14 @@ class MixFFNPlan(Plan):
         tokens, height, width = as_tokens(convention, x, rest)
         identity = rest[self._identity_at()] if self.adds == IDENTITY else None
         norm = None if self.norm is None else module.get_submodule(self.norm)
-        adds_x = self.adds is not None and identity is None
-        output = as_given(
-            convention, self.compute(module, tokens, height, width, norm=norm, residual=adds_x), height, width
-        )
-        return output if identity is None else identity + output
+        fused_sum = self.adds is not None and identity is None and self.dropped_by is None
+        output = self.compute(module, tokens, height, width, norm=norm, residual=fused_sum)
+        output = as_given(convention, output, height, width)
+        if self.dropped_by is not None:
+            output = module.get_submodule(self.dropped_by)(output)
+        if fused_sum or self.adds is None:
+            return output
+        return (x if identity is None else identity) + output
 
     def taken(self) -> tuple[str, ...]:
         return (IDENTITY,) if self.adds == IDENTITY else ()
@@ -112,6 +118,12 @@ class MixFFNPlan(Plan):
         norms = (name for name in (self.hidden_norm, self.norm) if name is not None)
         return (self.fc1, self.convolution, self.fc2, *norms)
 
+    def called(self) -> tuple[str, ...]:
+        return () if self.dropped_by is None else (self.dropped_by,)
+
+    def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
+        return tuple(replace(self, dropped_by=name) for name in may_drop(module))
+
     def channels(self, module: nn.Module) -> int:
         return features(module.get_submodule(self.fc1))[1]
 
@@ -122,6 +134,7 @@ class MixFFNPlan(Plan):
         words += ["skip"] * self.skip
         words += [f"hidden norm {self.hidden_norm}"] * (self.hidden_norm is not None)
         words += [f"norm {self.norm}"] * (self.norm is not None)
+        words += [f"{self.dropped_by} called"] * (self.dropped_by is not None)
         words += [f"adds {self.adds}"] * (self.adds is not None)
         return ", ".join(words)
 
