@@ -66,7 +66,7 @@ class BlockPlan(Plan):
         norm = module.get_submodule(self.norm2)
         feed_forward = module.get_submodule(self.feed_forward)
         output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=True)
-        output = as_given(convention, output, height, width)
+        output = as_given(convention, output, height, width, x)
         return (output, *returned) if self.returns_rest else output
 
     def _attend(

@@ -60,9 +60,8 @@ class MixFFNPlan(Plan):
         identity = rest[self._identity_at()] if self.adds == IDENTITY else None
         norm = None if self.norm is None else module.get_submodule(self.norm)
         adds_x = self.adds is not None and identity is None
-        output = as_given(
-            convention, self.compute(module, tokens, height, width, norm=norm, residual=adds_x), height, width
-        )
+        output = self.compute(module, tokens, height, width, norm=norm, residual=adds_x)
+        output = as_given(convention, output, height, width, x)
         return output if identity is None else identity + output
 
     def taken(self) -> tuple[str, ...]:
