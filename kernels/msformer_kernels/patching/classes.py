@@ -95,6 +95,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
         return ", ".join(word for word in (base.extra_repr(self), f"msformer_kernels: {plan.title}") if word)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # torch.fx takes the arguments from it
     namespace = {
         "forward": forward,
         "__reduce_ex__": reduce,
@@ -113,6 +114,15 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
 def _rebuild(base: type, proved: Proved, *arguments: Any) -> Any:
     kind = patched_class(base, proved)
     return kind.__new__(kind, *arguments)
+
+
+def why_no_patched_class(base: type, proved: Proved) -> str | None:
+    """Why the class that carries out a plan cannot be made, as for a class that refuses subclasses; None if it can."""
+    try:
+        patched_class(base, proved)
+    except Exception as error:  # of a class that we know nothing of
+        return f"a subclass of {base.__name__} cannot be made ({type(error).__name__}: {error})"
+    return None
 
 
 def why_no_subclass(module: nn.Module) -> str | None:

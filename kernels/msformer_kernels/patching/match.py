@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from msformer_kernels.patching.classes import Proved, why_no_subclass
+from msformer_kernels.patching.classes import Proved, why_no_patched_class, why_no_subclass
 from msformer_kernels.patching.likeness import likeness
 from msformer_kernels.patching.plain import Part, part, why_not_followed, why_not_plain, why_touched
 from msformer_kernels.patching.proof import TOLERANCE, Proof, Witness
@@ -61,6 +62,8 @@ def match(
     """
     if not module._modules or type(module) in _CONTAINERS:
         return None
+    if any(isinstance(parameter, UninitializedTensorMixin) for parameter in module.parameters()):
+        return "it has parameters without a shape; patch it after a first call"
     answers = [search(module, children) for search in SEARCHES]
     first = set(plans)
     likely = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan not in first)
@@ -91,6 +94,9 @@ def _prove(name: str, module: nn.Module, plans: list[Plan], alike: bool, known: 
     if why is not None:
         return why
     proved = Proved(plan, _parts(module, plan, outcome.in_training), outcome.narrow)
+    why = why_no_patched_class(type(module), proved)
+    if why is not None:
+        return why
     return Match(proved, outcome.error, None if outcome.name == name else outcome.name)
 
 

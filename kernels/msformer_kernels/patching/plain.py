@@ -72,6 +72,8 @@ class Part:
     """How many attributes it had."""
     names: frozenset[str] = frozenset()
     """Those of them that its forward might read."""
+    reads: frozenset[str] = frozenset()
+    """What its forward reads, whether it is there or not."""
     in_training: str = ""
     """Why its own forward must run while it is in training mode; empty if it need not."""
 
@@ -90,9 +92,10 @@ def part(path: tuple[str, ...], module: nn.Module, fused: bool, in_training: str
         names = tuple(n for n, v in _attributes(module).items() if _is_setting(v))
     helpers = tuple(Helper(n, type(v), held(v)) for n, v in _helpers(module).items())
     facts = tuple((n, getattr(module, n)) for n in names)
-    own = frozenset(n for n in vars(module) if _may_be_read(n, base))
+    reads = _read_by(base)
+    own = frozenset(n for n in vars(module) if _may_be_read(n, base, reads))
     return Part(
-        *(path, base, facts, fused, helpers, _tensors(module), len(module._modules), len(vars(module)), own),
+        *(path, base, facts, fused, helpers, _tensors(module), len(module._modules), len(vars(module)), own, reads),
         in_training=in_training,
     )
 
@@ -137,7 +140,7 @@ def _read_by(base: type) -> frozenset[str]:
             new = _names_in(getattr(function, "__code__", None)) - names
             names |= new
             todo += new
-    return frozenset(names)
+    return frozenset(n for n in {"forward", *names} if n.isidentifier())
 
 
 def _names_in(code: CodeType | None) -> set[str]:
@@ -148,12 +151,12 @@ def _names_in(code: CodeType | None) -> set[str]:
     return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*inner)
 
 
-def _may_be_read(name: str, base: type) -> bool:
+def _may_be_read(name: str, base: type, reads: frozenset[str]) -> bool:
     """Whether a forward might read an attribute of this name; tools keep what is theirs under names with a line before
     them."""
     if name in OF_EVERY_MODULE or name == "forward":
         return False
-    return name in _read_by(base) if hasattr(base, name) else name[0] != "_"
+    return name in reads if hasattr(base, name) else name[0] != "_"
 
 
 def functions_of(bases: Iterable[type]) -> tuple[tuple[type, str, Any], ...]:
@@ -162,7 +165,7 @@ def functions_of(bases: Iterable[type]) -> tuple[tuple[type, str, Any], ...]:
         (c, name): getattr(c, name)
         for base in bases
         for c in _classes(base)
-        for name in vars(c).keys() & {"forward", *_read_by(base)}
+        for name in vars(c).keys() & _read_by(base)
     }
     return tuple((*key, f) for key, f in found.items() if isinstance(f, (FunctionType, property)))
 
@@ -303,9 +306,11 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...], dtype: torch.dtype |
                 return touched
         if len(child._modules) != found.inner:
             return f"{'.'.join(found.path) or 'it'} has {len(child._modules)} submodules now, it had {found.inner}"
+        if torch.compiler.is_compiling():
+            _guard(child, found)
         if len(child.__dict__) != found.attributes and (new := _new_attribute(child, found)) is not None:
             return f"{'.'.join((*found.path, new))} is new"
-        if _tensors(child) != found.tensors:
+        if _tensors(child) != found.tensors and set(_tensors(child)) != set(found.tensors):
             return f"{'.'.join(found.path) or 'it'} has other parameters or buffers now"
         if dtype is not None and found.tensors and not isinstance(child, _BatchNorm):
             for tensor in child._parameters.values():
@@ -325,4 +330,13 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...], dtype: torch.dtype |
 
 def _new_attribute(module: nn.Module, found: Part) -> str | None:
     """An attribute that its forward might read, and that it had not."""
-    return next((n for n in vars(module) if n not in found.names and _may_be_read(n, found.base)), None)
+    new = [n for n in vars(module) if n not in found.names and _may_be_read(n, found.base, found.reads)]
+    return new[0] if new else None
+
+
+def _guard(module: Any, found: Part) -> None:
+    """Has torch.compile guard what a module's forward may read; it guards no entries of a `__dict__`."""
+    of_torch = found.base.__module__.startswith("torch.")
+    for name in found.reads:
+        if hasattr(found.base, name) if of_torch else name not in OF_EVERY_MODULE:
+            getattr(module, name, None)
