@@ -12,6 +12,7 @@ from msformer_kernels.nn.checkpoints import accept_other_shapes
 from msformer_kernels.nn.honest import (
     LayerExplanation,
     Parts,
+    built_here,
     convolved,
     explained,
     weight_and_bias,
@@ -23,6 +24,7 @@ from msformer_kernels.ops.efficient_attention.api import efficient_attention
 from msformer_kernels.ops.efficient_self_attention.api import efficient_self_attention
 
 
+@built_here
 class EfficientAttention(nn.Module):
     """Efficient attention with its projections (Shen et al., WACV 2021).
 
@@ -95,7 +97,7 @@ class EfficientAttention(nn.Module):
         mask: Tensor | None,
         size: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        if why_norm_is_called(norm) is not None:
+        if why_norm_is_called(norm, x) is not None:
             assert norm is not None
             output, context = self._of_tokens(norm(x), None, False, mask, size)
             return x + output if residual else output, context

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from msformer_kernels.core.validation import check_positive
 from msformer_kernels.nn.activations import Activation, activation_name
 from msformer_kernels.nn.attention import EfficientAttention
-from msformer_kernels.nn.honest import LayerExplanation, why_any_is_called, why_called
-from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip
+from msformer_kernels.nn.honest import LayerExplanation, built_here, why_any_is_called, why_called
+from msformer_kernels.nn.mix_ffn import MixFFN, MixFFNSkip, image_size
 from msformer_kernels.ops.mix_ffn.api import check_image
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
+@built_here
 class MLP(nn.Module):
     """Linear, activation, Linear: a feed-forward layer without the convolution, in plain PyTorch.
 
@@ -40,9 +41,15 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(
-        self, x: Tensor, height: int, width: int, *, norm: nn.Module | None = None, residual: bool = False
+        self,
+        x: Tensor,
+        height: int | tuple[int, int],
+        width: int | None = None,
+        *,
+        norm: nn.Module | None = None,
+        residual: bool = False,
     ) -> Tensor:
-        """As `MixFFN.forward`; height and width only have to fit."""
+        """As `MixFFN.forward`; height and width are not used."""
         output = self.fc2(ACTIVATIONS[self.activation](self.fc1(x if norm is None else norm(x))))
         return x + output if residual else output
 
@@ -98,8 +105,12 @@ class EfficientTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), activation, inner_activation)
 
-    def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``."""
+    def forward(
+        self, x: Tensor, height: int | tuple[int, int], width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``. Height
+        and width may come as one pair."""
+        height, width = image_size(height, width)
         check_image(x, height, width)
         modules = self._modules
         if _why_attention_is_called(modules["attn"]) is None:

@@ -26,12 +26,15 @@ _UNUSED = ("norm2", "norm3")
 def accept_other_names(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook for `load_state_dict` of a feed-forward layer. Tensors that no published forward uses are left out with a
     warning that names them."""
+    own = dict((*layer.named_parameters(), *layer.named_buffers()))  # a submodule that was put there may have such a name
     for other, ours in _RENAMED.items():
         for part in ("weight", "bias"):
-            if f"{prefix}{other}.{part}" in state:
-                state[f"{prefix}{ours}.{part}"] = state.pop(f"{prefix}{other}.{part}")
+            key, name = f"{prefix}{other}.{part}", f"{prefix}{ours}.{part}"
+            if key in state and name not in state and f"{other}.{part}" not in own:
+                state[name] = state.pop(key)
     if getattr(layer, "norm1", None) is not None:
         unused = [key for name in _UNUSED for part in ("weight", "bias") if (key := f"{prefix}{name}.{part}") in state]
+        unused = [key for key in unused if key.removeprefix(prefix) not in own]
         for key in unused:
             state.pop(key)
         if unused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as modules
 
 from msformer_kernels.core.backends import Explanation, explain
+from msformer_kernels.core.precision import autocast_enabled
 from msformer_kernels.ops.mix_ffn.reference import KERNEL_SIZES
 
 Check = Callable[[Any], "str | None"]
@@ -26,7 +27,17 @@ Parts = Sequence[tuple[str, Any, Check]]
 """The submodules of a layer: name, module, check."""
 
 _FORWARD: dict[type[nn.Module], Any] = {built: built.forward for built in (nn.Linear, nn.Conv2d, nn.LayerNorm)}
+_CONV_FORWARD = nn.Conv2d._conv_forward
 _READABLE = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
+
+
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+
+def built_here(kind: Layer) -> Layer:
+    """A decorator for what layers are built of: if its forward is replaced later, it is called."""
+    _FORWARD[kind] = kind.forward
+    return kind
 
 
 def why_any_is_called() -> str | None:
@@ -47,7 +58,7 @@ def why_called(module: Any, built: type[nn.Module]) -> str | None:
     if hooks + len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"]) > 0:
         return "has hooks"
     _ = module.forward  # which torch.compile guards, unlike the entry
-    if "forward" in own or built.forward is not _FORWARD.get(built, built.forward):
+    if "forward" in own or built.forward is not _FORWARD[built]:
         return "has another forward"
     if module._compiled_call_impl is not None:
         return "is compiled"
@@ -64,12 +75,12 @@ def why_layer_norm(module: Any) -> str | None:
 
 def why_pointwise(module: Any) -> str | None:
     """Of a 1x1 convolution."""
-    return why_called(module, nn.Conv2d) or why_parameters(module) or _why_other_convolution(module, (1, 1), (0, 0), 1)
+    return _why_convolution_is_called(module) or _why_other_convolution(module, (1, 1), (0, 0), 1)
 
 
 def why_depthwise(module: Any) -> str | None:
     """Of a depthwise convolution of a size that `mix_ffn` takes, zero padded to keep the size of the image."""
-    why = why_called(module, nn.Conv2d) or why_parameters(module)
+    why = _why_convolution_is_called(module)
     if why is not None:
         return why
     size = module.kernel_size[0] if module.kernel_size[0] in KERNEL_SIZES else KERNEL_SIZES[0]
@@ -81,7 +92,18 @@ def why_parameters(module: Any) -> str | None:
     for tensor in weight_and_bias(module):
         if type(tensor) not in _READABLE:
             return f"has a parameter of type {type(tensor).__name__}"
+        if tensor is not None and tensor.layout is not torch.strided:
+            return f"has a parameter of layout {tensor.layout}"
     return None
+
+
+def _why_convolution_is_called(module: Any) -> str | None:
+    why = why_called(module, nn.Conv2d)
+    if why is None:
+        _ = module._conv_forward  # see `why_called`; tools for seamless images replace it
+        if "_conv_forward" in module.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
+            return "has another forward"
+    return why or why_parameters(module)
 
 
 def _why_other_convolution(
@@ -100,10 +122,18 @@ def _why_other_convolution(
     return f"is another convolution: {module.extra_repr()}"
 
 
+def why_other_dtype(module: Any, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why a norm of another dtype than its input, as one that stays in float32, must be called."""
+    weight = weight_and_bias(module)[0]
+    if weight is None or weight.dtype == dtype or autocast_enabled(device_type):
+        return None
+    return f"is {weight.dtype}, its input {dtype}"
+
+
 def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
     """Of a Linear, Conv2d or LayerNorm."""
     found = module._parameters
-    if len(found) == 2:  # an attribute of a module costs ten times as much as these
+    if len(found) == 2 and "weight" in found and "bias" in found:  # an attribute of a module costs ten times as much as these
         return found["weight"], found["bias"]
     return module.weight, module.bias
 
@@ -168,12 +198,13 @@ def explained(
 ) -> LayerExplanation:
     """Of a layer that is one operator, `fused`, or uses others where it calls its parts. `ask` explains an operator for
     a device and dtype."""
+    first = next(layer.parameters(), torch.empty(0))
+    where, kind = first.device if device is None else device, first.dtype if dtype is None else dtype
     checks: dict[str, str | None] = {"every module": why_any_is_called()}
     checks |= {name: check(module) for name, module, check in parts}
     is_fused = all(reason is None for reason in checks.values())
-    checks["norm"] = None if norm is None else why_layer_norm(norm)
+    if norm is not None:
+        checks["norm"] = why_layer_norm(norm) or why_other_dtype(norm, kind, torch.device(where).type)
     reasons = {name: reason for name, reason in checks.items() if reason is not None}
-    first = next(layer.parameters(), torch.empty(0))
-    where, kind = first.device if device is None else device, first.dtype if dtype is None else dtype
     operators = {name: ask(where, kind, name) for name in ([fused] if is_fused else otherwise)}
     return LayerExplanation(type(layer).__name__, is_fused, reasons, operators)

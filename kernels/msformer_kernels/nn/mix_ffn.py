@@ -15,6 +15,7 @@ from msformer_kernels.nn.checkpoints import accept_other_names
 from msformer_kernels.nn.honest import (
     LayerExplanation,
     Parts,
+    built_here,
     convolved,
     explained,
     weight_and_bias,
@@ -23,12 +24,14 @@ from msformer_kernels.nn.honest import (
     why_layer_norm,
     why_linear,
     why_not_fused,
+    why_other_dtype,
 )
 from msformer_kernels.nn.norm import norm_arguments, why_norm_is_called
 from msformer_kernels.ops.mix_ffn.api import check_image, check_kernel_size, mix_ffn
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 
 
+@built_here
 class DepthwiseConv(nn.Module):
     """The depthwise convolution of tokens, under the name of the published checkpoints, `dwconv.dwconv`."""
 
@@ -57,6 +60,7 @@ def _why_holder(module: Any) -> str | None:
     return why_called(module, DepthwiseConv)
 
 
+@built_here
 class MixFFN(nn.Module):
     """MixFFN of SegFormer (Xie et al., NeurIPS 2021): Linear, depthwise convolution, activation, Linear.
 
@@ -113,7 +117,7 @@ class MixFFN(nn.Module):
             residual: adds x to the output.
         """
         height, width = image_size(height, width)
-        if why_norm_is_called(norm) is not None:
+        if why_norm_is_called(norm, x) is not None:
             assert norm is not None
             output = self._run(norm(x), height, width, None, False)
             return x + output if residual else output
@@ -169,7 +173,12 @@ class MixFFN(nn.Module):
             ("fc2", fc2, why_linear),
         )
         norm = self._hidden_norm()
-        return parts if norm is None else (*parts, ("norm1", norm, why_layer_norm))
+        return parts if norm is None else (*parts, ("norm1", norm, self._why_hidden_norm))
+
+    def _why_hidden_norm(self, norm: Any) -> str | None:
+        weight = getattr(self._modules.get("fc1"), "weight", None)
+        why = why_layer_norm(norm)
+        return why if why or weight is None else why_other_dtype(norm, weight.dtype, weight.device.type)
 
     def _by_parts(self, x: Tensor, height: int, width: int, norm: nn.Module | None, residual: bool) -> Tensor:
         """`forward` that calls every submodule."""
@@ -215,6 +224,7 @@ class MixFFN(nn.Module):
         return f"activation={self.activation!r}{inner}"
 
 
+@built_here
 class MixFFNSkip(MixFFN):
     """MixFFN-skip of MISSFormer (Huang et al., 2021) and MS-Former: the input of the depthwise convolution is added to
     its output, and a LayerNorm over the hidden features, `norm1`, comes before the activation.

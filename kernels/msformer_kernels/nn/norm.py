@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msformer_kernels.nn.honest import weight_and_bias, why_any_is_called, why_layer_norm
+from msformer_kernels.nn.honest import weight_and_bias, why_any_is_called, why_layer_norm, why_other_dtype
 
 
-def why_norm_is_called(norm: Any) -> str | None:
-    """Why a norm before a layer must be called; None if there is none, or the layer may fuse it."""
-    return None if norm is None else why_any_is_called() or why_layer_norm(norm)
+def why_norm_is_called(norm: Any, x: Tensor) -> str | None:
+    """Why a norm of x before a layer must be called; None if there is none, or the layer may fuse it."""
+    if norm is None:
+        return None
+    return why_any_is_called() or why_layer_norm(norm) or why_other_dtype(norm, x.dtype, x.device.type)
 
 
 def norm_arguments(norm: nn.LayerNorm | None, channels: int, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:

@@ -99,16 +99,17 @@ def patch(
 
 def _wanted(model: nn.Module, only: Only | None) -> Callable[[str], bool]:
     """Whether a module of this name may be replaced."""
-    modules = dict(model.named_modules())
     if only is None:
         return lambda name: True
+    modules = dict(model.named_modules(remove_duplicate=False))
     if callable(only):
         return lambda name: bool(only(name, modules[name]))
     names = {only} if isinstance(only, str) else set(only)
     missing = sorted(names - modules.keys())
     if missing:
         raise ValueError(f"only: the model has no module {', '.join(map(repr, missing))}")
-    return lambda name: name in names
+    wanted = {id(modules[name]) for name in names}  # a module may have several names
+    return lambda name: id(modules[name]) in wanted
 
 
 def _is_inside(name: str, outer: str) -> bool:

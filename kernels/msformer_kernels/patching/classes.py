@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from msformer_kernels.patching.plain import Part, base_class, why_changed
+from msformer_kernels.core.precision import autocast_enabled
+from msformer_kernels.nn.honest import why_any_is_called
+from msformer_kernels.patching.plain import Part, base_class, functions_of, why_changed
 from msformer_kernels.patching.structures import Plan
 
 _log = logging.getLogger("msformer_kernels.patch")
@@ -28,6 +30,8 @@ class Proved:
     plan: Plan
     parts: tuple[Part, ...]
     """What it relies on."""
+    narrow: bool = True
+    """Whether it holds under autocast and below float32, where a module may return another dtype."""
 
     @property
     def in_training(self) -> tuple[str, ...]:
@@ -59,24 +63,26 @@ def put_back(module: nn.Module) -> None:
 @functools.cache
 def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     """The subclass of `base` that carries out a plan; the same one for the same arguments."""
-    plan, parts, original = proved.plan, proved.parts, base.forward
-    calls = tuple({helper.kind: helper.kind.__call__ for part in parts for helper in part.helpers}.items())
+    plan, parts = proved.plan, proved.parts
+    helpers = {helper.kind for part in parts for helper in part.helpers if hasattr(helper.kind, "__call__")}
+    functions = functions_of(part.base for part in parts)
+    functions += tuple((kind, "__call__", kind.__call__) for kind in helpers)
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
-        call = plan.read(given, named)
-        if call is None:
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            why: str | None = "a graph for other programs is made"
+        elif (call := plan.read(given, named)) is None:
             why = "it was called with other arguments"
-        elif base.forward is not original:
-            why = f"the forward of {base.__name__} was replaced"
-        elif any(kind.__call__ is not known for kind, known in calls):
-            why = "what it leaves its work to was replaced"
-        elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            why = "a graph for other programs is made"
-        else:
-            changed = why_changed(self, parts)
-            if changed is None:
+        elif any(getattr(kind, name) is not known for kind, name, known in functions):
+            why = "a function of its class, or of one inside, was replaced"
+        elif (why := why_any_is_called()) is None:
+            x = plan.tensor_of(call[0][0])
+            autocast = autocast_enabled(x.device.type)
+            why = why_changed(self, parts, None if autocast else x.dtype)
+            if why is None and not proved.narrow and (autocast or x.dtype.itemsize < 4):
+                why = "it returns another dtype under autocast or below float32"
+            if why is None:
                 return plan.run(self, *call[0], **call[1])
-            why = changed
         if not torch.compiler.is_compiling():
             _log.debug("%s runs its own forward: %s", base.__name__, why)
         return base.forward(self, *given, **named)
@@ -89,6 +95,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
         return ", ".join(word for word in (base.extra_repr(self), f"msformer_kernels: {plan.title}") if word)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # torch.fx takes the arguments from it
     namespace = {
         "forward": forward,
         "__reduce_ex__": reduce,
@@ -107,6 +114,15 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
 def _rebuild(base: type, proved: Proved, *arguments: Any) -> Any:
     kind = patched_class(base, proved)
     return kind.__new__(kind, *arguments)
+
+
+def why_no_patched_class(base: type, proved: Proved) -> str | None:
+    """Why the class that carries out a plan cannot be made, as for a class that refuses subclasses; None if it can."""
+    try:
+        patched_class(base, proved)
+    except Exception as error:  # of a class that we know nothing of
+        return f"a subclass of {base.__name__} cannot be made ({type(error).__name__}: {error})"
+    return None
 
 
 def why_no_subclass(module: nn.Module) -> str | None:

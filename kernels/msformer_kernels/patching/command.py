@@ -1,7 +1,8 @@
 """``python -m msformer_kernels.patch MODULE:CALLABLE [--shape 1,3,512,512]``
 
 Patches a model that a function of the user makes, prints the report, and beside each other time and memory of the
-original and of the patched model. CALLABLE takes nothing and returns a model, or a model and the tuple of its inputs.
+original and of the patched model. CALLABLE takes nothing and returns a model, or a model and the tuple of its inputs; or
+it is a model.
 MODULE is imported with the current folder on the path.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from msformer_kernels.patching.api import patch
+from msformer_kernels.patching.gain import run_example
 from msformer_kernels.patching.memory import peak_memory
 from msformer_kernels.patching.report import table
 from msformer_kernels.patching.timing import medians
@@ -28,15 +32,25 @@ DEFAULT_SHAPE = (1, 3, 512, 512)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m msformer_kernels.patch", description=_first_lines())
     parser.add_argument("target", metavar="MODULE:CALLABLE", help="makes the model, or the model and its inputs")
-    parser.add_argument("--shape", default=",".join(map(str, DEFAULT_SHAPE)), help="of a random input (%(default)s)")
+    default = ",".join(map(str, DEFAULT_SHAPE))
+    parser.add_argument("--shape", type=_shape, default=default, help="of a random input (%(default)s)")
     parser.add_argument("--min-gain", type=float, default=1.05, help="of a module, to be replaced (%(default)s)")
     parser.add_argument("--samples", type=int, default=5, help="of each time; 0 leaves the times out (%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        shape = tuple(int(size) for size in options.shape.split(","))
-        model, inputs = load(options.target, shape)
+        make = found(options.target)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         parser.error(str(error))
+    returned = called(make)
+    try:
+        model, inputs = model_and_inputs(options.target, returned, options.shape)
+    except TypeError as error:
+        parser.error(str(error))
+    try:
+        run_example(model, inputs)
+    except Exception as error:  # of a model that we know nothing of
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in tensors(inputs))
+        parser.error(f"{options.target}: a call with {shapes} fails (see --shape): {type(error).__name__}: {error}")
     original = copy.deepcopy(model)
     print(patch(model, example=inputs, min_gain=options.min_gain))
     if options.samples > 0:
@@ -49,22 +63,62 @@ def _first_lines() -> str:
     return (__doc__ or "").partition("\n\n")[2]
 
 
-def load(target: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The model that ``MODULE:CALLABLE`` makes and the inputs of a call.
+def _shape(text: str) -> tuple[int, ...]:
+    """Raises argparse.ArgumentTypeError for anything but sizes."""
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}")
+    return tuple(int(size) for size in text.split(","))
+
+
+def found(target: str) -> Any:
+    """What ``MODULE:CALLABLE`` names: a model, or what can be called without arguments.
 
     Raises:
         ValueError: target is not of this form.
-        TypeError: what the callable returns is no model.
+        ImportError, AttributeError: it is not there.
+        TypeError: it cannot be called without arguments.
     """
     module, separator, name = target.partition(":")
     if not (module and separator and name):
         raise ValueError(f"target: expected MODULE:CALLABLE, got {target!r}")
+    with _current_folder():
+        named = getattr(import_module(module), name)
+    if isinstance(named, nn.Module):
+        return named
+    if not callable(named):
+        raise TypeError(f"{target}: expected something to be called, got {named!r}")
+    try:
+        inspect.signature(named).bind()
+    except TypeError as error:
+        raise TypeError(f"{target}: expected that it takes no arguments, {error}") from None
+    except ValueError:  # of what is not written in Python
+        pass
+    return named
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """On the path of imports."""
     sys.path.insert(0, "")
     try:
-        made = getattr(import_module(module), name)()
+        yield
     finally:
         sys.path.remove("")
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+
+
+def called(named: Any) -> Any:
+    """What a callable returns, or a model itself. What the user's own code raises goes through, with its traceback."""
+    with _current_folder():
+        return named if isinstance(named, nn.Module) else named()
+
+
+def model_and_inputs(target: str, returned: Any, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The model that a callable returned, and the inputs of a call.
+
+    Raises:
+        TypeError: it is no model.
+    """
+    model, inputs = returned if isinstance(returned, (tuple, list)) and len(returned) == 2 else (returned, None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{target}: expected it to return a torch.nn.Module, got {type(model).__name__}")
     if inputs is None:

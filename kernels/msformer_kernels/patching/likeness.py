@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msformer_kernels.patching.plain import has_hooks
+from msformer_kernels.patching.plain import OF_EVERY_MODULE, has_hooks
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _COMPARED_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _THEMSELVES = (FunctionType, BuiltinFunctionType, type)
@@ -47,7 +46,7 @@ def likeness(module: nn.Module) -> Hashable | None:
         statistics = _STATISTICS if isinstance(child, _BatchNorm) else ()
         if any(n not in statistics and buffer is not None for n, buffer in child._buffers.items()):
             return None
-        own = {n: value for n, value in vars(child).items() if n not in _OF_EVERY_MODULE}
+        own = {n: value for n, value in vars(child).items() if n not in OF_EVERY_MODULE}
         found.append(
             (
                 *(name, type(child), child.training, submodules.setdefault(id(child), len(submodules))),

@@ -7,12 +7,14 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from msformer_kernels.patching.classes import Proved, why_no_subclass
+from msformer_kernels.patching.classes import Proved, why_no_patched_class, why_no_subclass
 from msformer_kernels.patching.likeness import likeness
 from msformer_kernels.patching.plain import Part, part, why_not_followed, why_not_plain, why_touched
 from msformer_kernels.patching.proof import TOLERANCE, Proof, Witness
 from msformer_kernels.patching.structures import SEARCHES, Plan
+from msformer_kernels.patching.structures.common import joined
 
 BATCH = "BatchNorm uses the statistics of the batch"
 """Why a plan that takes the running ones does not hold where a BatchNorm is in training mode."""
@@ -37,6 +39,8 @@ class Outcome:
     error: float = math.inf
     in_training: str = ""
     """Why the plan does not hold in training; empty if it does."""
+    narrow: bool = True
+    """See `Proved`."""
     witness: Witness | None = None
     """With the plan; None without one."""
 
@@ -58,6 +62,8 @@ def match(
     """
     if not module._modules or type(module) in _CONTAINERS:
         return None
+    if any(isinstance(parameter, UninitializedTensorMixin) for parameter in module.parameters()):
+        return "it has parameters without a shape; patch it after a first call"
     answers = [search(module, children) for search in SEARCHES]
     first = set(plans)
     likely = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan not in first)
@@ -87,7 +93,10 @@ def _prove(name: str, module: nn.Module, plans: list[Plan], alike: bool, known: 
     why = _why_not_bypassed(module, plan)
     if why is not None:
         return why
-    proved = Proved(plan, _parts(module, plan, outcome.in_training))
+    proved = Proved(plan, _parts(module, plan, outcome.in_training), outcome.narrow)
+    why = why_no_patched_class(type(module), proved)
+    if why is not None:
+        return why
     return Match(proved, outcome.error, None if outcome.name == name else outcome.name)
 
 
@@ -106,7 +115,11 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
             continue
         if error <= TOLERANCE:
             plan, in_training = _in_training(proof, plan)
-            return Outcome(name, None, error, in_training, proof.witness(plan))
+            witness = proof.witness(plan)
+            lost = next((joined(*key) for key in proof.kept() if not _is_called(key[0], plan)), None)
+            if lost is not None:
+                return Outcome(name, f"its forward sets {lost}, which would be lost")
+            return Outcome(name, None, error, in_training, proof.keeps_dtypes(plan), witness)
         if error < nearest:
             nearest, where = error, plan
     if not alike and (math.isinf(nearest) or proof.makes_pairs(where) is not False):
@@ -128,10 +141,14 @@ def _in_training(proof: Proof, plan: Plan) -> tuple[Plan, str]:
 
 def _bypassed(module: nn.Module, plan: Plan) -> Iterable[tuple[str, nn.Module]]:
     """The submodules that the plan does not call, and that are in none that it calls; under each of their names."""
-    called = plan.called()
     for name, child in module.named_modules(remove_duplicate=False):
-        if name and not any(name == c or name.startswith(f"{c}.") for c in called):
+        if name and not _is_called(name, plan):
             yield name, child
+
+
+def _is_called(name: str, plan: Plan) -> bool:
+    """Whether a plan calls the submodule of this name, or one that it is in."""
+    return any(name == c or name.startswith(f"{c}.") for c in plan.called())
 
 
 def _why_not_bypassed(module: nn.Module, plan: Plan) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from msformer_kernels.patching.structures.common import SCALARS, joined
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""What PyTorch itself keeps in a module."""
 
 _FACTS: dict[type, tuple[str, ...]] = {
     nn.Linear: (),
@@ -42,12 +45,13 @@ _PLAIN: dict[type[nn.Module], nn.Module] = {
 
 @dataclass(frozen=True)
 class Helper:
-    """What a module may leave its work to that is no module: a function, or an object, as in diffusers."""
+    """What a module holds that is no module and no setting: a function, a list, a configuration, or an object that it
+    leaves its work to, as in diffusers."""
 
     name: str
     kind: type
     held: tuple[Any, ...]
-    """A function itself; of an object its attributes."""
+    """A function itself; of a container its entries, of an object its attributes."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,16 @@ class Part:
     fused: bool
     """Whether an operator takes its parameters and buffers."""
     helpers: tuple[Helper, ...] = ()
-    buffers: tuple[str, ...] = ()
-    """Those of an operator's that were there."""
+    tensors: tuple[str, ...] = ()
+    """The parameters and buffers that were there."""
     inner: int = 0
     """How many submodules it had."""
+    attributes: int = 0
+    """How many attributes it had."""
+    names: frozenset[str] = frozenset()
+    """Those of them that its forward might read."""
+    reads: frozenset[str] = frozenset()
+    """What its forward reads, whether it is there or not."""
     in_training: str = ""
     """Why its own forward must run while it is in training mode; empty if it need not."""
 
@@ -79,52 +89,137 @@ def part(path: tuple[str, ...], module: nn.Module, fused: bool, in_training: str
     base = base_class(module)
     names = _FACTS.get(base)
     if names is None:
-        names = tuple(n for n, v in vars(module).items() if n != "training" and n[0] != "_" and _is_setting(v))
-    helpers = tuple(Helper(n, type(v), _held(v)) for n, v in _helpers(module).items())
-    buffers = tuple(n for n, tensor in module._buffers.items() if tensor is not None) if fused else ()
+        names = tuple(n for n, v in _attributes(module).items() if _is_setting(v))
+    helpers = tuple(Helper(n, type(v), held(v)) for n, v in _helpers(module).items())
     facts = tuple((n, getattr(module, n)) for n in names)
-    return Part(path, base, facts, fused, helpers, buffers, len(module._modules), in_training)
+    reads = _read_by(base)
+    own = frozenset(n for n in vars(module) if _may_be_read(n, base, reads))
+    return Part(
+        *(path, base, facts, fused, helpers, _tensors(module), len(module._modules), len(vars(module)), own, reads),
+        in_training=in_training,
+    )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides what every module does, and what its class holds for it that its functions read."""
+    base = base_class(module)
+    of_class = {n for c in _classes(base) for n in vars(c) if n in _read_by(base)}
+    return {
+        n: getattr(module, n)
+        for n in (*(n for n in vars(module) if n not in OF_EVERY_MODULE), *sorted(of_class - vars(module).keys()))
+        if n in vars(module) or _is_setting(getattr(base, n)) or isinstance(getattr(base, n), _CONTAINERS)
+    }
 
 
 def _helpers(module: nn.Module) -> dict[str, Any]:
-    """Attributes that can be called and are neither modules nor classes, by name."""
+    """Attributes that are neither modules nor settings, by name."""
     if base_class(module) in _FACTS:
         return {}
-    return {n: v for n, v in vars(module).items() if callable(v) and not isinstance(v, (nn.Module, type))}
+    return {n: v for n, v in _attributes(module).items() if not isinstance(v, nn.Module) and not _is_setting(v)}
 
 
-def _held(helper: Any) -> tuple[Any, ...]:
-    if isinstance(helper, _FUNCTIONS):
-        return (helper,)
-    if isinstance(helper, functools.partial):
-        return (helper.func, helper.args, tuple(helper.keywords.items()))
-    return tuple(getattr(helper, "__dict__", {}).items())
+def _tensors(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and buffers that a module has."""
+    found = tuple([n for n, p in module._parameters.items() if p is not None]) if module._parameters else ()
+    return (*found, *(n for n, b in module._buffers.items() if b is not None)) if module._buffers else found
 
 
+def _classes(base: type) -> list[type]:
+    """A class and those that it is made of, but those that all modules are made of."""
+    return [c for c in base.__mro__ if c not in nn.Module.__mro__]
+
+
+@functools.cache
+def _read_by(base: type) -> frozenset[str]:
+    """Names that the forward of a class may read, and the functions of the class that it calls."""
+    names, todo = set[str](), ["forward"]
+    while todo:
+        name = todo.pop()
+        for function in (vars(c)[name] for c in _classes(base) if name in vars(c)):
+            function = getattr(function, "fget", getattr(function, "__func__", function))
+            new = _names_in(getattr(function, "__code__", None)) - names
+            names |= new
+            todo += new
+    return frozenset(n for n in {"forward", *names} if n.isidentifier())
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    """Also those that it hands to `getattr`."""
+    if code is None:
+        return set()
+    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*inner)
+
+
+def _may_be_read(name: str, base: type, reads: frozenset[str]) -> bool:
+    """Whether a forward might read an attribute of this name; tools keep what is theirs under names with a line before
+    them."""
+    if name in OF_EVERY_MODULE or name == "forward":
+        return False
+    return name in reads if hasattr(base, name) else name[0] != "_"
+
+
+def functions_of(bases: Iterable[type]) -> tuple[tuple[type, str, Any], ...]:
+    """The functions that the forwards of these classes run: class, name, and what it is now."""
+    found = {
+        (c, name): getattr(c, name)
+        for base in bases
+        for c in _classes(base)
+        for name in vars(c).keys() & _read_by(base)
+    }
+    return tuple((*key, f) for key, f in found.items() if isinstance(f, (FunctionType, property)))
+
+
+def held(value: Any) -> tuple[Any, ...]:
+    """What is in a container or an object, as far as it can be compared."""
+    if isinstance(value, _FUNCTIONS) or isinstance(value, type):
+        return (value,)
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, tuple(value.keywords.items()))
+    if isinstance(value, _CONTAINERS):
+        return _entries(value)
+    return tuple([(n, _entries(v)) for n, v in getattr(value, "__dict__", {}).items()])
+
+
+def _entries(value: Any) -> Any:
+    """Containers as tuples, what is inside as well."""
+    if isinstance(value, dict):
+        return tuple([(k, _entries(v)) for k, v in value.items()])
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    return tuple([_entries(v) for v in value]) if isinstance(value, (list, tuple)) else value
+
+
+_CONTAINERS = (list, tuple, dict, set, frozenset)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 
 
 def why_not_followed(name: str, module: nn.Module) -> str | None:
-    """Why a change of what a module leaves its work to might not be seen; None if it would be."""
+    """Why a change of what a module holds might not be seen; None if it would be."""
     for helper, value in _helpers(module).items():
-        plain = (*_FUNCTIONS, functools.partial)
+        plain = (*_FUNCTIONS, functools.partial, type, *_CONTAINERS)
+        if isinstance(value, torch.Tensor):
+            return f"{joined(name, helper)} is a {type(value).__name__}, whose changes would not be seen"
         if not isinstance(value, plain) and (
             type(value).__new__ is not object.__new__ or not hasattr(value, "__dict__")
         ):
             return f"{joined(name, helper)} is a {type(value).__name__}, which may hold anything"
-        unknown = next((v for v in _flat(_held(value)) if not isinstance(v, (*SCALARS, *_FUNCTIONS, type))), None)
+        unknown = next((v for v in _flat(held(value)) if not isinstance(v, (*_VALUES, *_FUNCTIONS, type))), None)
         if unknown is not None:
             return f"{joined(name, helper)} holds a {type(unknown).__name__}, whose changes would not be seen"
     return None
 
 
-def _flat(values: tuple[Any, ...]) -> Iterable[Any]:
+_VALUES = (*SCALARS, complex, bytes, torch.dtype, torch.device)
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
     for value in values:
-        yield from _flat(value) if isinstance(value, tuple) else (value,)
+        yield from _flat(value) if isinstance(value, (tuple, frozenset)) else (value,)
 
 
 def _is_setting(value: Any) -> bool:
-    return all(_is_setting(v) for v in value) if isinstance(value, tuple) else isinstance(value, SCALARS)
+    return all(_is_setting(v) for v in value) if isinstance(value, tuple) else isinstance(value, _VALUES)
 
 
 def why_not_plain(name: str, layer: nn.Module) -> str | None:
@@ -165,7 +260,8 @@ def why_touched(name: str, module: nn.Module, fused: bool) -> str | None:
         for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
             for tensor in tensors.values():
                 if tensor is not None and not _is_plain_tensor(tensor):
-                    return f"{name} has a {kind} that is a {type(tensor).__name__}"
+                    layout = "" if tensor.layout is torch.strided else f" of layout {tensor.layout}"
+                    return f"{name} has a {kind} that is a {type(tensor).__name__}{layout}"
     return None
 
 
@@ -179,16 +275,21 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """A tensor, a parameter, or what stands for one while a graph is made; not a subclass with a layout of its own."""
+    """A tensor, a parameter, or what stands for one while a graph is made; not a subclass, and not a sparse one."""
     kind = type(tensor)
-    return kind is nn.Parameter or kind is torch.Tensor or kind.__module__ in _OF_GRAPHS
+    return tensor.layout is torch.strided and (
+        kind is nn.Parameter or kind is torch.Tensor or kind.__module__ in _OF_GRAPHS
+    )
 
 
 _OF_GRAPHS = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 
 
-def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
-    """What has changed in a module since its plan was proved, so that its own forward must run; None if nothing has."""
+def why_changed(module: nn.Module, parts: tuple[Part, ...], dtype: torch.dtype | None) -> str | None:
+    """What has changed in a module since its plan was proved, so that its own forward must run; None if nothing has.
+
+    `dtype` is that of the parameters which the plan takes; None for any.
+    """
     for found in parts:
         child: Any = module
         for name in found.path:
@@ -198,16 +299,23 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
         if found.in_training and child.training:
             return f"{found.in_training} in training"
         if found.path:
-            if base_class(child) is not found.base:
+            if type(child) is not found.base and base_class(child) is not found.base:
                 return f"{'.'.join(found.path)} is a {type(child).__name__} now"
             touched = why_touched(".".join(found.path), child, found.fused)
             if touched is not None:
                 return touched
         if len(child._modules) != found.inner:
             return f"{'.'.join(found.path) or 'it'} has {len(child._modules)} submodules now, it had {found.inner}"
-        for name in found.buffers:
-            if child._buffers.get(name) is None:
-                return f"{'.'.join((*found.path, name))} is gone"
+        if torch.compiler.is_compiling():
+            _guard(child, found)
+        if len(child.__dict__) != found.attributes and (new := _new_attribute(child, found)) is not None:
+            return f"{'.'.join((*found.path, new))} is new"
+        if _tensors(child) != found.tensors and set(_tensors(child)) != set(found.tensors):
+            return f"{'.'.join(found.path) or 'it'} has other parameters or buffers now"
+        if dtype is not None and found.tensors and not isinstance(child, _BatchNorm):
+            for tensor in child._parameters.values():
+                if tensor is not None and tensor.dtype != dtype:
+                    return f"{'.'.join(found.path) or 'it'} is {tensor.dtype}, its input {dtype}"
         for name, value in found.facts:
             if getattr(child, name, None) != value:
                 return f"{'.'.join((*found.path, name))} was changed"
@@ -215,6 +323,20 @@ def why_changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
             now = getattr(child, helper.name, None)
             if type(now) is not helper.kind:
                 return f"{'.'.join((*found.path, helper.name))} is of another class now"
-            if _held(now) != helper.held:
+            if held(now) != helper.held:
                 return f"{'.'.join((*found.path, helper.name))} was changed"
     return None
+
+
+def _new_attribute(module: nn.Module, found: Part) -> str | None:
+    """An attribute that its forward might read, and that it had not."""
+    new = [n for n in vars(module) if n not in found.names and _may_be_read(n, found.base, found.reads)]
+    return new[0] if new else None
+
+
+def _guard(module: Any, found: Part) -> None:
+    """Has torch.compile guard what a module's forward may read; it guards no entries of a `__dict__`."""
+    of_torch = found.base.__module__.startswith("torch.")
+    for name in found.reads:
+        if hasattr(found.base, name) if of_torch else name not in OF_EVERY_MODULE:
+            getattr(module, name, None)

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from msformer_kernels.core.backends import available_backends, use_backend
+from msformer_kernels.patching.plain import OF_EVERY_MODULE, held
 from msformer_kernels.patching.structures import Plan
 
 TOLERANCE = 1e-9
@@ -95,6 +97,7 @@ class Proof:
             self.module = copied.cpu().double().requires_grad_(True)
             self._fill()
         self._buffers = [buffer.clone() for buffer in self.module.buffers()]
+        self._attributes = _attributes(self.module)
         self._exact: dict[tuple[Any, ...], tuple[Results, Drawn]] = {}
 
     @torch.no_grad()
@@ -143,6 +146,27 @@ class Proof:
             return f"it cannot be compared ({type(problem).__name__})"
         drawn = any(drawn is not None for _, drawn in self._exact.values())
         return "it draws random numbers" if drawn else "it computes something else"
+
+    def keeps_dtypes(self, plan: Plan) -> bool:
+        """Whether outputs have the dtype of the module's own under autocast, and below float32."""
+        x, rest, named = _probe(plan, self.module, plan.probe_sizes[0])
+        for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+            with _plain_tensors(), torch.no_grad(), deterministic(), torch.autocast("cpu", torch.bfloat16, autocast):
+                copied = copy.deepcopy(self.module).eval().to(dtype)
+                forwards = (type(copied).forward.__get__(copied), _carries_out(plan, copied))
+                try:
+                    given = [y.to(dtype) for y in x] if isinstance(x, list) else x.to(dtype)
+                    own, ours = (_outputs(forward(given, *rest, **named)) for forward in forwards)
+                except Exception:  # of a module that we know nothing of
+                    return False
+                if [y.dtype for y in own] != [y.dtype for y in ours]:
+                    return False
+        return True
+
+    def kept(self) -> list[tuple[str, str]]:
+        """The attributes that the module's forward has set, which a plan would not set: module and name."""
+        now, before = _attributes(self.module), self._attributes
+        return [key for key in now if key not in before or not _is_same(now[key], before[key])]
 
     def witness(self, plan: Plan) -> Witness:
         """What is needed to hold modules that are alike against this one."""
@@ -241,14 +265,30 @@ def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Any, t
 @contextmanager
 def plain_mode() -> Iterator[None]:
     """Gradients, no autocast, tensors on the CPU, nothing rounded to float32, whatever is set around."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
-        _StaysWide(),
-    ):
+    with _plain_tensors(), torch.enable_grad(), torch.autocast("cpu", enabled=False), _StaysWide():
         yield
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Tensors on the CPU that are differentiable later, and no hooks for all modules."""
+    kept = [(hooks, hooks.copy()) for hooks in _GLOBAL_HOOKS]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
+    finally:
+        for hooks, entries in kept:
+            hooks.update(entries)
+
+
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)
 
 
 class _StaysWide(TorchFunctionMode):
@@ -313,6 +353,22 @@ def deterministic() -> Iterator[Callable[[], Drawn]]:
             yield lambda: None if state() == before else state()
         finally:
             random.setstate(of_python)
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """What all modules hold besides what every module does; of containers what is in them."""
+    return {
+        (name, n): held(value) if isinstance(value, (list, dict, set)) else value
+        for name, child in module.named_modules()
+        for n, value in vars(child).items()
+        if n not in OF_EVERY_MODULE
+    }
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if type(a) is tuple and type(b) is tuple and len(a) == len(b):
+        return all(map(_is_same, a, b))
+    return a is b or (isinstance(a, (int, float, str)) and a == b)
 
 
 def _outputs(output: Any) -> tuple[Tensor, ...]:

@@ -12,6 +12,9 @@ from msformer_kernels.ops.mix_ffn.spec import OPERATOR
 def check_image(x: Tensor, height: int, width: int) -> None:
     """x is `[B, height * width, C]`."""
     check_rank("x", x, "[B, N, C]", 3)
+    for name, size in (("height", height), ("width", width)):
+        if isinstance(size, (float, str, tuple, list)):
+            raise TypeError(f"{name}: expected a whole number, got {size!r}")
     if height < 0 or width < 0 or x.shape[1] != height * width:
         raise ValueError(f"x: has {x.shape[1]} tokens, expected height * width = {height} * {width} = {height * width}")
 

@@ -54,17 +54,13 @@ class AllMLPDecoderPlan(Plan):
         """Of the largest features, so that both orders of products are proved."""
         return (9, 12), (4, 7)
 
-    def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = super().read(given, named)
-        if call is None:
-            return None
-        images, count = call[0][0], len(self.projections)
-        if not isinstance(images, (list, tuple)) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in images):
-            return None
-        before = images[: len(images) - count]
+    def _fits(self, x: Any, *rest: Any) -> bool:
+        count = len(self.projections)
+        if not isinstance(x, (list, tuple)) or len(x) < count or not all(map(super()._fits, x)):
+            return False
+        before = x[: len(x) - count]
         # segmentation_models_pytorch has an empty entry where an encoder has no features of half the size
-        fits = len(before) in (1, 2) and all(x.shape[1] == 0 for x in before[1:]) if self.image_first else not before
-        return call if fits and len(images) >= count else None
+        return len(before) in (1, 2) and all(y.shape[1] == 0 for y in before[1:]) if self.image_first else not before
 
     def run(self, module: nn.Module, x: Any, *rest: Any) -> Any:
         height, width = (side // STRIDE if self.image_first else side for side in x[0].shape[2:])
@@ -121,6 +117,10 @@ class AllMLPDecoderPlan(Plan):
             empty = [(2, 0, 2 * height, 2 * width)] * ((height, width) == self.probe_sizes[-1])
             shapes = [(2, 3, STRIDE * height, STRIDE * width), *empty, *shapes]
         return tuple(shapes)
+
+    def tensor_of(self, x: Any) -> Tensor:
+        found: Tensor = x[-1]
+        return found
 
     def as_argument(self, tensors: list[Tensor]) -> Any:
         return tensors

@@ -72,7 +72,7 @@ class BlockPlan(Plan):
         output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=drops is None)
         if drops is not None:
             output = attended + module.get_submodule(drops[1])(output)
-        output = as_given(convention, output, height, width)
+        output = as_given(convention, output, height, width, x)
         return (output, *returned) if self.returns_rest else output
 
     def _attend(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -83,7 +84,23 @@ class Plan:
         handed = {n: v for n, v in named.items() if n in self.keywords()} if named else {}
         others = {n: v for n, v in named.items() if n not in handed} if handed else named
         values = self.arguments.read(given, others, self.taken())
-        return None if values is None else (values, handed)
+        return None if values is None or not self._fits(*values) else (values, handed)
+
+    def _fits(self, x: Any, *rest: Any) -> bool:
+        """Whether these are tokens or an image like those of the proof."""
+        if not isinstance(x, Tensor) or x.dim() != self.dimensions or x.layout is not torch.strided:
+            return False
+        if self.arguments.convention == "image":
+            return True
+        size = rest[:2] if self.arguments.convention == "hw" else rest[0]
+        if not isinstance(size, (tuple, list)) or len(size) != 2 or any(isinstance(n, (float, Tensor)) for n in size):
+            return False
+        return x.shape[1] == size[0] * size[1]
+
+    @property
+    def dimensions(self) -> int:
+        """Of x."""
+        return 4 if self.arguments.convention == "image" else 3
 
     def taken(self) -> tuple[str, ...]:
         """Names of the optional arguments that the plan takes."""
@@ -124,6 +141,11 @@ class Plan:
     def probe_shapes(self, module: nn.Module, height: int, width: int) -> tuple[tuple[int, ...], ...]:
         """Of the tensors that `as_argument` takes."""
         return (self.input_shape(module, height, width),)
+
+    def tensor_of(self, x: Any) -> Tensor:
+        """Of the first argument, a tensor with the device and dtype of the call."""
+        found: Tensor = x
+        return found
 
     def as_argument(self, tensors: list[Tensor]) -> Any:
         """The first argument of the forward."""
@@ -200,9 +222,13 @@ def as_tokens(convention: str, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor
     return x, height, width
 
 
-def as_given(convention: str, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens in the layout that the module takes."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width)) if convention == "image" else tokens
+def as_given(convention: str, tokens: Tensor, height: int, width: int, like: Tensor | None = None) -> Tensor:
+    """Tokens in the layout that the module takes. An image lies in memory as `like` does, where that is contiguous: the
+    model may take a view of it."""
+    if convention != "image":
+        return tokens
+    image = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return image.contiguous() if like is not None and like.is_contiguous() else image
 
 
 def may_drop(module: nn.Module) -> tuple[str, ...]:

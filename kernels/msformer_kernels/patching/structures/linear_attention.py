@@ -52,6 +52,10 @@ class LinearAttentionPlan(Plan):
         "attention on [B, heads, D, N] does not gain at every size; give `example` to measure it"
     )
 
+    @property
+    def dimensions(self) -> int:
+        return 5 if self.video else 4
+
     def run(self, module: nn.Module, x: Tensor, *rest: Any) -> Any:
         if not self.video:
             return self._of_images(module, x)

@@ -43,6 +43,10 @@ class TokenAttentionPlan(Plan):
     title: ClassVar[str] = ReluAttentionPlan.title
     needs_example: ClassVar[str | None] = ReluAttentionPlan.needs_example
 
+    @property
+    def dimensions(self) -> int:
+        return 3
+
     def read(self, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `Plan`. In float16 the original may clip what overflows, as diffusers does, which float64 cannot show."""
         call = super().read(given, named)
