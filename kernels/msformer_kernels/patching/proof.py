@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-
-from torch.nn.modules import module as modules
 
 from msformer_kernels.core.backends import available_backends, use_backend
 from msformer_kernels.patching.plain import OF_EVERY_MODULE, held
