@@ -105,9 +105,7 @@ class EfficientTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), activation, inner_activation)
 
-    def forward(
-        self, x: Tensor, height: int | tuple[int, int], width: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, height: int | tuple[int, int], width: int | None = None) -> tuple[Tensor, Tensor]:
         """``[B, height * width, C]`` -> the same shape, and the context ``[B, heads, C / heads, C / heads]``. Height
         and width may come as one pair."""
         height, width = image_size(height, width)

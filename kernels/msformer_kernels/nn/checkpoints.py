@@ -26,7 +26,8 @@ _UNUSED = ("norm2", "norm3")
 def accept_other_names(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook for `load_state_dict` of a feed-forward layer. Tensors that no published forward uses are left out with a
     warning that names them."""
-    own = dict((*layer.named_parameters(), *layer.named_buffers()))  # a submodule that was put there may have such a name
+    # a submodule that was put in place of another one may have such a name
+    own = dict((*layer.named_parameters(), *layer.named_buffers()))
     for other, ours in _RENAMED.items():
         for part in ("weight", "bias"):
             key, name = f"{prefix}{other}.{part}", f"{prefix}{ours}.{part}"

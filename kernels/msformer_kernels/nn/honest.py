@@ -133,7 +133,7 @@ def why_other_dtype(module: Any, dtype: torch.dtype, device_type: str) -> str | 
 def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
     """Of a Linear, Conv2d or LayerNorm."""
     found = module._parameters
-    if len(found) == 2 and "weight" in found and "bias" in found:  # an attribute of a module costs ten times as much as these
+    if len(found) == 2 and "weight" in found and "bias" in found:  # an attribute of a module costs ten times as much
         return found["weight"], found["bias"]
     return module.weight, module.bias
 

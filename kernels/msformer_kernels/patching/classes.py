@@ -64,9 +64,9 @@ def put_back(module: nn.Module) -> None:
 def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
     """The subclass of `base` that carries out a plan; the same one for the same arguments."""
     plan, parts = proved.plan, proved.parts
-    helpers = {helper.kind for part in parts for helper in part.helpers if hasattr(helper.kind, "__call__")}
     functions = functions_of(part.base for part in parts)
-    functions += tuple((kind, "__call__", kind.__call__) for kind in helpers)
+    kinds = {helper.kind for part in parts for helper in part.helpers}
+    functions += tuple((k, "__call__", k.__call__) for k in kinds if any("__call__" in vars(c) for c in k.__mro__))
 
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():

@@ -1,9 +1,8 @@
 """``python -m msformer_kernels.patch MODULE:CALLABLE [--shape 1,3,512,512]``
 
 Patches a model that a function of the user makes, prints the report, and beside each other time and memory of the
-original and of the patched model. CALLABLE takes nothing and returns a model, or a model and the tuple of its inputs; or
-it is a model.
-MODULE is imported with the current folder on the path.
+original and of the patched model. CALLABLE takes nothing and returns a model, or a model and the tuple of its inputs;
+or it is a model. MODULE is imported with the current folder on the path.
 """
 
 from __future__ import annotations

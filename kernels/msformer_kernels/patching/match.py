@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from msformer_kernels.patching.classes import Proved, why_no_patched_class, why_no_subclass
 from msformer_kernels.patching.likeness import likeness
@@ -62,7 +62,7 @@ def match(
     """
     if not module._modules or type(module) in _CONTAINERS:
         return None
-    if any(isinstance(parameter, UninitializedTensorMixin) for parameter in module.parameters()):
+    if any(is_lazy(parameter) for parameter in module.parameters()):
         return "it has parameters without a shape; patch it after a first call"
     answers = [search(module, children) for search in SEARCHES]
     first = set(plans)

@@ -172,7 +172,7 @@ def functions_of(bases: Iterable[type]) -> tuple[tuple[type, str, Any], ...]:
 
 def held(value: Any) -> tuple[Any, ...]:
     """What is in a container or an object, as far as it can be compared."""
-    if isinstance(value, _FUNCTIONS) or isinstance(value, type):
+    if isinstance(value, (*_FUNCTIONS, type)):
         return (value,)
     if isinstance(value, functools.partial):
         return (value.func, value.args, tuple(value.keywords.items()))

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import msformer_kernels as kernels
 
@@ -85,6 +85,37 @@ def test_linear_layers_and_convolutions_for_one_another() -> None:
     assert torch.equal(other(x, 2, 3), mlp(x, 2, 3))
 
 
+def test_a_linear_layer_of_tokens_takes_a_convolution() -> None:
+    layer, weight = kernels.TokenLinear(4, 3), torch.randn(3, 4)
+    layer.load_state_dict({"weight": weight[..., None, None], "bias": torch.zeros(3)})
+    assert torch.equal(layer.weight, weight)
+
+
+class Flat(nn.Conv2d):
+    """A convolution of tokens with parameters of its own."""
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
+
+
+def test_a_submodule_with_the_name_of_another_library_keeps_it() -> None:
+    mlp = kernels.MixFFNSkip(4, 8)
+    mlp.dwconv = Flat(8, 8, 3, padding=1, groups=8)  # type: ignore[assignment]
+    mlp.norm2 = nn.LayerNorm(4)
+    other = copy.deepcopy(mlp).requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.fill_(7)
+    other.load_state_dict(mlp.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(mlp.parameters(), other.parameters(), strict=True))
+
+
+def test_two_names_for_one_tensor_are_refused() -> None:
+    mlp = kernels.MixFFN(4, 8)
+    state = {**mlp.state_dict(), "dense1.weight": torch.zeros(8, 4)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"dense1\.weight"'):
+        mlp.load_state_dict(state)
+
+
 def test_weights_of_convolutions_are_arguments_of_the_operators() -> None:
     torch.manual_seed(0)
     mlp, attention = kernels.MixFFN(4, 8), kernels.EfficientAttention(4)
@@ -102,4 +133,7 @@ def test_weights_of_convolutions_are_arguments_of_the_operators() -> None:
         kernels.mix_ffn(x, 2, 3, torch.zeros(8, 4, 3, 3), None, taps.weight, None, fc2, None)
     for size in ((2,), ((2, 3), 3), ((2, 3, 1),)):
         with pytest.raises(TypeError, match="expected two numbers or one pair, got"):
+            mlp(x, *size)
+    for size in ((2.0, 3), ("2", "3"), ((2, 3.0),)):
+        with pytest.raises(TypeError, match=r"(height|width): expected a whole number, got '?[23]"):
             mlp(x, *size)

@@ -166,9 +166,12 @@ def test_backward_hooks_for_all_modules(name: str) -> None:
 
 def test_a_forward_replaced_for_the_whole_class(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_and_tokens("block")
-    for built in (nn.Linear, nn.Conv2d, nn.LayerNorm):
-        forward = built.forward
-        monkeypatch.setattr(built, "forward", lambda self, x, forward=forward: 2 * forward(self, x))
+    for built, name in (
+        *((built, "forward") for built in (nn.Linear, nn.Conv2d, nn.LayerNorm, DepthwiseConv)),
+        (nn.Conv2d, "_conv_forward"),
+    ):
+        forward = getattr(built, name)
+        monkeypatch.setattr(built, name, lambda *arguments, forward=forward: 2 * forward(*arguments))
         check(layer, x)
         assert "has another forward" in str(layer.explain())  # type: ignore[operator]
         monkeypatch.undo()

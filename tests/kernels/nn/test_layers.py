@@ -133,6 +133,14 @@ def test_layers_are_the_same_fused_and_not() -> None:
         assert "activation='silu', inner_activation='relu'" in repr(layer)
 
 
+@pytest.mark.parametrize("ffn", ["mix_skip", "mlp"])
+def test_a_block_takes_the_size_as_a_pair(ffn: str) -> None:
+    block, x = kernels.EfficientTransformerBlock(6, ffn=ffn), torch.randn(2, 12, 6)
+    torch.testing.assert_close(block(x, (3, 4)), block(x, 3, 4), rtol=0, atol=0)
+    with pytest.raises(TypeError, match="expected two numbers or one pair, got 3 and None"):
+        block(x, 3)
+
+
 def hooked() -> nn.Module:
     module = nn.GELU()
     module.register_forward_hook(lambda module, given, output: 2 * output)

@@ -23,6 +23,13 @@ def with_inputs():
     return ImageMixFFN().double(), torch.randn(1, 8, 5, 7, dtype=torch.float64)
 
 number = lambda: 3
+one = ImageMixFFN()
+
+def with_size(size):
+    return one
+
+def fails():
+    raise ValueError("of the user")
 """
 
 
@@ -61,6 +68,10 @@ def test_inputs_come_from_the_callable_and_times_can_be_left_out(tmp_path: Path)
         ("made:number", "expected it to return a torch.nn.Module, got int"),
         ("made:nothing", "has no attribute 'nothing'"),
         ("no_such_module:model", "No module named 'no_such_module'"),
+        ("made:MADE_BY", "has no attribute 'MADE_BY'"),
+        ("made:__name__", "expected something to be called, got 'made'"),
+        ("made:with_size", "expected that it takes no arguments, missing a required argument: 'size'"),
+        ("made:one", "made:one: a call with (1, 3, 512, 512) torch.float32 fails (see --shape): RuntimeError: Given"),
     ],
 )
 def test_wrong_targets_are_errors(
@@ -72,6 +83,20 @@ def test_wrong_targets_are_errors(
     with pytest.raises(SystemExit):
         command.main([target])
     assert reason in capsys.readouterr().err
+
+
+def test_a_model_is_taken_as_it_is_and_the_users_errors_go_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "made.py").write_text(MADE)
+    monkeypatch.chdir(tmp_path)
+    command.main(["made:one", "--shape", "1,8,5,7", "--min-gain", "0", "--samples", "0"])
+    assert "replaced: 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="of the user"):
+        command.main(["made:fails"])
+    with pytest.raises(SystemExit):
+        command.main(["made:one", "--shape", "1,8,-5,7"])
+    assert "--shape: expected whole numbers with commas between them, got '1,8,-5,7'" in capsys.readouterr().err
 
 
 def test_importing_the_file_of_the_command_keeps_the_function() -> None:
