@@ -37,7 +37,7 @@ def compiled(folder: Path, *flags: str) -> Program:
     except NotBuilt as error:
         pytest.skip(str(error))
     program, source = folder / "emulation", Path(__file__).with_name("emulation.cu")
-    command = [*compiler, *EMULATION_FLAGS, "-O1", *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", str(source)]
+    command = [*compiler, *EMULATION_FLAGS, "-O0", *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", str(source)]
     subprocess.run([*command, "-o", str(program)], check=True)
 
     def run(*words: str, order: str = "0", given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
