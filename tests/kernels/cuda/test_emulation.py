@@ -134,7 +134,6 @@ def test_fibers_of_the_c_library(tmp_path: Path) -> None:
         assert b"thread 40" in other("divergent_barrier", order=order).stderr
 
 
-@pytest.mark.slow
 class TestWithSanitizers:
     @pytest.mark.parametrize("engine", BOUNDS)
     def test_no_false_alarm(self, engine: str, sanitized: Program) -> None:
