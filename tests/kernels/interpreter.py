@@ -4,18 +4,16 @@ for what it has to replace, which it has already done at the first call in the s
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 
 def hasten() -> None:
     """Nothing where there is no Triton, or another form of its interpreter."""
     try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    launch = getattr(interpreter.GridExecutor, "__call__", None)
-    patch = getattr(interpreter, "_patch_lang", None)
-    if launch is None or patch is None:
+        interpreter: Any = import_module("triton.runtime.interpreter")
+        launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    except (ImportError, AttributeError):
         return
     replaced: dict[Any, Any] = {}
 

@@ -32,8 +32,8 @@ EFFORT = float(os.environ.get("MSFORMER_TEST_EFFORT", "1"))
 """By how much the number of draws is multiplied."""
 
 
-@lru_cache(maxsize=256)
-def expected(
+@lru_cache(maxsize=64)
+def reference_results(
     case: Case,
     dtype: torch.dtype,
     seed: int,
@@ -74,7 +74,7 @@ def draw_once(
     that of `dtype`.
     """
     ours = run(case, cast(case.draw(seed), dtype), backend, seed=seed)
-    rule.add(ours, *expected(case, dtype, seed, eager_mode, eps))
+    rule.add(ours, *reference_results(case, dtype, seed, eager_mode, eps))
 
 
 def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100, medium: bool = False) -> None:
