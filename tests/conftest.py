@@ -1,6 +1,6 @@
 """Before anything is imported: Triton kernels run on CPU tensors, in Triton's interpreter, CUDA kernels in their
 emulation, and where several processes test at a time each has one thread, unless a test asks for more. Slow tests come
-last.
+last, the longest first.
 """
 
 import getpass
@@ -21,7 +21,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _CACHE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    markers = (item.get_closest_marker("slow") for item in items)
+    seconds = {item: marker.args[0] if marker else None for item, marker in zip(items, markers, strict=True)}
+    items.sort(key=lambda item: (seconds[item] is not None, -(seconds[item] or 0)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

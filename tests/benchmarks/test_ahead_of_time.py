@@ -66,7 +66,7 @@ def test_faults_of_a_kernel() -> None:
     assert "3 wgmma with an operand in registers" in faults(unsafe=3)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_host_time_of_every_operator() -> None:
     done = run_compiled("benchmarks.host_time", "--backend", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,7 +92,7 @@ def test_host_time_of_native_calls_beside_eager() -> None:
     assert all(len(seconds) == 2 and min(seconds) > 0 for _, seconds in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", ["sm_90", "sm_120"])
 def test_every_kernel_compiles_without_spills(target: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_kernels_that_were_built_do_not_spill() -> None:
     assert set(stacks.values()) == {"0"}, [name for name, stack in stacks.items() if stack != "0"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_the_tables_have_kernels_and_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc_or_skip()
     require("cuda")

@@ -76,7 +76,7 @@ def has_avx512() -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize("name", list(NATIVE))
 def test_native_kernels(name: str) -> None:
     if "native" not in kernels.available_backends():
@@ -89,7 +89,7 @@ def test_native_kernels(name: str) -> None:
     run_accuracy_tests(NATIVE[name], f"native and {dtype}", effort=0.25)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("name", list(INTERPRETER))
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     """NumPy multiplies there, by the BLAS kernels that it has for the processor."""

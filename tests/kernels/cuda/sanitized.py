@@ -37,9 +37,11 @@ def run_operators() -> None:
     for name, operator in OPERATORS.items():
         if "cuda" not in operator.served_by:
             continue
-        cases = import_module(f"tests.kernels.cases.{name}").CASES
+        cases = import_module(f"tests.kernels.cases.{name}").CASES.small
         for dtype, precision in (*((dtype, "highest") for dtype in DTYPES), (torch.float32, "high")):
-            for case in cases.small:
+            for case in cases:
+                if dtype == torch.float16 and case not in cases[::3]:  # it takes the same way as bfloat16
+                    continue
                 with float32_products(precision):
                     run(case, cast(case.draw(), dtype), "cuda")
                 print(name, case, dtype, "tf32" if precision == "high" else "")

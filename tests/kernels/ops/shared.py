@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import pytest
@@ -31,6 +32,33 @@ EFFORT = float(os.environ.get("MSFORMER_TEST_EFFORT", "1"))
 """By how much the number of draws is multiplied."""
 
 
+@lru_cache(maxsize=64)
+def reference_results(
+    case: Case,
+    dtype: torch.dtype,
+    seed: int,
+    eager_mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    eps: float | None = None,
+) -> tuple[Results, Results, Results]:
+    """Of one draw: eager's results, the exact ones, and how far off these may be. Backends and their forms, which are
+    tested one after the other, share them."""
+    rounded = cast(case.draw(seed), dtype)
+    with eager_mode():
+        eager = run(case, rounded, "reference", seed=seed)
+    dtypes = {name: x.dtype for name, x in eager.items()}
+    wide = cast(rounded, torch.float64)
+
+    def exact(tensors: dict[str, Tensor | None]) -> Results:
+        return run(case, tensors, "reference", dtypes, seed)
+
+    def perturbed(arithmetic: MonteCarloArithmetic) -> Results:
+        inputs = {n: x if x is None else arithmetic.perturbed(x.detach()) for n, x in wide.items()}
+        return exact({n: x if x is None or x.dtype == torch.bool else x.requires_grad_() for n, x in inputs.items()})
+
+    truth = exact(wide)
+    return eager, truth, uncertainty(perturbed, truth, eps or torch.finfo(dtype).eps)
+
+
 def draw_once(
     case: Case,
     dtype: torch.dtype,
@@ -45,22 +73,8 @@ def draw_once(
     `eager_mode` is what eager runs in, `eps` the relative spacing of the values that operations round to, by default
     that of `dtype`.
     """
-    rounded = cast(case.draw(seed), dtype)
-    with eager_mode():
-        eager = run(case, rounded, "reference", seed=seed)
-    ours = run(case, rounded, backend, seed=seed)
-    dtypes = {name: x.dtype for name, x in ours.items()}
-    wide = cast(rounded, torch.float64)
-
-    def exact(tensors: dict[str, Tensor | None]) -> Results:
-        return run(case, tensors, "reference", dtypes, seed)
-
-    def perturbed(arithmetic: MonteCarloArithmetic) -> Results:
-        inputs = {n: x if x is None else arithmetic.perturbed(x.detach()) for n, x in wide.items()}
-        return exact({n: x if x is None or x.dtype == torch.bool else x.requires_grad_() for n, x in inputs.items()})
-
-    truth = exact(wide)
-    rule.add(ours, eager, truth, uncertainty(perturbed, truth, eps or torch.finfo(dtype).eps))
+    ours = run(case, cast(case.draw(seed), dtype), backend, seed=seed)
+    rule.add(ours, *reference_results(case, dtype, seed, eager_mode, eps))
 
 
 def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100, medium: bool = False) -> None:

@@ -45,7 +45,7 @@ def test_every_form_of_the_cuda_kernels(
     require("cuda")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    check_error_rule(case, dtype, "cuda", most=2)
+    check_error_rule(case, dtype, "cuda", most=1 if case.name == "far_too_wide" else 2)  # which is slow
 
 
 @pytest.mark.accuracy

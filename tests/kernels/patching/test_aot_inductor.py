@@ -28,7 +28,7 @@ print(sum(event.name == "msformer::mix_ffn" for event in profile.events()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 @pytest.mark.timeout(600)
 def test_a_package_runs_where_this_package_is_imported(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 def test_an_adapter_is_trained_and_its_layer_left_alone() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")

@@ -62,7 +62,7 @@ def assert_same(
     assert worst <= tolerance * scale
 
 
-@pytest.mark.slow
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("name", REPLACED)
 def test_feed_forward_layers_and_blocks_are_replaced(name: str) -> None:
     torch.manual_seed(0)

@@ -152,34 +152,36 @@ def test_a_batch_norm_of_one_process_is_the_plain_layer() -> None:
 
 
 STEPS = 10
+SPREAD = ("teacher", "consistency")
 
 
-def spread_training(rank: int, count: int, folder: Path, objective: str) -> None:
-    """A process of several, whose first writes what came of it."""
+def spread_training(rank: int, count: int, folder: Path) -> None:
+    """A process of several, whose first writes what came of each objective."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    settings = small_settings(objective=objective, steps=STEPS, accumulate=1)
-    trainer = trainer_of(settings, processes=Processes(rank, count, rank))
-    trainer.run(small_batches(settings, (rank, count)), lambda state: False)
-    # what is left of it would be destroyed after the group, and might wait for gloo's threads for ever
-    assert not any(isinstance(found, DistributedDataParallel) for found in gc.get_objects())
-    if rank == 0:
-        torch.save((trainer.state.history, trainer.network.state_dict()), folder / "found.pt")
+    for objective in SPREAD:
+        settings = small_settings(objective=objective, steps=STEPS, accumulate=1)
+        trainer = trainer_of(settings, processes=Processes(rank, count, rank))
+        trainer.run(small_batches(settings, (rank, count)), lambda state: False)
+        # what is left of it would be destroyed after the group, and might wait for gloo's threads for ever
+        assert not any(isinstance(found, DistributedDataParallel) for found in gc.get_objects())
+        if rank == 0:
+            torch.save((trainer.state.history, trainer.network.state_dict()), folder / f"{objective}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", ["teacher", "consistency"])
-def test_two_processes_take_the_steps_of_one(tmp_path: Path, objective: str) -> None:
-    multiprocessing.spawn(spread_training, (2, tmp_path, objective), nprocs=2)
-    history, weights = torch.load(tmp_path / "found.pt", weights_only=True)
-    settings = small_settings(objective=objective, steps=STEPS)
-    alone = trainer_of(settings)
-    alone.run(small_batches(settings), lambda state: False)
-    for name, values in alone.state.history.items():
-        torch.testing.assert_close(torch.tensor(history[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
-    network = make_network(settings, find_objective(objective), torch.device("cpu"))
-    network.load_state_dict(weights)
-    image = torch.randn(2, 3, 49, 49, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found, expected = (each.eval()(image, attention=False).logits for each in (network, alone.network))
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.std()))
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(spread_training, (2, tmp_path), nprocs=2)
+    for objective in SPREAD:
+        history, weights = torch.load(tmp_path / f"{objective}.pt", weights_only=True)
+        settings = small_settings(objective=objective, steps=STEPS)
+        alone = trainer_of(settings)
+        alone.run(small_batches(settings), lambda state: False)
+        for name, values in alone.state.history.items():
+            torch.testing.assert_close(torch.tensor(history[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
+        network = make_network(settings, find_objective(objective), torch.device("cpu"))
+        network.load_state_dict(weights)
+        image = torch.randn(2, 3, 49, 49, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found, expected = (each.eval()(image, attention=False).logits for each in (network, alone.network))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.std()))
