@@ -80,7 +80,7 @@ def patched_class(base: Any, proved: Proved) -> type[nn.Module]:
             autocast = autocast_enabled(x.device.type)
             why = why_changed(self, parts, None if autocast else x.dtype)
             if why is None and not proved.narrow and (autocast or x.dtype.itemsize < 4):
-                why = "it returns another dtype under autocast or below float32"
+                why = "it does something else under autocast or below float32"
             if why is None:
                 return plan.run(self, *call[0], **call[1])
         if not torch.compiler.is_compiling():

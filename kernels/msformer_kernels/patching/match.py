@@ -18,6 +18,8 @@ from msformer_kernels.patching.structures.common import joined
 
 BATCH = "BatchNorm uses the statistics of the batch"
 """Why a plan that takes the running ones does not hold where a BatchNorm is in training mode."""
+_NARROW = {"float16", "half", "bfloat16", "finfo"}
+"""Names in a forward that does something else below float32, which a proof in float64 does not show."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -93,7 +95,9 @@ def _prove(name: str, module: nn.Module, plans: list[Plan], alike: bool, known: 
     why = _why_not_bypassed(module, plan)
     if why is not None:
         return why
-    proved = Proved(plan, _parts(module, plan, outcome.in_training), outcome.narrow)
+    parts = _parts(module, plan, outcome.in_training)
+    asks = any(part.reads & _NARROW for part in parts)  # it may clip what overflows there
+    proved = Proved(plan, parts, outcome.narrow and not asks)
     why = why_no_patched_class(type(module), proved)
     if why is not None:
         return why

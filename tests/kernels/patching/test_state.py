@@ -226,6 +226,20 @@ def test_a_forward_that_leaves_autocast_keeps_its_dtype() -> None:
         assert module(X, *SIZE).dtype == torch.float32
 
 
+class Clips(models.DenseMixFFN):
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        found = super().forward(hidden_states, height, width)
+        return found.clamp(-1, 1) if found.dtype == torch.float16 else found
+
+
+def test_a_forward_that_asks_for_float16_runs_there() -> None:
+    module = Clips().eval()
+    kernels.patch(module, min_gain=0)
+    assert is_fused(module, X, *SIZE)
+    found = module.half()(100 * X.half(), *SIZE)
+    assert found.abs().max() == 1
+
+
 def test_norms_that_stay_in_float32() -> None:
     block = models.TupleBlock().eval()
     report = kernels.patch(block, min_gain=0)
