@@ -61,8 +61,23 @@ def joined(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"another process of the training failed, or was killed: {reason}") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def started_again() -> bool:
+    """Whether ``torchrun`` started these processes in place of others that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def speaks() -> bool:
+    """Whether this process, of those that ``torchrun`` started if it did, prints what all have to say."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def is_spread() -> bool:
