@@ -26,7 +26,7 @@ from torch import Tensor
 import msformer
 from msformer.io.prepare import prepare_image, resize_image
 from msformer.io.read import Reading, read_image
-from msformer.output import complete_file
+from msformer.output import OutputError, complete_file
 from msformer.runs.plan import Job, fingerprint
 from msformer.training.distributed import ALONE, Processes, wait_for_all
 from msformer.training.domains import Domain
@@ -121,6 +121,8 @@ def learn(
     for request in requests:
         try:
             lessons[request.job.name] = _load(request, folder) or make_lesson(request, folder)
+        except OutputError:  # an error of the run, not of the image
+            raise
         except (ValueError, OSError) as error:
             failures[request.job.origin] = str(error)
     return lessons, failures

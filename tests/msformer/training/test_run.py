@@ -19,6 +19,7 @@ import msformer.training.batches
 from msformer.cli import main
 from msformer.io.prepare import prepare_image
 from msformer.io.read import Reading
+from msformer.output import OutputError
 from msformer.runs.plan import Job
 from msformer.scoring import dice
 from msformer.synthetic import synthetic_lesion
@@ -239,6 +240,13 @@ def test_lessons_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made.clear()
     learn(requests(tmp_path / "images", seed=1), folder, lambda done: None)
     assert len(made) == 3
+
+
+def test_lessons_that_cannot_be_kept_end_the_run(tmp_path: Path) -> None:
+    """A full disk is no reason to leave images out."""
+    save_lesions(tmp_path / "images", 2, 64)
+    with pytest.raises(OutputError, match=r"cannot write .*No such file"):
+        learn(requests(tmp_path / "images"), tmp_path / "nowhere", lambda done: None)
 
 
 def test_workers_make_the_same_lessons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

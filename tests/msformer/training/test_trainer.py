@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_an_error() -> None:
-    with pytest.raises(ValueError, match="batch: expected a multiple of 6 for 2 processes with 3 parts each, got 4"):
+    with pytest.raises(ValueError, match="batch: expected a multiple of 6 for 2 processes, accumulate 3, got 4"):
         small_settings(accumulate=3).check_split(2)
 
 
