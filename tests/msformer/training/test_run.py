@@ -69,6 +69,7 @@ def test_a_net_learns_from_rules_what_the_rules_know(tmp_path: Path) -> None:
 def test_the_command_leaves_a_model_with_a_report(tmp_path: Path) -> None:
     save_lesions(tmp_path / "images", 3)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "images" / "02.png").rename(tmp_path / "images" / "<b>.png")
     found = command(tmp_path / "images", "--out", tmp_path / "model", *OPTIONS)
     assert found.exit_code == 0, found.output
     assert "domain: dermoscopy, as most images look" in found.output
@@ -81,6 +82,8 @@ def test_the_command_leaves_a_model_with_a_report(tmp_path: Path) -> None:
     page = (tmp_path / "model" / "report.html").read_text()
     assert page.count("<figure>") == 3
     assert "<svg" in page
+    assert "&lt;b&gt;: agreement" in page
+    assert "<b>" not in page
     assert "3 images are few" in page
     assert 'http-equiv="refresh"' not in page
 
@@ -97,6 +100,9 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path: Path) -> None
     other = command(*first, "--seed", "1")
     assert other.exit_code == 1
     assert "seed was 0, now 1" in other.output
+    (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "new.png")
+    renamed = command(*first)
+    assert "1 of the images used is new, such as new; 1 of the images used is gone, such as 00" in renamed.output
     anew = command(*first, "--seed", "1", "--overwrite")
     assert anew.exit_code == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != weights
@@ -134,6 +140,13 @@ def test_a_second_round_is_taught_by_the_first(tmp_path: Path) -> None:
     assert once.digest != twice.digest
     at_once = msformer.train(tmp_path / "images", tmp_path / "other", rounds=2, **options)
     assert at_once.digest == twice.digest
+    with pytest.raises(ValueError, match="is in round 2, expected as many at least, got 1; take another folder"):
+        msformer.train(tmp_path / "images", tmp_path / "model", **options)
+    (tmp_path / "model" / "model.json").unlink()
+    (tmp_path / "model" / "report.html").unlink()
+    again = msformer.train(tmp_path / "images", tmp_path / "model", rounds=2, **options)
+    assert again.digest == twice.digest, "what is gone is written again"
+    assert "msformer.train, in Python" in (tmp_path / "model" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("objective", ["consistency", "published"])
@@ -151,6 +164,7 @@ def test_objectives_without_teachers(tmp_path: Path, objective: str) -> None:
     ("options", "message"),
     [
         (["--weights", "ce"], "expected terms, each once, with weights, such as ce=1,dice=0.5, got 'ce'"),
+        (["--weights", "ce=1,ce=2"], "expected terms, each once"),
         (["--weights", "inter=1"], "weights: teacher has no inter; expected some of ce, dice"),
         (["--batch", "3", "--accumulate", "2"], "batch: expected a multiple of 2"),
         (["--objective", "published", "--rounds", "2"], "rounds: 2 are for the objective teacher, got published"),
