@@ -110,7 +110,7 @@ def segment(
         write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
         drawn: dict[str, Any] = {} if doubt is None else {"warnings": [doubt]}
         if mask:
-            drawn = {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
+            drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
         finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)
     sys.exit(1 if failures else 0)
 
