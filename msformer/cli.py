@@ -103,11 +103,14 @@ def segment(
         executor = make_executor(cluster, threads, way.device, at_once, images_at_once(way.device))
         sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
+        doubt = way.doubt(jobs, reading)
+        if doubt is not None:
+            click.echo(f"warning: {doubt}", err=True)
         finished, failures = run_all(jobs, out, plan, overwrite, executor)
         write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
-        drawn: dict[str, Any] = {}
+        drawn: dict[str, Any] = {} if doubt is None else {"warnings": [doubt]}
         if mask:
-            drawn = {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
+            drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
         finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)
     sys.exit(1 if failures else 0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,9 +21,14 @@ from msformer.segmentation import Progress, Segmentation, segment
 from msformer.selection import AUTO, select
 
 if TYPE_CHECKING:
+    from msformer.io.read import Reading
+    from msformer.runs.plan import Job
     from msformer.training.saved import TrainedModel
 
 Record = dict[str, Any]
+
+LOOKED_AT = 9
+"""Images that are looked at before a trained network is asked for masks of them all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,10 @@ class Way(ABC):
     @abstractmethod
     def settings(self) -> Record:
         """What decides the result, as plain JSON."""
+
+    def doubt(self, jobs: Sequence[Job], reading: Reading) -> str | None:
+        """Why these images may not suit it, in a sentence; looks at a few of them."""
+        return None
 
     @abstractmethod
     def rule(self, asked: str | None) -> str | None:
@@ -162,6 +172,11 @@ class Model(Way):
         refine = None if self.refine is None else self.refine.settings()
         facts = {"model": self.model.digest, "domain": self.model.domain, "objective": self.model.objective}
         return facts | {"device": self.device, "backend": self.backend, "refine": refine}
+
+    def doubt(self, jobs: Sequence[Job], reading: Reading) -> str | None:
+        from msformer.training.kinds import look_at, strangers
+
+        return strangers(look_at(jobs, reading, LOOKED_AT), self.model.training.get("kinds", {}))
 
     def rule(self, asked: str | None) -> str | None:
         from msformer.training.domains import find_domain

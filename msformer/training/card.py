@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ _CARD = """\
 A small MS-Former for images of the kind **{domain}**. No mask was used to train it: {teaching}.
 
 ```console
-$ msformer segment FOLDER --model {folder} --mask --out RESULTS
+$ msformer segment FOLDER --model {argument} --mask --out RESULTS
 ```
 
 ```python
 import msformer
 
-model = msformer.load("{folder}")
+model = msformer.load({folder!r})
 ```
 
 Use it for images like those that it was trained on: the same kind, the same kind of device. Look at the contact sheets
@@ -55,11 +56,12 @@ def write_card(path: Path, description: Mapping[str, Any], parameters: int) -> N
         description: what ``model.json`` is going to hold.
         parameters: weights of the network.
     """
-    architecture = description["architecture"]
+    architecture, folder = description["architecture"], path.absolute().parent.name
     text = _CARD.format(
         domain=description["domain"],
         teaching=_TEACHING[description["objective"]],
-        folder=path.absolute().parent.name,
+        folder=folder,
+        argument=shlex.quote(folder),
         parameters=parameters,
         embed_dim=architecture["embed_dim"],
         depth=architecture["depth"],

@@ -1,7 +1,7 @@
 """The state of a training on disk, so that one that was stopped goes on to the same weights.
 
 ``checkpoint.pt`` holds weights, buffers, the optimiser's state, round and step, the losses so far and PyTorch's random
-state, with the settings and a hash of the images. What a step sees follows from the seed and its number (`batches`), so
+state, with the settings and hashes of the images. What a step sees follows from the seed and its number (`batches`), so
 the step is the position in the data, too, and in the schedule of the learning rate.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from msformer.output import complete_file
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
+Identity = tuple[Mapping[str, Any], Mapping[str, str]]
+"""Settings and images of a training, as in `State`."""
 
 
 @dataclass
@@ -26,7 +29,9 @@ class State:
     """How far a training is."""
 
     settings: dict[str, Any]
-    """All that decides the weights, as plain values."""
+    """All that decides the weights but for the images, as plain values."""
+    images: dict[str, str] = field(default_factory=dict)
+    """What decides each image and its target, by its name."""
     round: int = 1
     step: int = 0
     """Steps of this round that were taken."""
@@ -57,8 +62,12 @@ def write(state: State, folder: Path) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def read(folder: Path, settings: dict[str, Any]) -> State | None:
-    """The state in a folder; None if there is none.
+def read(folder: Path, settings: Mapping[str, Any], images: Mapping[str, str] | None = None) -> State | None:
+    """The state in a folder; None if there is none. Puts PyTorch's random state back.
+
+    Args:
+        settings: some or all of a state's, which have to be the same.
+        images: those of the training; None if they are not known yet.
 
     Raises:
         ValueError: it is of other settings or images, of another version, or damaged; the message says what differs.
@@ -70,17 +79,31 @@ def read(folder: Path, settings: dict[str, Any]) -> State | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.pop("format") != FORMAT:
-            raise ValueError("it is of another version of msformer")
+            raise ValueError(f"{path}: a checkpoint of another version of msformer; {instead}")
         random = content.pop("random")
         found = State(**content)
-    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint that can be used ({error}); {instead}") from error
-    different = [
-        f"{name} was {found.settings.get(name)!r}, now {settings.get(name)!r}"
-        for name in {**settings, **found.settings}
-        if found.settings.get(name) != settings.get(name)
-    ]
+    except (KeyError, TypeError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, or no checkpoint of a training; {instead}") from error
+    now = settings, found.images if images is None else images
+    different = list(differences((found.settings, found.images), now))
     if different:
-        raise ValueError(f"{path}: a training with other settings ({'; '.join(different)}); {instead}")
+        raise ValueError(f"{path}: a training with other settings or images ({'; '.join(different)}); {instead}")
     torch.set_rng_state(random)
     return found
+
+
+def differences(before: Identity, now: Identity) -> Iterator[str]:
+    """In words, which of the settings now are others than before; if none is, what became of the images."""
+    (settings, images), (settings_now, images_now) = before, now
+    different = [name for name, value in settings_now.items() if settings.get(name) != value]
+    for name in different:
+        yield f"{name} was {settings.get(name)!r}, now {settings_now[name]!r}"
+    if different:
+        return  # which make other targets of the same images
+    changed = [name for name in images if name in images_now and images[name] != images_now[name]]
+    kinds = {"new": images_now.keys() - images.keys(), "gone": images.keys() - images_now.keys(), "changed": changed}
+    for kind, names in kinds.items():
+        if names:
+            yield f"{len(names)} of the images used {'is' if len(names) == 1 else 'are'} {kind}, such as {min(names)}"
+    if not any(kinds.values()) and list(images) != list(images_now):
+        yield "the images are in another order"

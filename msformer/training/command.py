@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ class WeightsType(click.ParamType):
         for part in value.split(","):
             name, sign, number = part.partition("=")
             try:
-                if not sign:
+                if not sign or name.strip() in found:
                     raise ValueError
                 found[name.strip()] = float(number)
             except ValueError:
-                self.fail(f"expected terms and weights such as ce=1,dice=0.5, got {value!r}", param, ctx)
+                self.fail(f"expected terms, each once, with weights, such as ce=1,dice=0.5, got {value!r}", param, ctx)
         return found
 
 
@@ -91,6 +92,7 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
     with friendly_errors(), needed_packages("train"):
         from torch import OutOfMemoryError
 
+        from msformer.training.distributed import speaks
         from msformer.training.run import train as run
 
         try:
@@ -101,10 +103,13 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
                 **options,
             )
         except KeyboardInterrupt:
-            click.echo("\nstopped; the same command goes on where it was", err=True)
+            if speaks():
+                click.echo("\nstopped; the same command goes on where it was", err=True)
             sys.exit(INTERRUPTED)
         except FloatingPointError as error:
             raise ValueError(f"{error}: --learning-rate") from error
         except OutOfMemoryError as error:
             raise ValueError("the GPU has too little memory for a batch; split it: --accumulate 2") from error
-    click.echo(f"model in {model.folder}; use it: msformer segment FOLDER --model {model.folder} --mask --out RESULTS")
+    if speaks():
+        folder = shlex.quote(str(model.folder))
+        click.echo(f"model in {folder}; use it: msformer segment FOLDER --model {folder} --mask --out RESULTS")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from msformer.training.meeting import meet
 from msformer_kernels import TokenBatchNorm
 
 Result = TypeVar("Result")
@@ -58,11 +59,28 @@ def joined(device: str) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
+    store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    fresh = dist.PrefixStore(meet(store, rank, count, PATIENCE), store)
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError("another process of the training failed, or was killed") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def started_again() -> bool:
+    """Whether ``torchrun`` started these processes in place of others that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def speaks() -> bool:
+    """Whether this process, of those that ``torchrun`` started if it did, prints what all have to say."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def is_spread() -> bool:

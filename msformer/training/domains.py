@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from msformer.training.augment import Strengths
+from msformer.training.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,9 @@ def find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
-class Kind(NamedTuple):
-    """What is known of an image before its domain is."""
-
-    colour: bool
-    ct: bool
-
-    @property
-    def domain(self) -> Domain:
-        """The domain that images of this kind are most likely of."""
-        return DERMOSCOPY if self.colour else CT if self.ct else GENERIC
+def likely_domain(kind: Kind) -> Domain:
+    """The domain that images of a kind are most likely of."""
+    return DERMOSCOPY if kind.colour else CT if kind.ct else GENERIC
 
 
 def guess_domain(kinds: Sequence[Kind]) -> Domain:
@@ -64,5 +57,5 @@ def guess_domain(kinds: Sequence[Kind]) -> Domain:
     """
     if not kinds:
         raise ValueError("kinds: expected at least one image, got none")
-    counts = {name: sum(kind.domain.name == name for kind in kinds) for name in DOMAINS}
+    counts = {name: sum(likely_domain(kind).name == name for kind in kinds) for name in DOMAINS}
     return DOMAINS[max(counts, key=lambda name: counts[name])]

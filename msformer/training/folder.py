@@ -16,16 +16,17 @@ from msformer.io.files import find_images
 from msformer.io.read import Reading
 from msformer.runs.plan import Job, plan_jobs, reading_of
 from msformer.training.distributed import Processes
-from msformer.training.domains import Domain, Kind, find_domain, guess_domain
-from msformer.training.lessons import Lesson, Pool, Request, learn, look_at, make_pool
+from msformer.training.domains import Domain, find_domain, guess_domain
+from msformer.training.kinds import RARE, Kind, count_kinds, look_at
+from msformer.training.lessons import Lesson, Pool, Request, learn, make_pool
 from msformer.training.settings import FEW_IMAGES
 from msformer.training.teachers import AGREEMENT
 from msformer.training.watch import Watch
 
+NAMED = 10
+"""Files that cannot be read and are named in a warning."""
 TEACHERS = "teachers"
 """Folder of the lessons, below that of the model."""
-MIXED = 0.05
-"""A folder mixes kinds if more of its images than this are of another kind than most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Material:
             "images": len(self.pool),
             "left out, since their teachers disagree": len(self.disagreed),
             "left out, since they cannot be read": len(self.failures),
+            "kinds": count_kinds(lesson.kind for lesson in self.lessons.values()),
             "mean agreement of the teachers": float(np.mean([each.agreement for each in self.lessons.values()])),
             "mean of each channel": values.mean((0, 2, 3)).tolist(),
             "standard deviation of each channel": values.std((0, 2, 3)).tolist(),
@@ -79,15 +81,15 @@ def gather(
     """
     paths = [Path(folder) for folder in folders]
     sources = find_images(paths, exclude=[out])
-    images = [(job, _reading_of(job, reading)) for job in plan_jobs(sources, paths, out / TEACHERS, all_slices)]
-    chosen = guess_domain(look_at(images) or [Kind(False, False)]) if domain is None else find_domain(domain)
-    with Watch("images", len(images), shown=shown) as watch:
+    jobs = plan_jobs(sources, paths, out / TEACHERS, all_slices)
+    chosen = guess_domain(look_at(jobs, reading) or [Kind(False, False)]) if domain is None else find_domain(domain)
+    with Watch("images", len(jobs), shown=shown) as watch:
         if domain is None:
             watch.say(f"domain: {chosen.name}, as most images look; --domain says otherwise")
-        requests = [Request(job, how, chosen, taught, seed) for job, how in images]
+        requests = [Request(job, _reading_of(job, reading), chosen, taught, seed) for job in jobs]
         lessons, failures = learn(requests, out / TEACHERS, watch.update, processes, workers)
     if not lessons:
-        raise ValueError(f"every image failed, the first with: {next(iter(failures.values()))}")
+        raise ValueError(f"every image failed, the first with: {named(failures)[0]}")
     kept = {name: lesson for name, lesson in lessons.items() if lesson.agreement >= AGREEMENT}
     if not kept:
         raise ValueError(
@@ -95,39 +97,59 @@ def gather(
             "kind: try another --domain, or --objective consistency, which needs no teachers"
         )
     disagreed = tuple(name for name in lessons if name not in kept)
-    warnings = tuple(concerns(chosen, [lesson.kind for lesson in lessons.values()], len(kept), failures))
+    warnings = tuple(concerns(chosen, lessons, kept, failures))
     return Material(chosen, domain is None, kept, make_pool(kept), disagreed, failures, warnings)
 
 
-def concerns(domain: Domain, kinds: Sequence[Kind], kept: int, failures: Mapping[str, str]) -> Iterable[str]:
+def concerns(
+    domain: Domain, lessons: Mapping[str, Lesson], kept: Mapping[str, Lesson], failures: Mapping[str, str]
+) -> Iterable[str]:
     """What a user should know before relying on the training, and what to do instead.
 
     Args:
         domain: of the training.
-        kinds: of all images that were read.
-        kept: images whose teachers agree.
+        lessons: of all images that were read, by name.
+        kept: of those whose teachers agree.
         failures: error by file.
     """
-    if kept < FEW_IMAGES:
+    different = len({lesson.key for lesson in kept.values()})
+    if different < len(kept):
+        yield f"{len(kept) - different} of {len(kept)} images are copies of others: these count for as much more."
+    if different < FEW_IMAGES:
         yield (
-            f"{kept} images are few: from fewer than about {FEW_IMAGES} a network learns no more than its teachers "
-            "know. Add images of the same kind, or fit each image instead: msformer segment --mask."
+            f"{different} images are few: from fewer than about {FEW_IMAGES} a network learns no more than its "
+            "teachers know. Add images of the same kind, or fit each image instead: msformer segment --mask."
         )
-    if kept < 0.5 * len(kinds):
+    if len(kept) < 0.5 * len(lessons):
         yield (
-            f"The teachers disagree on {len(kinds) - kept} of {len(kinds)} images: the rule '{domain.rule}' of the "
-            f"domain {domain.name} may not suit them. Look at some masks of it first (msformer segment --mask --select "
-            f"{domain.rule}), try another --domain, or --objective consistency, which needs no teachers."
+            f"The teachers disagree on {len(lessons) - len(kept)} of {len(lessons)} images: the rule '{domain.rule}' "
+            f"of the domain {domain.name} may not suit them. Look at some masks of it first (msformer segment --mask "
+            f"--select {domain.rule}), try another --domain, or --objective consistency, which needs no teachers."
         )
-    others = [kind for kind in kinds if kind != max(kinds, key=kinds.count)]
-    if len(others) > MIXED * len(kinds):
+    blank = [name for name, lesson in kept.items() if lesson.teachers and lesson.target.mean() in (0, 1)]
+    if len(blank) > 0.5 * len(kept):
         yield (
-            f"{len(others)} of {len(kinds)} images are of another kind than most (colour, grey, CT): one network for "
-            "several kinds learns none of them well. Put each kind in a folder of its own and train on each."
+            f"In {len(blank)} of {len(kept)} images, such as {blank[0]}, the teachers see nothing or everything, which "
+            "a network then learns. Look at the images, or try another --domain."
+        )
+    kinds = [lesson.kind for lesson in lessons.values()]
+    most = max(kinds, key=kinds.count)
+    others = [name for name, lesson in lessons.items() if lesson.kind != most]
+    if len(others) > RARE * len(kinds):
+        yield (
+            f"{len(others)} of {len(kinds)} images, such as {others[0]}, are not {most} as most are: one network for "
+            "several kinds learns none of them well. Put each kind in a folder of its own and train on each; masks "
+            "are no images to train on."
         )
     if failures:
-        first = next(iter(failures.values()))
-        yield f"{len(failures)} files cannot be read and are left out, the first: {first}"
+        count = "1 file" if len(failures) == 1 else f"{len(failures)} files"
+        more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
+        yield f"{count} cannot be read, and left out: {'; '.join(named(failures)[:NAMED])}{more}"
+
+
+def named(failures: Mapping[str, str]) -> list[str]:
+    """Errors by file, each with the name of its file."""
+    return [error if origin in error else f"{origin}: {error}" for origin, error in failures.items()]
 
 
 def _reading_of(job: Job, reading: Reading) -> Reading:

@@ -25,19 +25,18 @@ from torch import Tensor
 
 import msformer
 from msformer.io.prepare import prepare_image, resize_image
-from msformer.io.read import Reading, is_colour, is_ct, read_image
-from msformer.output import complete_file
+from msformer.io.read import Reading, read_image
+from msformer.output import OutputError, complete_file
 from msformer.runs.plan import Job, fingerprint
 from msformer.training.distributed import ALONE, Processes, wait_for_all
-from msformer.training.domains import Domain, Kind
+from msformer.training.domains import Domain
+from msformer.training.kinds import Kind, kind_of
 from msformer.training.teachers import TEACHER_SIZE, rule_masks
 
 FORMAT = 1
 """Of the files; a change of the teachers that their settings do not tell needs another."""
 FEW = 30
 """Images that are worked on without further processes."""
-SAMPLE = 25
-"""Images that are looked at to guess the domain."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +88,9 @@ class Pool:
     """``[N, S, S]``, uint8, 0 or 1."""
     weight: Tensor
     """``[N, S, S]``, uint8, in units of 1/255."""
-    digest: str
-    """Of all of it."""
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def look_at(images: Sequence[tuple[Job, Reading]]) -> list[Kind]:
-    """The kinds of some of the images, spread over the folder; files that cannot be read are passed over."""
-    found = []
-    for place in np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)):
-        job, reading = images[place]
-        try:
-            found.append(_kind(job, reading, prepare_image(read_image(job.source, reading))))
-        except (ValueError, OSError):
-            continue
-    return found
 
 
 def learn(
@@ -136,6 +121,8 @@ def learn(
     for request in requests:
         try:
             lessons[request.job.name] = _load(request, folder) or make_lesson(request, folder)
+        except OutputError:  # an error of the run, not of the image
+            raise
         except (ValueError, OSError) as error:
             failures[request.job.origin] = str(error)
     return lessons, failures
@@ -148,10 +135,8 @@ def make_pool(lessons: dict[str, Lesson], size: int = TEACHER_SIZE) -> Pool:
     for place, lesson in enumerate(lessons.values()):
         for whole, part in zip(pool, (lesson.image, lesson.target, lesson.weight), strict=True):
             whole[place] = part
-    keys = json.dumps([[name, lesson.key] for name, lesson in lessons.items()])
-    digest = hashlib.sha256(keys.encode("utf-8", "surrogateescape")).hexdigest()
     images, target, weight = map(torch.from_numpy, pool)
-    return Pool(tuple(lessons), images, target, weight, digest)
+    return Pool(tuple(lessons), images, target, weight)
 
 
 def make_lesson(request: Request, folder: Path) -> Lesson:
@@ -161,7 +146,7 @@ def make_lesson(request: Request, folder: Path) -> Lesson:
         ValueError, OSError: the image cannot be read, or the lesson not written.
     """
     image = prepare_image(read_image(request.job.source, request.reading))
-    kind = _kind(request.job, request.reading, image)
+    kind = kind_of(request.job, request.reading, image)
     small = resize_image(image, (TEACHER_SIZE, TEACHER_SIZE))
     stored = (small * 255).round().to(torch.uint8)
     votes, count, agreement = np.zeros((TEACHER_SIZE, TEACHER_SIZE), np.uint8), 0, 1.0
@@ -244,7 +229,3 @@ def _fingerprint(source: Path) -> str:
         return _fingerprints[known]
     except OSError:
         return ""
-
-
-def _kind(job: Job, reading: Reading, image: Tensor) -> Kind:
-    return Kind(is_colour(image), is_ct(job.source, reading.slice_index))

@@ -6,7 +6,6 @@ left out. All pixels count alike.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -48,9 +47,8 @@ def taught_again(network: MSFormer, pool: Pool, lessons: Mapping[str, Lesson], d
             "learned something: leave --rounds out, or take more --steps"
         )
     target = torch.stack(targets)
-    digest = hashlib.sha256(pool.digest.encode() + target.numpy().tobytes()).hexdigest()
     names = tuple(pool.names[place] for place in kept)
-    return Pool(names, pool.images[kept], target, torch.full_like(target, 255), digest)
+    return Pool(names, pool.images[kept], target, torch.full_like(target, 255))
 
 
 def _cleaned(probability: NDArray[np.float32], domain: Domain) -> Mask:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -18,12 +20,13 @@ import msformer
 import msformer_kernels
 from msformer.io.read import Reading
 from msformer.memory import kept_memory
+from msformer.model import MSFormer
 from msformer.output import prepare_folder
 from msformer.segmentation import find_device
 from msformer.training import checkpoint
 from msformer.training.batches import Batches
 from msformer.training.checkpoint import State
-from msformer.training.distributed import Processes, from_first, joined, wait_for_all
+from msformer.training.distributed import Processes, from_first, joined, started_again, wait_for_all
 from msformer.training.folder import TEACHERS, Material, gather
 from msformer.training.lessons import Pool
 from msformer.training.objectives import Objective, find_objective
@@ -38,6 +41,8 @@ from msformer_kernels.core.backends import resolve
 
 CHECKPOINT_EVERY = 100
 """Steps."""
+CHECKPOINT_SECONDS = 60.0
+"""After which there is another, where steps are long."""
 REPORT_EVERY = 30.0
 """Seconds."""
 GUESSED = "auto"
@@ -128,9 +133,10 @@ def train(
         if processes.first:
             prepare_folder(out)
             prepare_folder(out / TEACHERS)
-            if overwrite:
+            if overwrite and not started_again():
                 (out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
         wait_for_all()
+        checkpoint.read(out, _early(_record(settings)))  # before minutes of teachers
         shown = progress and processes.first
         material = gather(
             paths,
@@ -167,12 +173,20 @@ class _Run:
     ) -> None:
         self.out, self.settings, self.objective, self.material = out, settings, objective, material
         self.device, self.processes, self.shown = device, processes, shown
-        record = {**settings.record(), "images": material.pool.digest, "version": msformer.__version__}
-        del record["rounds"]  # a training may be given more rounds afterwards
-        self.state = checkpoint.read(out, record) or State(record)
+        record, images = _record(settings), {name: lesson.key for name, lesson in material.lessons.items()}
+        other = list(checkpoint.differences(from_first(lambda: (record, images)), (record, images)))
+        if other:
+            differs = "; ".join(other)
+            raise ValueError(f"process {processes.rank} has other settings or images than the first: {differs}")
+        self.state = checkpoint.read(out, record, images) or State(record, images)
+        if self.state.round > settings.rounds:
+            raise ValueError(
+                f"rounds: {out} is in round {self.state.round}, expected as many at least, got {settings.rounds}; take "
+                "another folder, or --overwrite to train anew"
+            )
         if self.state.complete and self.state.round < settings.rounds:
             self._next_round()
-        self.reported = time.monotonic()
+        self.kept = self.reported = time.monotonic()
 
     def all_rounds(self, wish: Wish) -> None:
         """Takes all steps that are left, and writes the model."""
@@ -186,6 +200,8 @@ class _Run:
             )
             if done:
                 watch.say(f"goes on after step {done}")
+            if self.state.complete and not from_first(self._has_results):
+                self._write_results(self._finished_network(), self._pool(watch))
             while not self.state.complete:
                 self._round(watch, wish)
 
@@ -206,23 +222,48 @@ class _Run:
 
         def each(state: State) -> bool:
             watch.update(self._steps_before() + state.step, self._line())
-            if self.processes.first and state.step % CHECKPOINT_EVERY == 0:
-                checkpoint.write(trainer.snapshot(), self.out)
-            if self.processes.first and time.monotonic() - self.reported > REPORT_EVERY:
-                self._report(trainer, pool)
+            if self.processes.first:
+                now = time.monotonic()
+                if state.step % CHECKPOINT_EVERY == 0 or now - self.kept > CHECKPOINT_SECONDS:
+                    self._keep(trainer.snapshot())
+                if now - self.reported > REPORT_EVERY:
+                    self._report(trainer.network, pool)
             return wish.asked
 
         finished = trainer.run(batches, each)
         trainer.snapshot()
         if finished:
             self._next_round()
+        if self.state.complete:
+            self._write_results(trainer.network, pool)
         if self.processes.first:
-            if self.state.complete:
-                self._save(trainer)
-            checkpoint.write(self.state, self.out)
-            self._report(trainer, pool)
+            self._keep(self.state)  # says that all is there, if that is so
+            if not self.state.complete:
+                self._report(trainer.network, pool)
         if not finished:
             raise KeyboardInterrupt
+
+    def _keep(self, state: State) -> None:
+        checkpoint.write(state, self.out)
+        self.kept = time.monotonic()
+
+    def _write_results(self, network: MSFormer, pool: Pool) -> None:
+        if self.processes.first:
+            self._save(network)
+            self._report(network, pool)
+
+    def _has_results(self) -> bool:
+        """Whether the model is there and whole, and its report is there."""
+        try:
+            load(self.out, device="cpu")
+        except (ValueError, OSError):
+            return False
+        return (self.out / REPORT).exists()
+
+    def _finished_network(self) -> MSFormer:
+        network = make_network(self.settings, self.objective, self.device)
+        network.load_state_dict(self.state.network or {})
+        return network
 
     def _next_round(self) -> None:
         self.state.complete = self.state.round >= self.settings.rounds
@@ -267,11 +308,12 @@ class _Run:
     def _processes(self) -> str:
         return "1 process" if self.processes.count == 1 else f"{self.processes.count} processes"
 
-    def _report(self, trainer: Trainer, pool: Pool) -> None:
+    def _report(self, network: MSFormer, pool: Pool) -> None:
         state, material = self.state, self.material
         domain = f"{material.domain.name}{', guessed' if material.guessed else ''}"
+        by_command = click.get_current_context(silent=True) is not None
         about = {
-            "command": shlex.join(["msformer", *sys.argv[1:]]),
+            "started with": shlex.join(["msformer", *sys.argv[1:]]) if by_command else "msformer.train, in Python",
             "images": f"{len(material.pool)}, {len(material.disagreed)} left out whose teachers disagree",
             "domain": domain,
             "objective": self.objective.name,
@@ -281,10 +323,10 @@ class _Run:
             "machine": f"{platform.platform()}, torch {torch.__version__}, {self.device}, {self._processes()}",
         }
         facts = Facts(about, material.warnings, state.complete)
-        write_report(self.out, facts, state.history, pictures(trainer.network, pool))
+        write_report(self.out, facts, state.history, pictures(network, pool))
         self.reported = time.monotonic()
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, network: MSFormer) -> None:
         training = {
             **self.material.facts(),
             "final loss of each term": {name: self._recent(name) for name in self.objective.used},
@@ -297,12 +339,24 @@ class _Run:
         }
         save_model(
             self.out,
-            trainer.network,
+            network,
             domain=self.material.domain.name,
             objective=self.objective.name,
             size=PREDICTION_SIZE,
             training=training,
         )
+
+
+def _record(settings: Settings) -> dict[str, Any]:
+    """What a checkpoint has to be of. Rounds may differ, as a training may be given more of them afterwards."""
+    record = {**settings.record(), "version": msformer.__version__}
+    del record["rounds"]
+    return record
+
+
+def _early(record: dict[str, Any]) -> dict[str, Any]:
+    """What of it is known before the images are, of which the domain may be guessed."""
+    return {name: value for name, value in record.items() if name != "domain"}
 
 
 def _device(device: str, processes: Processes) -> torch.device:

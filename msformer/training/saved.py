@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
+from torch import Tensor
 
 import msformer
 from msformer.io.prepare import prepare_image
@@ -37,6 +38,18 @@ FORMAT = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
 OBJECTIVES = ("teacher", "consistency", "published")
 """``teacher``: two labels, of which label 1 is the object. The others: clusters, of which a rule picks the object."""
+
+
+_PARTS = {
+    "version": str,
+    "domain": str,
+    "objective": str,
+    "architecture": dict,
+    "preprocessing": dict,
+    "sha256": str,
+    "training": dict,
+}
+"""Of ``model.json``, but for its format."""
 
 
 class ModelError(ValueError):
@@ -107,9 +120,9 @@ def save_model(
     _check(domain, objective, size)
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"network: its weights hold NaN or infinite values, in {broken[0]}")
+    broken = _not_finite(weights)
+    if broken is not None:
+        raise ValueError(f"network: its weights hold NaN or infinite values, in {broken}")
     content = tensor_bytes(weights, metadata={"format": "pt"})
     description = {
         "format": FORMAT,
@@ -153,12 +166,17 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") ->
     try:
         _check(description["domain"], description["objective"], description["preprocessing"]["size"])
         network = MSFormer(**description["architecture"])
-    except (TypeError, ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ModelError(f"{folder / DESCRIPTION}: {error} is missing") from error
+    except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / DESCRIPTION}: {error}") from error
     try:
         network.load_state_dict(read_tensors(content))
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: {WEIGHTS} does not fit the architecture in {DESCRIPTION}: {error}") from error
+    broken = _not_finite(network.state_dict())
+    if broken is not None:
+        raise ModelError(f"{folder}: {WEIGHTS} holds NaN or infinite values, in {broken}")
     decisive = {name: description[name] for name in ("domain", "objective", "architecture", "preprocessing", "sha256")}
     return TrainedModel(
         network=network.eval().requires_grad_(False).to(find_device(device)),
@@ -185,6 +203,11 @@ def architecture_of(network: MSFormer) -> dict[str, Any]:
     }
 
 
+def _not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinite values."""
+    return next((name for name, value in weights.items() if not value.isfinite().all()), None)
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
@@ -194,16 +217,19 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: {what}") from error
     except ValueError as error:
         raise ModelError(f"{path}: damaged: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int) or found["format"] < 1:
         raise ModelError(f"{path}: not the description of a model")
     if found["format"] > FORMAT:
         raise ModelError(
             f"{path}: format {found['format']}, of msformer {found.get('version')}; this is msformer "
             f"{msformer.__version__}, which knows formats up to {FORMAT}: upgrade it"
         )
-    missing = {"version", "domain", "objective", "architecture", "preprocessing", "sha256", "training"} - found.keys()
+    missing = _PARTS.keys() - found.keys()
     if missing:
         raise ModelError(f"{path}: {', '.join(sorted(missing))} is missing")
+    for name, kind in _PARTS.items():
+        if not isinstance(found[name], kind):
+            raise ModelError(f"{path}: {name}: expected {kind.__name__}, got {found[name]!r}")
     return found
 
 
@@ -211,5 +237,7 @@ def _check(domain: str, objective: str, size: int) -> None:
     find_domain(domain)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: unknown {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if not isinstance(size, int):
+        raise ValueError(f"size: expected a whole number of pixels, got {size!r}")
     if size < MINIMUM_SIZE:
         raise ValueError(f"size: {size} pixels are too small, expected at least {MINIMUM_SIZE}")

@@ -71,7 +71,7 @@ class Settings:
         """Raises ValueError where a batch does not divide into equal parts."""
         parts = processes * self.accumulate
         if self.batch % parts:
-            among = f"{processes} processes with {self.accumulate} parts each"
+            among = f"{processes} processes, accumulate {self.accumulate}"
             raise ValueError(f"batch: expected a multiple of {parts} for {among}, got {self.batch}")
 
     def rate(self, step: int, round: int = 1) -> float:

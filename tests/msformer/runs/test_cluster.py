@@ -187,9 +187,9 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_overhead_is_measured() -> None:
-    result = CliRunner().invoke(cluster_overhead.main, ["--tasks", "3", "--rounds", "1"])
+    result = CliRunner().invoke(cluster_overhead.main, ["--tasks", "3", "--rounds", "1", "--long", "2"])
     assert result.exit_code == 0, result.output
-    for line in ("start: ", "first task: ", "nothing, Ray: ", "three_files, here: "):
+    for line in ("start: ", "first task: ", "nothing, Ray: ", "three_files, here: ", "waiting: ", "calculating: "):
         assert line in result.output
 
 

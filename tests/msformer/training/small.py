@@ -55,7 +55,7 @@ def small_pool(images: int = 6, size: int = 49) -> Pool:
         pixels.append(torch.from_numpy(values.clip(0, 255)).to(torch.uint8))
         target.append(torch.from_numpy(disc).to(torch.uint8))
     weight = torch.full((images, size, size), 255, dtype=torch.uint8)
-    return Pool(tuple(map(str, range(images))), torch.stack(pixels), torch.stack(target), weight, "discs")
+    return Pool(tuple(map(str, range(images))), torch.stack(pixels), torch.stack(target), weight)
 
 
 def small_batches(settings: Settings, share: tuple[int, int] = (0, 1)) -> Batches:

@@ -123,9 +123,7 @@ def test_dark_corners_are_background_for_sure() -> None:
 def pool(images: int = 5) -> Pool:
     pixels, target = scene(images)
     noisy = (pixels * 200 + 20 * torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
-    return Pool(
-        tuple(map(str, range(images))), noisy, target.to(torch.uint8), torch.full_like(target, 255).byte(), "digest"
-    )
+    return Pool(tuple(map(str, range(images))), noisy, target.to(torch.uint8), torch.full_like(target, 255).byte())
 
 
 def batches(seed: int = 3, batch: int = 4, share: tuple[int, int] = (0, 1), views: int = 1) -> Batches:

@@ -19,16 +19,19 @@ import msformer.training.batches
 from msformer.cli import main
 from msformer.io.prepare import prepare_image
 from msformer.io.read import Reading
+from msformer.output import OutputError
 from msformer.runs.plan import Job
 from msformer.scoring import dice
 from msformer.synthetic import synthetic_lesion
 from msformer.training import lessons
-from msformer.training.domains import DERMOSCOPY, Kind
+from msformer.training.domains import DERMOSCOPY
 from msformer.training.folder import concerns
-from msformer.training.lessons import Request, learn, make_pool
+from msformer.training.kinds import Kind
+from msformer.training.lessons import Lesson, Request, learn, make_pool
 from msformer.training.predict import predict
 from tests.msformer.training.small import OPTIONS, save_lesions
 
+SKIN = Kind(colour=True, ct=False)
 QUICK: dict[str, Any] = {"steps": 20, "batch": 2, "embed_dim": 6, "workers": 1, "device": "cpu", "progress": False}
 
 
@@ -66,11 +69,12 @@ def test_a_net_learns_from_rules_what_the_rules_know(tmp_path: Path) -> None:
 def test_the_command_leaves_a_model_with_a_report(tmp_path: Path) -> None:
     save_lesions(tmp_path / "images", 3)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "images" / "02.png").rename(tmp_path / "images" / "<b>.png")
     found = command(tmp_path / "images", "--out", tmp_path / "model", *OPTIONS)
     assert found.exit_code == 0, found.output
     assert "domain: dermoscopy, as most images look" in found.output
     assert "warning: 3 images are few" in found.output
-    assert "warning: 1 files cannot be read and are left out, the first" in found.output
+    assert "warning: 1 file cannot be read, and left out: " in found.output
     assert re.search(r"step 20/20: loss \d\.\d+, agreement \d+\.\d %, data \d+ % of the time", found.output)
     model = msformer.load(tmp_path / "model", device="cpu")
     assert (model.domain, model.objective) == ("dermoscopy", "teacher")
@@ -78,6 +82,8 @@ def test_the_command_leaves_a_model_with_a_report(tmp_path: Path) -> None:
     page = (tmp_path / "model" / "report.html").read_text()
     assert page.count("<figure>") == 3
     assert "<svg" in page
+    assert "&lt;b&gt;: agreement" in page
+    assert "<b>" not in page
     assert "3 images are few" in page
     assert 'http-equiv="refresh"' not in page
 
@@ -94,6 +100,9 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path: Path) -> None
     other = command(*first, "--seed", "1")
     assert other.exit_code == 1
     assert "seed was 0, now 1" in other.output
+    (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "new.png")
+    renamed = command(*first)
+    assert "1 of the images used is new, such as new; 1 of the images used is gone, such as 00" in renamed.output
     anew = command(*first, "--seed", "1", "--overwrite")
     assert anew.exit_code == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != weights
@@ -131,6 +140,13 @@ def test_a_second_round_is_taught_by_the_first(tmp_path: Path) -> None:
     assert once.digest != twice.digest
     at_once = msformer.train(tmp_path / "images", tmp_path / "other", rounds=2, **options)
     assert at_once.digest == twice.digest
+    with pytest.raises(ValueError, match="is in round 2, expected as many at least, got 1; take another folder"):
+        msformer.train(tmp_path / "images", tmp_path / "model", **options)
+    (tmp_path / "model" / "model.json").unlink()
+    (tmp_path / "model" / "report.html").unlink()
+    again = msformer.train(tmp_path / "images", tmp_path / "model", rounds=2, **options)
+    assert again.digest == twice.digest, "what is gone is written again"
+    assert "msformer.train, in Python" in (tmp_path / "model" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("objective", ["consistency", "published"])
@@ -147,7 +163,8 @@ def test_objectives_without_teachers(tmp_path: Path, objective: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--weights", "ce"], "expected terms and weights such as ce=1,dice=0.5, got 'ce'"),
+        (["--weights", "ce"], "expected terms, each once, with weights, such as ce=1,dice=0.5, got 'ce'"),
+        (["--weights", "ce=1,ce=2"], "expected terms, each once"),
         (["--weights", "inter=1"], "weights: teacher has no inter; expected some of ce, dice"),
         (["--batch", "3", "--accumulate", "2"], "batch: expected a multiple of 2"),
         (["--objective", "published", "--rounds", "2"], "rounds: 2 are for the objective teacher, got published"),
@@ -180,13 +197,38 @@ def test_teachers_that_disagree_everywhere_are_an_error(tmp_path: Path) -> None:
     assert "the teachers of dermoscopy disagree on all of 2 images" in found.output
 
 
+def some_lessons(count: int, kind: Kind = SKIN, **changes: Any) -> dict[str, Lesson]:
+    votes = np.zeros((4, 4), np.uint8)
+    votes[1:3, 1:3] = 6
+    lesson = Lesson(np.zeros((3, 4, 4), np.uint8), votes, 6, 1.0, kind, "")._replace(**changes)
+    return {f"{kind}-{n}": lesson._replace(key=changes.get("key", f"{kind}-{n}")) for n in range(count)}
+
+
 def test_concerns_say_what_to_do_instead() -> None:
-    skin, plain = Kind(True, False), Kind(False, False)
-    assert list(concerns(DERMOSCOPY, [skin] * 60, 58, {})) == []
-    few, split, mixed = concerns(DERMOSCOPY, [skin] * 50 + [plain] * 10, 20, {})
+    skin, grey = some_lessons(60), some_lessons(10, Kind(False, False))
+    assert list(concerns(DERMOSCOPY, skin, skin, {})) == []
+    kept = dict(list(skin.items())[:20])
+    few, split, mixed = concerns(DERMOSCOPY, skin | grey, kept, {})
     assert few.startswith("20 images are few")
-    assert split.startswith("The teachers disagree on 40 of 60 images")
-    assert mixed.startswith("10 of 60 images are of another kind")
+    assert split.startswith("The teachers disagree on 50 of 70 images")
+    assert mixed.startswith("10 of 70 images, such as grey-0, are not colour as most are")
+
+
+def test_images_that_are_copies_or_blank_are_a_concern() -> None:
+    same = some_lessons(60, key="same")
+    copies, few = concerns(DERMOSCOPY, same, same, {})
+    assert copies.startswith("59 of 60 images are copies of others")
+    assert few.startswith("1 images are few")
+    blank = some_lessons(60, votes=np.zeros((4, 4), np.uint8))
+    (seen,) = concerns(DERMOSCOPY, blank, blank, {})
+    assert seen.startswith("In 60 of 60 images, such as colour-0, the teachers see nothing or everything")
+
+
+def test_files_that_cannot_be_read_are_named() -> None:
+    skin = some_lessons(60)
+    (unread,) = concerns(DERMOSCOPY, skin, skin, {f"{n}.png": f"{n}.png: damaged" if n else "NaN" for n in range(12)})
+    assert unread.startswith("12 files cannot be read, and left out: 0.png: NaN; 1.png: damaged; ")
+    assert unread.endswith("; 9.png: damaged; and 2 more")
 
 
 def test_lessons_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +250,17 @@ def test_lessons_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again, _ = learn(requests(tmp_path / "images"), folder, lambda done: None)
     assert len(made) == 1
     assert all(np.array_equal(first[name].votes, again[name].votes) for name in first)
-    assert make_pool(first).digest == make_pool(again).digest
+    assert torch.equal(make_pool(first).target, make_pool(again).target)
     made.clear()
     learn(requests(tmp_path / "images", seed=1), folder, lambda done: None)
     assert len(made) == 3
+
+
+def test_lessons_that_cannot_be_kept_end_the_run(tmp_path: Path) -> None:
+    """A full disk is no reason to leave images out."""
+    save_lesions(tmp_path / "images", 2, 64)
+    with pytest.raises(OutputError, match=r"cannot write .*No such file"):
+        learn(requests(tmp_path / "images"), tmp_path / "nowhere", lambda done: None)
 
 
 def test_workers_make_the_same_lessons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,10 @@ def test_models_that_are_not_loaded(tmp_path: Path) -> None:
         ({"objective": "best"}, r"model\.json: objective: unknown 'best'"),
         ({"architecture": {"layers": 3}}, r"model\.json: .*unexpected keyword argument 'layers'"),
         ({"architecture": architecture}, r"model\.safetensors does not fit the architecture in model\.json"),
-        ({"preprocessing": {}}, r"model\.json: 'size'"),
+        ({"preprocessing": {}}, r"model\.json: 'size' is missing"),
+        ({"preprocessing": {"size": 49.5}}, r"model\.json: size: expected a whole number of pixels, got 49\.5"),
+        ({"training": 3}, r"model\.json: training: expected dict, got 3"),
+        ({"format": 0}, "not the description of a model"),
         ({"sha256": "0"}, r"model\.safetensors is damaged, or not the file"),
         ({"format": None}, "not the description of a model"),
     ):

@@ -75,6 +75,19 @@ def test_without_masks_the_rules_are_not_asked(images: Path, tmp_path: Path, mon
     assert "decided_by" not in record(out / "a.json")
 
 
+def test_images_of_another_kind_than_the_model_knows(images: Path, tmp_path: Path) -> None:
+    model, out = save_dark_model(tmp_path / "model"), tmp_path / "out"
+    path = model / "model.json"
+    doubt = "most of these images are colour, but the model was trained on images that are grey or CT"
+    for kinds, doubted in (({"grey": 90, "CT": 2}, True), ({"grey": 90, "colour": 9}, False), ({}, False)):
+        path.write_text(json.dumps(record(path) | {"training": {"kinds": kinds}}))
+        result = run("segment", images, "--out", out, "--model", model, "--mask")
+        assert result.exit_code == 0, "it is no more than a warning"
+        assert (f"warning: {doubt}" in result.output) == doubted
+        warnings = record(out / "summary.json").get("warnings", [])
+        assert [text.startswith(doubt) for text in warnings] == [True] * doubted
+
+
 def test_done_for_the_same_model_only(images: Path, tmp_path: Path) -> None:
     one, other, out = (
         save_dark_model(tmp_path / "one"),

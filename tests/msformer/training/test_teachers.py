@@ -9,8 +9,9 @@ import torch
 from msformer.io.prepare import prepare_image, resize_image, resize_labels
 from msformer.scoring import dice
 from msformer.synthetic import synthetic_lesion
-from msformer.training.domains import CT, DERMOSCOPY, DOMAINS, GENERIC, Kind, find_domain, guess_domain
+from msformer.training.domains import CT, DERMOSCOPY, DOMAINS, GENERIC, find_domain, guess_domain
 from msformer.training.hairs import find_hairs, without_hairs
+from msformer.training.kinds import Kind
 from msformer.training.teachers import Teachers, rule_masks
 
 

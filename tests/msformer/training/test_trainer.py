@@ -66,11 +66,11 @@ def test_the_random_state_is_put_back(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     checkpoint.write(State({"steps": 20, "seed": 0}), tmp_path)
     with pytest.raises(
-        ValueError, match=r"other settings \(steps was 20, now 30\); take another folder, or --overwrite"
+        ValueError, match=r"other settings or images \(steps was 20, now 30\); take another folder, or --overwrite"
     ):
         checkpoint.read(tmp_path, {"steps": 30, "seed": 0})
     (tmp_path / checkpoint.CHECKPOINT).write_bytes(b"PK\3\4 not whole")
-    with pytest.raises(ValueError, match="not a checkpoint that can be used"):
+    with pytest.raises(ValueError, match="damaged, or no checkpoint of a training"):
         checkpoint.read(tmp_path, {"steps": 20, "seed": 0})
     assert checkpoint.read(tmp_path / "nowhere", {}) is None
 
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_an_error() -> None:
-    with pytest.raises(ValueError, match="batch: expected a multiple of 6 for 2 processes with 3 parts each, got 4"):
+    with pytest.raises(ValueError, match="batch: expected a multiple of 6 for 2 processes, accumulate 3, got 4"):
         small_settings(accumulate=3).check_split(2)
 
 
