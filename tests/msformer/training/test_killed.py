@@ -46,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_killed_wherever_it_writes(images: Path, tmp_path: Path) -> None:
     """And before some of the steps: always the files of a training that nobody stopped, with the same bits."""
     done = started([str(SCRIPT), "each", str(tmp_path), str(images), *OPTIONS])
@@ -61,7 +61,7 @@ def test_killed_wherever_it_writes(images: Path, tmp_path: Path) -> None:
         assert left(tmp_path / name) == expected, name
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 def test_processes_that_torchrun_starts_again(images: Path, tmp_path: Path) -> None:
     """Two processes, of which one dies half-way: they go on from the last checkpoint, and end where one alone ends."""
     alone = started([str(SCRIPT), "0", "-1", str(images), "--out", str(tmp_path / "alone"), *OPTIONS])
