@@ -96,7 +96,7 @@ def gather(
         )
     disagreed = tuple(name for name in lessons if name not in kept)
     warnings = tuple(concerns(chosen, [lesson.kind for lesson in lessons.values()], len(kept), failures))
-    return Material(chosen, domain is None, kept, make_pool(kept), disagreed, failures, warnings)
+    return Material(chosen, domain is None, kept, make_pool(kept, chosen.sight), disagreed, failures, warnings)
 
 
 def concerns(domain: Domain, kinds: Sequence[Kind], kept: int, failures: Mapping[str, str]) -> Iterable[str]:

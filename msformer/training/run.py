@@ -196,6 +196,7 @@ class _Run:
         batches = Batches(
             pool,
             self.material.domain.strengths,
+            self.material.domain.sight,
             seed=self.settings.seed + self.state.round - 1,
             batch=self.settings.batch,
             sizes=self.settings.sizes,
@@ -281,7 +282,7 @@ class _Run:
             "machine": f"{platform.platform()}, torch {torch.__version__}, {self.device}, {self._processes()}",
         }
         facts = Facts(about, material.warnings, state.complete)
-        write_report(self.out, facts, state.history, pictures(trainer.network, pool))
+        write_report(self.out, facts, state.history, pictures(trainer.network, pool, material.domain.sight))
         self.reported = time.monotonic()
 
     def _save(self, trainer: Trainer) -> None:
