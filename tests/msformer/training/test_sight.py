@@ -90,7 +90,7 @@ def test_lungs_are_told_from_the_air_around_the_body(tmp_path: Path) -> None:
     model = msformer.train(
         tmp_path / "slices",
         tmp_path / "model",
-        steps=60,
+        steps=30,
         batch=2,
         embed_dim=8,
         learning_rate=1e-2,
