@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msformer.io.prepare import standardise_channels
 from msformer.training.augment import (
     Strengths,
     add_noise,
@@ -28,6 +27,7 @@ from msformer.training.augment import (
     warp_targets,
 )
 from msformer.training.lessons import Pool
+from msformer.training.sight import STANDARDISED, Sight
 
 _ORDER, _SIZE, _CROP = 0, 1, 2  # what random numbers are for
 
@@ -57,6 +57,7 @@ class Batches:
         self,
         pool: Pool,
         strengths: Strengths,
+        sight: Sight = STANDARDISED,
         *,
         seed: int,
         batch: int,
@@ -69,6 +70,7 @@ class Batches:
         Args:
             pool: the images.
             strengths: of the augmentation.
+            sight: of the network; the images of the pool are painted already.
             seed: of everything that is drawn.
             batch: crops a step, of all processes.
             sizes: of the crops, of which each step has one.
@@ -76,7 +78,7 @@ class Batches:
             device: where crops are made.
             share: this process and how many there are.
         """
-        self.pool, self.strengths, self.seed, self.batch = pool, strengths, seed, batch
+        self.pool, self.strengths, self.sight, self.seed, self.batch = pool, strengths, sight, seed, batch
         self.sizes, self.views, self.device = sizes, views, torch.device(device)
         rank, processes = share
         self.mine = range(rank * batch // processes, (rank + 1) * batch // processes)
@@ -96,7 +98,7 @@ class Batches:
             look = draw_appearance(generators, size, self.strengths)
             lit = draw_hairs(change_light(images, look), look)
             view, target, weight = draw_corners(lit, *first, look)
-            shown.append(standardise_channels(add_noise(view, look)))
+            shown.append(self.sight.scale(add_noise(view, look)))
             changed.append((target, weight))
         return Batch(torch.cat(shown), *changed[0])
 

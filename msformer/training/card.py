@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msformer.output import complete_file, printable
+from msformer.training.sight import find_sight
 
 _CARD = """\
 # A segmentation model of msformer, trained without masks
@@ -31,7 +32,7 @@ here was tested for diagnosis.
 ## Network
 
 MS-Former, {parameters:,} weights, width {embed_dim}, {depth} block{plural} in each branch, {num_clusters} labels.
-Images are resized to {size} x {size} pixels, and each channel of each image is standardised.
+Images are resized to {size} x {size} pixels, and {sight}.
 
 ## Training
 
@@ -68,6 +69,7 @@ def write_card(path: Path, description: Mapping[str, Any], parameters: int) -> N
         plural="" if architecture["depth"] == 1 else "s",
         num_clusters=architecture["num_clusters"],
         size=description["preprocessing"]["size"],
+        sight=find_sight(description["preprocessing"]["sight"]).words,
         training="".join(_facts(description["training"])),
         format=description["format"],
         version=description["version"],

@@ -1,7 +1,6 @@
-"""Kinds of images: what decides, for each, the rule of the teachers and the augmentation.
+"""Kinds of images: what decides, for each, the rule of the teachers, the augmentation and what a network sees.
 
-Where no domain is given, `guess_domain` says which one the images are of. Networks see images of every domain alike,
-each channel of each image standardised: raw values do not carry over from one camera to the next.
+Where no domain is given, `guess_domain` says which one the images are of.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from msformer.training.augment import Strengths
 from msformer.training.kinds import Kind
+from msformer.training.sight import BODY, STANDARDISED, Sight
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Domain:
     """Whether teachers see each image without hairs, too."""
     strengths: Strengths
     """Of the augmentation."""
+    sight: Sight = STANDARDISED
+    """What a network sees of the images."""
 
 
 DERMOSCOPY = Domain("dermoscopy", "lesion", True, Strengths(shade=0.3, hairs=0.4, corners=0.4))
-CT = Domain("ct", "lung", False, Strengths(gain=0.1, contrast=0.15, balance=0.0, saturation=0.0, gamma=0.15))
+CT = Domain("ct", "lung", False, Strengths(gain=0.1, contrast=0.15, balance=0.0, saturation=0.0, gamma=0.15), BODY)
 GENERIC = Domain("generic", "central", False, Strengths(shade=0.2))
 
 DOMAINS = {domain.name: domain for domain in (DERMOSCOPY, CT, GENERIC)}

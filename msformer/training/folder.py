@@ -98,7 +98,7 @@ def gather(
         )
     disagreed = tuple(name for name in lessons if name not in kept)
     warnings = tuple(concerns(chosen, lessons, kept, failures))
-    return Material(chosen, domain is None, kept, make_pool(kept), disagreed, failures, warnings)
+    return Material(chosen, domain is None, kept, make_pool(kept, chosen.sight), disagreed, failures, warnings)
 
 
 def concerns(

@@ -31,6 +31,7 @@ from msformer.runs.plan import Job, fingerprint
 from msformer.training.distributed import ALONE, Processes, wait_for_all
 from msformer.training.domains import Domain
 from msformer.training.kinds import Kind, kind_of
+from msformer.training.sight import STANDARDISED, Sight
 from msformer.training.teachers import TEACHER_SIZE, rule_masks
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class Pool:
 
     names: tuple[str, ...]
     images: Tensor
-    """``[N, 3, S, S]``, uint8."""
+    """``[N, 3, S, S]``, uint8, painted as the network sees them."""
     target: Tensor
     """``[N, S, S]``, uint8, 0 or 1."""
     weight: Tensor
@@ -128,15 +129,20 @@ def learn(
     return lessons, failures
 
 
-def make_pool(lessons: dict[str, Lesson], size: int = TEACHER_SIZE) -> Pool:
-    """The lessons as tensors."""
+def make_pool(lessons: dict[str, Lesson], sight: Sight = STANDARDISED, size: int = TEACHER_SIZE) -> Pool:
+    """The lessons as tensors, their images painted."""
     shape = len(lessons), size, size
     pool = np.empty((shape[0], 3, size, size), np.uint8), np.empty(shape, np.uint8), np.empty(shape, np.uint8)
     for place, lesson in enumerate(lessons.values()):
-        for whole, part in zip(pool, (lesson.image, lesson.target, lesson.weight), strict=True):
+        for whole, part in zip(pool, (_painted(lesson.image, sight), lesson.target, lesson.weight), strict=True):
             whole[place] = part
     images, target, weight = map(torch.from_numpy, pool)
     return Pool(tuple(lessons), images, target, weight)
+
+
+def _painted(image: NDArray[np.uint8], sight: Sight) -> NDArray[np.uint8]:
+    seen = sight.paint(torch.from_numpy(image).float() / 255)
+    return (seen * 255).round().to(torch.uint8).numpy()
 
 
 def make_lesson(request: Request, folder: Path) -> Lesson:

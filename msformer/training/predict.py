@@ -1,13 +1,13 @@
 """What a trained network says of an image: probabilities, a label map, the mask of the object, and how sure it is.
 
-The network sees the image at its own size, standardised, in four mirror images, whose probabilities are averaged. Masks
-are decided at `TEACHER_SIZE`, where the rules see the image as well, and brought to the size of the image through the
-probabilities, so that borders stay smooth.
+The network sees the image at its own size, as its sight says, in four mirror images, whose probabilities are averaged.
+Masks are decided at `TEACHER_SIZE`, where the rules see the image as well, and brought to the size of the image through
+the probabilities, so that borders stay smooth.
 
 A network with the objective ``teacher`` knows the object, and is fused with the rules that taught it, pixel by pixel:
 where the network is sure, its word stands, elsewhere that of the rules. Its word counts as much as it is sure of the
-image as a whole. Networks of clusters know no object: their
-label map is one for the rule of their domain to choose from.
+image as a whole. Networks of clusters know no object: their label map is one for the rule of their domain to choose
+from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 import msformer_kernels
-from msformer.io.prepare import resize_image, resize_labels, standardise_channels
+from msformer.io.prepare import resize_image, resize_labels
 from msformer.model import MSFormer
 from msformer.scoring import Mask
 from msformer.selection import clean_up, largest_hole, select
@@ -111,18 +111,17 @@ def predict(
 @torch.inference_mode()
 def shares_of(model: TrainedModel, image: Tensor, backend: str | None = None) -> FloatMap:
     """Shares of the labels ``[K, h, w]`` of an image ``[3, H, W]``, at `TEACHER_SIZE`."""
-    seen = resize_image(image, (model.size, model.size))
+    seen = model.sight(resize_image(image, (model.size, model.size)))
     with own_stream(model.device), msformer_kernels.use_backend(backend) if backend is not None else nullcontext():
         shares = probabilities(model.network, seen[None].to(model.device))[0]
         found: FloatMap = _resized(shares, (TEACHER_SIZE, TEACHER_SIZE)).cpu().numpy()
     return found
 
 
-def probabilities(network: MSFormer, images: Tensor) -> Tensor:
-    """Shares of the labels ``[B, K, h, w]``, in float32, the mean over four mirror images; of ``[B, 3, h, w]`` in
-    [0, 1].
+def probabilities(network: MSFormer, seen: Tensor) -> Tensor:
+    """Shares of the labels ``[B, K, h, w]``, in float32, the mean over four mirror images; of ``[B, 3, h, w]`` as the
+    network sees them.
     """
-    seen = standardise_channels(images)
     sides: list[list[int]] = [[], [2], [3], [2, 3]]
     flipped = torch.cat([seen.flip(side) for side in sides])
     shares = network(flipped, attention=False).logits.float().softmax(1).chunk(4)

@@ -23,6 +23,7 @@ from msformer.output import complete_file
 from msformer.pictures import OKABE_ITO, outline, overlay, picture_url
 from msformer.training.lessons import Pool
 from msformer.training.settings import PREDICTION_SIZE
+from msformer.training.sight import Sight
 from msformer.training.trainer import AGREEMENT
 from msformer.training.views import shares
 
@@ -70,15 +71,15 @@ def write_report(folder: Path, facts: Facts, history: Mapping[str, Sequence[floa
         temporary.write_text(html, encoding="utf-8")
 
 
-def pictures(network: MSFormer, pool: Pool) -> list[Picture]:
+def pictures(network: MSFormer, pool: Pool, sight: Sight) -> list[Picture]:
     """Some images of the pool: with the borders that teachers and network draw, or with the clusters of the network."""
     places = np.unique(np.linspace(0, len(pool) - 1, min(SHOWN, len(pool))).astype(int))
-    return [_picture(network, pool, int(place)) for place in places]
+    return [_picture(network, pool, sight, int(place)) for place in places]
 
 
-def _picture(network: MSFormer, pool: Pool, place: int) -> Picture:
+def _picture(network: MSFormer, pool: Pool, sight: Sight, place: int) -> Picture:
     pixels = np.ascontiguousarray(pool.images[place].permute(1, 2, 0).numpy())
-    found = shares(network, pool.images[place], PREDICTION_SIZE).numpy()
+    found = shares(network, pool.images[place], sight, PREDICTION_SIZE).numpy()
     if len(found) != 2:
         labels = found.argmax(0)
         shown = overlay(pixels, labels)

@@ -1,7 +1,7 @@
 """Further rounds: a network is taught by itself, fused with the rules that taught it before.
 
-The target of an image is what network and rules together see; images where the network alone sees something else are
-left out. All pixels count alike.
+The target of an image is what network and rules see together, as in a prediction; images where the network alone sees
+something else are left out. All pixels count alike.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from msformer.scoring import Mask, dice
 from msformer.selection import clean_up, largest_hole
 from msformer.training.domains import Domain
 from msformer.training.lessons import Lesson, Pool
+from msformer.training.predict import confidence, fused
 from msformer.training.settings import AGREED, PREDICTION_SIZE
 from msformer.training.views import object_probability
 
@@ -35,20 +36,21 @@ def taught_again(network: MSFormer, pool: Pool, lessons: Mapping[str, Lesson], d
     """
     kept, targets = [], []
     for place, name in enumerate(pool.names):
-        probability = object_probability(network, pool.images[place], PREDICTION_SIZE)
+        probability = object_probability(network, pool.images[place], domain.sight, PREDICTION_SIZE)
         share = np.float32(lessons[name].votes / max(lessons[name].teachers, 1))
-        alone, fused = (_cleaned(values, domain) for values in (probability, (probability + share) / 2))
-        if fused.any() and dice(alone, fused) >= AGREED:
+        together = fused(probability, share, confidence(probability))
+        alone, target = (_cleaned(values, domain) for values in (probability, together))
+        if target.any() and dice(alone, target) >= AGREED:
             kept.append(place)
-            targets.append(torch.from_numpy(fused.astype(np.uint8)))
+            targets.append(torch.from_numpy(target.astype(np.uint8)))
     if not kept:
         raise ValueError(
             f"rounds: the network and its teachers agree on none of {len(pool)} images; expected a network that "
             "learned something: leave --rounds out, or take more --steps"
         )
-    target = torch.stack(targets)
+    stacked = torch.stack(targets)
     names = tuple(pool.names[place] for place in kept)
-    return Pool(names, pool.images[kept], target, torch.full_like(target, 255))
+    return Pool(names, pool.images[kept], stacked, torch.full_like(stacked, 255))
 
 
 def _cleaned(probability: NDArray[np.float32], domain: Domain) -> Mask:

@@ -173,7 +173,8 @@ class _Run:
     ) -> None:
         self.out, self.settings, self.objective, self.material = out, settings, objective, material
         self.device, self.processes, self.shown = device, processes, shown
-        record, images = _record(settings), {name: lesson.key for name, lesson in material.lessons.items()}
+        record = {**_record(settings), "sight": material.domain.sight.name}
+        images = {name: lesson.key for name, lesson in material.lessons.items()}
         other = list(checkpoint.differences(from_first(lambda: (record, images)), (record, images)))
         if other:
             differs = "; ".join(other)
@@ -212,6 +213,7 @@ class _Run:
         batches = Batches(
             pool,
             self.material.domain.strengths,
+            self.material.domain.sight,
             seed=self.settings.seed + self.state.round - 1,
             batch=self.settings.batch,
             sizes=self.settings.sizes,
@@ -323,7 +325,7 @@ class _Run:
             "machine": f"{platform.platform()}, torch {torch.__version__}, {self.device}, {self._processes()}",
         }
         facts = Facts(about, material.warnings, state.complete)
-        write_report(self.out, facts, state.history, pictures(network, pool))
+        write_report(self.out, facts, state.history, pictures(network, pool, material.domain.sight))
         self.reported = time.monotonic()
 
     def _save(self, network: MSFormer) -> None:

@@ -29,11 +29,12 @@ from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
 from msformer.training.card import write_card
 from msformer.training.domains import find_domain
+from msformer.training.sight import STANDARDISED, Sight, find_sight
 
 if TYPE_CHECKING:
     from msformer.training.predict import Prediction
 
-FORMAT = 1
+FORMAT = 2
 """Of ``model.json``; it rises when an older package could not use a newer model."""
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
 OBJECTIVES = ("teacher", "consistency", "published")
@@ -67,7 +68,9 @@ class TrainedModel:
     objective: str
     """One of `OBJECTIVES`."""
     size: int
-    """Side of the square that images are resized to, pixels. Their channels are then standardised one by one."""
+    """Side of the square that images are resized to, pixels."""
+    sight: Sight
+    """What the network sees of them then."""
     training: Mapping[str, Any]
     """How it was trained: plain JSON, as `save_model` was given it."""
     digest: str
@@ -106,7 +109,7 @@ def save_model(
     Args:
         folder: is made if it is not there; other files in it stay.
         network: on any device, in any floating-point type, not wrapped.
-        domain: a key of `msformer.training.domains.DOMAINS`.
+        domain: a key of `msformer.training.domains.DOMAINS`, whose sight the network was trained with.
         objective: one of `OBJECTIVES`.
         size: side of the square that images are resized to for a prediction, pixels.
         training: what a reader of the model card should know of the training (images, steps, seed, seconds, agreement,
@@ -130,7 +133,7 @@ def save_model(
         "domain": domain,
         "objective": objective,
         "architecture": architecture_of(network),
-        "preprocessing": {"size": size, "standardise": "each channel of each image"},
+        "preprocessing": {"size": size, "sight": find_domain(domain).sight.name},
         "sha256": hashlib.sha256(content).hexdigest(),
         "training": dict(training),
     }
@@ -165,6 +168,7 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") ->
         raise ModelError(f"{folder}: {WEIGHTS} is damaged, or not the file that {DESCRIPTION} was written with")
     try:
         _check(description["domain"], description["objective"], description["preprocessing"]["size"])
+        sight = find_sight(description["preprocessing"].get("sight", STANDARDISED.name))  # format 1 knew no other
         network = MSFormer(**description["architecture"])
     except KeyError as error:
         raise ModelError(f"{folder / DESCRIPTION}: {error} is missing") from error
@@ -183,6 +187,7 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") ->
         domain=description["domain"],
         objective=description["objective"],
         size=description["preprocessing"]["size"],
+        sight=sight,
         training=description["training"],
         digest=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
         version=description["version"],

@@ -45,7 +45,7 @@ def test_mirror_images_are_answered_alike() -> None:
     torch.manual_seed(1)
     network = dark_network()
     torch.nn.init.normal_(network.patch_embed_s.proj.weight)
-    image = torch.rand(2, 3, 40, 44)
+    image = torch.randn(2, 3, 40, 44)
     shares = probabilities(network, image)
     assert shares.shape == (2, 2, 40, 44)
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 40, 44))

@@ -133,7 +133,7 @@ def test_models_that_are_not_loaded(tmp_path: Path) -> None:
         load(tmp_path / "gone")
     architecture = {"in_channels": 3, "embed_dim": 8, "num_clusters": 2, "depth": 1}
     for facts, message in (
-        ({"format": 2, "version": "9.1"}, r"format 2, of msformer 9\.1; this is msformer .*formats up to 1: upgrade"),
+        ({"format": 3, "version": "9.1"}, r"format 3, of msformer 9\.1; this is msformer .*formats up to 2: upgrade"),
         ({"domain": "mri"}, r"model\.json: domain: unknown 'mri'"),
         ({"objective": "best"}, r"model\.json: objective: unknown 'best'"),
         ({"architecture": {"layers": 3}}, r"model\.json: .*unexpected keyword argument 'layers'"),
