@@ -183,3 +183,14 @@ def test_compiled_vmapped_and_pickled() -> None:
     torch.testing.assert_close(compiled(features()), exact)
     stacked = [torch.stack([x, 2 * x]) for x in features()]
     torch.testing.assert_close(torch.vmap(ours)(stacked)[0], exact)
+
+
+def test_the_meta_device_gives_shapes() -> None:
+    model = patched(models.AllMLPDecoder().eval()).to("meta")
+    assert model([x.to("meta") for x in features(torch.float32)]).shape == (2, 3, 12, 10)
+
+
+def test_autocast_leaves_float64() -> None:
+    model = models.AllMLPDecoder(hidden=40).double().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(patched(model)(features()), model(features()), rtol=1e-10, atol=1e-10)

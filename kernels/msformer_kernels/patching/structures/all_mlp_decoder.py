@@ -9,13 +9,14 @@ This is exact, and the widest product by far is done at each scale's own resolut
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from msformer_kernels.core.precision import arithmetic_dtype
+from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
 from msformer_kernels.patching.structures.common import (
     NOTHING,
     Found,
@@ -91,7 +92,7 @@ class AllMLPDecoderPlan(Plan):
         in_order = layers if self.largest_first else layers[::-1]
         columns = list(fuse.split([weight.shape[0] for weight, _ in in_order], 1))
         columns = columns if self.largest_first else columns[::-1]
-        with torch.autocast(like.device.type, enabled=False):
+        with _without_autocast(like.device.type):
             wide = arithmetic_dtype(fuse.dtype)
             biases = [c.to(wide) @ b.to(wide) for c, (_, b) in zip(columns, layers, strict=True) if b is not None]
         if bias is not None:
@@ -134,9 +135,15 @@ class AllMLPDecoderPlan(Plan):
 
 
 def _product_dtype(image: Tensor) -> torch.dtype:
-    """That of a product with this tensor."""
+    """That of a product with this tensor; autocast leaves float64 as it is."""
     kind = image.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+    narrow = autocast_enabled(kind) and image.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if narrow else image.dtype
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Weights are multiplied in float32. The meta device knows no autocast."""
+    return torch.autocast(kind, enabled=False) if autocast_enabled(kind) else nullcontext()
 
 
 def _mapped(image: Tensor, columns: Tensor, weight: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
@@ -144,7 +151,7 @@ def _mapped(image: Tensor, columns: Tensor, weight: Tensor, bias: Tensor | None,
     less work."""
     tokens, wide = image.flatten(2), arithmetic_dtype(image.dtype)
     if tokens.shape[0] * tokens.shape[2] >= weight.shape[1]:
-        with torch.autocast(image.device.type, enabled=False):
+        with _without_autocast(image.device.type):
             merged = columns.to(wide) @ weight.to(wide)
         factors = [merged.to(_product_dtype(image))]
         tokens = tokens.to(_product_dtype(image))
