@@ -66,8 +66,9 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(PIP) install --editable .
 	touch $@
 
-# with the emulation of the CUDA kernels, for tests; an install without it takes it away
+# with the emulations of CUDA kernels and of AMX tiles, for tests; an install without them takes them away
 $(VENV)/installed-bench $(VENV)/installed-test $(VENV)/installed-dev: export MSFORMER_CUDA_EMULATE = 1
+$(VENV)/installed-bench $(VENV)/installed-test $(VENV)/installed-dev: export MSFORMER_EMULATE_TILES = 1
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(PIP) install --editable ".[bench]"

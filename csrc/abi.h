@@ -23,6 +23,9 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
   std::int64_t batch_stride, token_stride;
 };
 
+// How exact products of float32 tensors are: torch.get_float32_matmul_precision().
+enum class Precision : int { highest, high, medium };
+
 // How images are worked on: as measured to be the better way for the shape, or always as images of many or of few
 // tokens.
 enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
@@ -34,6 +37,7 @@ enum class Normalization : int { softmax, scaling, relu };
 // query [B, H, Nq, Dk], key [B, H, N, Dk], value [B, H, N, Dv]
 struct AttentionArguments {
   int num_threads;
+  Precision precision;
   std::int64_t batch, heads, query_tokens, key_tokens, key_channels, value_channels;
   double query_scale, key_scale, output_scale;
   bool normalize_query;
@@ -66,6 +70,7 @@ struct SelfAttentionParameters {  // weights as in torch.nn.Linear: [out, in]
 // x [B, N, C]
 struct SelfAttentionArguments {
   int num_threads;
+  Precision precision;
   std::int64_t batch, tokens, channels, key_channels, value_channels, heads;
   Form form;
   double norm_eps;
@@ -95,6 +100,7 @@ struct MixFFNParameters {  // dw_weight [hidden, kernel_size, kernel_size], fc2_
 // x [B, height * width, C]
 struct MixFFNArguments {
   int num_threads;
+  Precision precision;
   std::int64_t batch, height, width, channels, hidden;
   std::int64_t kernel_size;  // 3, 5 or 7
   Form form;
@@ -115,6 +121,7 @@ struct MixFFNArguments {
 // x [B, N, in]; weight as in torch.nn.Linear: [out, in]
 struct LinearArguments {
   int num_threads;
+  Precision precision;
   std::int64_t batch, tokens, in_features, out_features;
   Activation x;
   AffineParameters<const void*> parameters;

@@ -32,7 +32,9 @@ from variants import FLAGS, VARIANTS, Variant, write_variants_header
 CSRC = Path(__file__).resolve().parent
 SHARED_LIBRARY = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
-NATIVE_ONCE = [CSRC / "module.cpp", CSRC / "dispatch.cpp", CSRC / "cpu/base/memory.cpp"]
+NATIVE_ONCE = [
+    *(CSRC / name for name in ("module.cpp", "dispatch.cpp", "cpu/base/memory.cpp", "cpu/base/tile_permission.cpp"))
+]
 NATIVE_KERNELS = sorted(path for path in (CSRC / "cpu").glob("*/*.cpp") if path not in NATIVE_ONCE)
 
 CUDA_MODULE = CSRC / "cuda/module.cpp"
@@ -43,18 +45,19 @@ EMULATION_FLAGS = [*CUDA_HOST_FLAGS, "-g", "-Wall", "-Wextra", "-Wno-unknown-pra
 
 
 def supported_variants(compiler: list[str], temporary: Path) -> list[Variant]:
-    """The variants that the compiler knows; older ones have never heard of AVX-512 BF16."""
+    """The variants to build: those that the compiler knows; older ones have never heard of AVX-512 BF16."""
 
     def is_known(variant: Variant) -> bool:
         if not variant.probe:
             return True
         probe = temporary / f"{variant.name}.cpp"
-        conditions = f"int main() {{ return {variant.condition()}; }}\n"
+        conditions = f"bool tiles_are_permitted();\nbool known() {{ return {variant.condition()}; }}\n"
         probe.write_text(f"#include <immintrin.h>\n{variant.probe}\n{conditions}")
         command = [*compiler, *variant.flags, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    return [variant for variant in VARIANTS if is_known(variant)]
+    wanted = [v for v in VARIANTS if not v.only_for_tests or os.environ.get("MSFORMER_EMULATE_TILES") == "1"]
+    return [variant for variant in wanted if is_known(variant)]
 
 
 def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:

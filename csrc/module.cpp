@@ -4,6 +4,7 @@
 // A call hands over one flat tuple of numbers, the fields of the operator's argument struct (abi.h) in order.
 #include <pybind11/pybind11.h>
 
+#include "cpu/base/tile_permission.h"
 #include "dispatch.h"
 #include "reader.h"
 
@@ -18,9 +19,9 @@ void read_fields(Reader& r, Activation& a) {
 namespace {
 
 void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
-  r.fill(a.num_threads, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels, a.query_scale,
-         a.key_scale, a.output_scale, a.normalize_query, a.normalization, a.eps, a.query, a.key, a.value, a.mask,
-         a.memory_tokens, a.memory_key, a.memory_value, a.context, a.key_max, a.key_sum);
+  r.fill(a.num_threads, a.precision, a.batch, a.heads, a.query_tokens, a.key_tokens, a.key_channels, a.value_channels,
+         a.query_scale, a.key_scale, a.output_scale, a.normalize_query, a.normalization, a.eps, a.query, a.key, a.value,
+         a.mask, a.memory_tokens, a.memory_key, a.memory_value, a.context, a.key_max, a.key_sum);
   if (backward)
     r.fill(a.grad_output, a.grad_context, a.grad_query, a.grad_key, a.grad_value, a.grad_memory_key,
            a.grad_memory_value);
@@ -29,9 +30,9 @@ void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
 }
 
 void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
-  r.fill(a.num_threads, a.batch, a.tokens, a.channels, a.key_channels, a.value_channels, a.heads, a.form, a.norm_eps,
-         a.norm_centred, a.residual, a.x, a.mask, a.memory_tokens, a.memory_key, a.memory_value, a.parameters,
-         a.context, a.key_max, a.key_sum, a.key_tokens);
+  r.fill(a.num_threads, a.precision, a.batch, a.tokens, a.channels, a.key_channels, a.value_channels, a.heads, a.form,
+         a.norm_eps, a.norm_centred, a.residual, a.x, a.mask, a.memory_tokens, a.memory_key, a.memory_value,
+         a.parameters, a.context, a.key_max, a.key_sum, a.key_tokens);
   if (backward)
     r.fill(a.grad_output, a.grad_context, a.grad_x, a.grad_memory_key, a.grad_memory_value, a.gradients);
   else
@@ -39,8 +40,8 @@ void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
 }
 
 void read_arguments(Reader& r, MixFFNArguments& a, bool backward) {
-  r.fill(a.num_threads, a.batch, a.height, a.width, a.channels, a.hidden, a.kernel_size, a.form, a.norm_eps, a.skip,
-         a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters, a.kept_hidden);
+  r.fill(a.num_threads, a.precision, a.batch, a.height, a.width, a.channels, a.hidden, a.kernel_size, a.form,
+         a.norm_eps, a.skip, a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters, a.kept_hidden);
   if (backward)
     r.fill(a.grad_output, a.grad_x, a.gradients);
   else
@@ -48,7 +49,7 @@ void read_arguments(Reader& r, MixFFNArguments& a, bool backward) {
 }
 
 void read_arguments(Reader& r, LinearArguments& a, bool backward) {
-  r.fill(a.num_threads, a.batch, a.tokens, a.in_features, a.out_features, a.x, a.parameters);
+  r.fill(a.num_threads, a.precision, a.batch, a.tokens, a.in_features, a.out_features, a.x, a.parameters);
   if (backward)
     r.fill(a.grad_output, a.grad_x, a.gradients);
   else
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_native, m) {
     for (const Variant& usable : usable_variants()) names.append(usable.name);
     return names;
   });
+  m.def("why_tiles_are_refused", &why_tiles_are_refused);
 #define MSFORMER_DEFINE(name, Arguments)                                          \
   define<Arguments>(m, #name "_forward", variant.kernels->name##_forward, false); \
   define<Arguments>(m, #name "_backward", variant.kernels->name##_backward, true);

@@ -24,8 +24,14 @@ class Variant:
     """What the processor must have, as `__builtin_cpu_supports` names it."""
     bfloat16_engine: str = "Values<float>"
     """How products of bfloat16 tensors are done: a class of csrc/cpu/engine."""
+    tile_unit: tuple[str, str] | None = None
+    """The class that multiplies tiles of bfloat16, and its header in csrc/cpu/engine."""
+    detection: tuple[str, ...] = ()
+    """Further conditions, in C++ of csrc/cpu/base/tile_permission.h."""
     probe: str = ""
     """A line of C++ that an old compiler may not know; without it there is no such variant."""
+    only_for_tests: bool = False
+    """Built where MSFORMER_EMULATE_TILES=1, and never chosen unasked."""
 
     def definitions(self) -> list[str]:
         names = {
@@ -33,11 +39,14 @@ class Variant:
             "MSFORMER_VECTOR_BYTES": self.vector_bytes,
             "MSFORMER_BFLOAT16_ENGINE": self.bfloat16_engine,
         }
+        if self.tile_unit:
+            names |= {"MSFORMER_TILE_UNIT": self.tile_unit[0], "MSFORMER_TILE_HEADER": self.tile_unit[1]}
         return [f"-D{name}={value}" for name, value in names.items()]
 
     def condition(self) -> str:
         """Whether the processor has it, in C++."""
-        return " && ".join(f'__builtin_cpu_supports("{name}")' for name in self.features) or "true"
+        conditions = [f'__builtin_cpu_supports("{name}")' for name in self.features]
+        return " && ".join([*conditions, *self.detection]) or "true"
 
 
 PLAIN = Variant("plain", vector_bytes=16)
@@ -56,10 +65,26 @@ AVX512_BF16 = replace(
     bfloat16_engine="Pairs",
     probe="__m512 add(__m512 s, __m512bh a) { return _mm512_dpbf16_ps(s, a, a); }",
 )
-# best first
+AMX = replace(
+    AVX512_BF16,
+    name="amx",
+    tile_unit=("Amx", "amx.h"),
+    detection=("tiles_are_permitted()",),
+    probe='void clear() { asm volatile("tilezero %%tmm0\\n\\ttdpbf16ps %%tmm2, %%tmm1, %%tmm0" ::); }',
+)
+# vectors as wide as those of the variant that it stands for, on processors that need not have them; quick to compile
+EMULATED_TILES = replace(
+    AVX2,
+    name="emulated_tiles",
+    vector_bytes=64,
+    flags=(*AVX2.flags, "-Wno-psabi", "-O1"),
+    tile_unit=("EmulatedTiles", "emulated_tiles.h"),
+    only_for_tests=True,
+)
+# best first, then what is only for tests
 VARIANTS = [PLAIN]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS = [AVX512_BF16, AVX512, AVX2, PLAIN]
+    VARIANTS = [AMX, AVX512_BF16, AVX512, AVX2, PLAIN, EMULATED_TILES]
 
 
 def write_variants_header(path: Path, variants: list[Variant]) -> None:

@@ -43,7 +43,19 @@ NATIVE = {
         "OMP_NUM_THREADS": "2",
         "MSFORMER_TEST_SEED": "1",
     },
+    "amx variant, 2 threads, seed 1": {
+        "MSFORMER_CPU_ISA": "amx",
+        "OMP_NUM_THREADS": "2",
+        "MSFORMER_TEST_SEED": "1",
+    },
+    "emulated tiles, 2 threads, seed 2": {
+        "MSFORMER_CPU_ISA": "emulated_tiles",
+        "OMP_NUM_THREADS": "2",
+        "MSFORMER_TEST_SEED": "2",
+    },
 }
+DTYPES = {"avx512_bf16": "bf16", "amx": "(f32 or bf16)", "emulated_tiles": "(f32 or bf16)"}
+"""That a variant does in a way of its own, unless it is float32 alone."""
 INTERPRETER = {
     "OpenBLAS Haswell, ATen default, seed 1": {
         "OPENBLAS_CORETYPE": "Haswell",
@@ -85,8 +97,8 @@ def test_native_kernels(name: str) -> None:
 
     if NATIVE[name]["MSFORMER_CPU_ISA"] not in _native.available_isas():
         pytest.skip("this machine does not have the variant")
-    dtype = "bf16" if NATIVE[name]["MSFORMER_CPU_ISA"] == "avx512_bf16" else "f32"
-    run_accuracy_tests(NATIVE[name], f"native and {dtype}", effort=0.25)
+    dtypes = DTYPES.get(NATIVE[name]["MSFORMER_CPU_ISA"], "f32")
+    run_accuracy_tests(NATIVE[name], f"native and {dtypes}", effort=0.25)
 
 
 @pytest.mark.slow(10)

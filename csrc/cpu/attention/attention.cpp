@@ -193,8 +193,8 @@ struct Attention : Problem<T> {
   // of every pair, as a right-hand side [values, keys]
   void pack_transposed(const T* matrices, T* out) const {
     parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
-      pack<Values<T>>(a.num_threads, out + pair * values * key_width, matrices + pair * context_size(), 1, value_width,
-                      values, keys);
+      pack(Values<T>(), a.num_threads, out + pair * values * key_width, matrices + pair * context_size(), 1,
+           value_width, values, keys);
     });
   }
 };
@@ -202,11 +202,11 @@ struct Attention : Problem<T> {
 }  // namespace
 
 void attention_forward(const AttentionArguments& a) {
-  with_values(a.key.dtype, [&](auto engine) { Attention<typename decltype(engine)::Value>(a).forward(); });
+  with_arithmetic(a.key.dtype, [&](auto value) { Attention<decltype(value)>(a).forward(); });
 }
 
 void attention_backward(const AttentionArguments& a) {
-  with_values(a.key.dtype, [&](auto engine) { Attention<typename decltype(engine)::Value>(a).backward(); });
+  with_arithmetic(a.key.dtype, [&](auto value) { Attention<decltype(value)>(a).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

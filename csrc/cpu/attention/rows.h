@@ -22,10 +22,10 @@ class Rows {
   void add_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
                 KeySums<T> sums) {
     load_keys(from, batch, head, token, tokens);
-    if (p_.softmax()) return accumulate_keys<Values<T>>(tokens, p_.keys, keys_, values_, p_.value_width, sums);
+    if (p_.softmax()) return accumulate_keys(Values<T>(), tokens, p_.keys, keys_, values_, p_.value_width, sums);
     if (p_.relu()) add_column_sums(tokens, p_.key_width, keys_, p_.key_width, sums.sum);
-    multiply_transposed_add<Values<T>>(p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
-                                       sums.values, p_.value_width);
+    multiply_transposed_add(Values<T>(), p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
+                            sums.values, p_.value_width);
   }
 
   void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
@@ -42,9 +42,10 @@ class Rows {
     const std::int64_t width = p_.key_width;
     load_queries(batch, head, token, tokens, context);
     load_tokens(p_.a.grad_output, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
-    multiply_transposed_add<Values<T>>(p_.keys, tokens, p_.value_width, keys_, width, grad_values_, p_.value_width,
-                                       grad_context, p_.value_width);
-    multiply<Values<T>>(tokens, p_.values, width, grad_values_, p_.value_width, context_transposed, grad_keys_, width);
+    multiply_transposed_add(Values<T>(), p_.keys, tokens, p_.value_width, keys_, width, grad_values_, p_.value_width,
+                            grad_context, p_.value_width);
+    multiply(Values<T>(), tokens, p_.values, width, grad_values_, p_.value_width, context_transposed, grad_keys_,
+             width);
     const T scale = p_.query_factor(batch) * static_cast<T>(p_.a.output_scale);
     if (p_.query_softmax()) {
       softmax_rows_backward(keys_, grad_keys_, tokens, 1, width, scale);
@@ -67,8 +68,8 @@ class Rows {
     multiply_rows(tokens, p_.keys, p_.value_width, keys_, width, grad_context, p_.value_width, grad_values_,
                   p_.value_width);
     store_tokens(from.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
-    multiply<Values<T>>(tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
-                        p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
+    multiply(Values<T>(), tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
+             p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
     const T scale = p_.key_factor(batch);
     if (p_.softmax()) {
       if (p_.is_all(tokens)) key_softmax_delta_of_block(tokens, width, keys_, grad_keys_, statistics.delta);

@@ -81,8 +81,8 @@ inline Vector<T> safe_shift(Vector<T> max) {
 
 // Adds one block of tokens: logits [tokens, padded(keys)] become exp(logit - max), values [tokens, leading].
 template <class E, class T = typename E::Value>
-void accumulate_keys(std::int64_t tokens, std::int64_t keys, T* logits, const T* values, std::int64_t leading,
-                     KeySums<T> sums) {
+void accumulate_keys(const E& engine, std::int64_t tokens, std::int64_t keys, T* logits, const T* values,
+                     std::int64_t leading, KeySums<T> sums) {
   constexpr int W = kWidth<T>;
   const std::int64_t width = padded<T>(keys);
   for (std::int64_t c = 0; c < width; c += W) {
@@ -101,7 +101,7 @@ void accumulate_keys(std::int64_t tokens, std::int64_t keys, T* logits, const T*
     for (int lane = 0; lane < W && c + lane < keys; ++lane)
       if (before[lane] != largest[lane]) scale_rows(sums.values + (c + lane) * leading, leading, T(rescale[lane]));
   }
-  multiply_transposed_add<E>(keys, tokens, leading, logits, width, values, leading, sums.values, leading);
+  multiply_transposed_add(engine, keys, tokens, leading, logits, width, values, leading, sums.values, leading);
 }
 
 // softmax weights of one block in the backward pass, from the saved max and sum; logits are overwritten

@@ -166,11 +166,11 @@ struct BatchNorm {
 }  // namespace
 
 void batch_norm_forward(const BatchNormArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { BatchNorm<typename decltype(engine)::Value>(a).forward(); });
+  with_arithmetic(a.x.dtype, [&](auto value) { BatchNorm<decltype(value)>(a).forward(); });
 }
 
 void batch_norm_backward(const BatchNormArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { BatchNorm<typename decltype(engine)::Value>(a).backward(); });
+  with_arithmetic(a.x.dtype, [&](auto value) { BatchNorm<decltype(value)>(a).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -15,27 +15,24 @@ namespace msformer::MSFORMER_VARIANT {
 constexpr std::int64_t kGroupTokens =
     1024;  // tokens of the images that are worked on at once, unless one image has more
 
+template <class E>
+using Value = typename E::Value;
+
 // C = start + A B
-template <class T>
-void dense(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const Operand<T>& a,
-           const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
-  constexpr std::int64_t kRows = 96, kTasks = 16;
-  const Panels panels(n_padded / kWidth<T>);
-  const std::int64_t row_blocks = max_of<std::int64_t>(1, (rows + kRows - 1) / kRows);
-  const std::int64_t groups = min_of(panels.count, (kTasks + row_blocks - 1) / row_blocks);
-  parallel_for(row_blocks * groups, num_threads, 0, [&](std::int64_t i, void*) {
-    const std::int64_t block = i / groups, group = i % groups;
-    const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
-    const Range panel_range{panels.count * group / groups, panels.count * (group + 1) / groups};
-    gemm_part<Values<T>>(row_range, panel_range, k, panels, a, b, start, bias, c);
-  });
+template <class E>
+void dense(const E& engine, int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded,
+           const Operand<Value<E>>& a, const Matrix<Value<E>>& b, Start start, const Value<E>* bias,
+           const Output<Value<E>>& c) {
+  const Panels panels(n_padded / kWidth<Value<E>>);
+  engine.dense(num_threads, rows, {0, panels.count}, k, panels, a, b, start, bias, c);
 }
 
 // Y [tokens, n] (+)= X W + bias; X row-major
-template <class T>
-inline void dense_tokens(int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded, const T* x,
-                         std::int64_t ldx, const T* packed, const T* bias, const Output<T>& y, bool add = false) {
-  dense<T>(num_threads, tokens, k, n_padded, {x, ldx, 1}, {packed, 0},
+template <class E>
+void dense_tokens(const E& engine, int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded,
+                  const Value<E>* x, std::int64_t ldx, const Value<E>* packed, const Value<E>* bias,
+                  const Output<Value<E>>& y, bool add = false) {
+  dense<E>(engine, num_threads, tokens, k, n_padded, {x, ldx, 1}, {packed, 0},
            add    ? Start::output
            : bias ? Start::bias
                   : Start::zero,
@@ -43,11 +40,12 @@ inline void dense_tokens(int num_threads, std::int64_t tokens, std::int64_t k, s
 }
 
 // dW [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B [tokens, n]
-template <class T>
-inline void dense_weights(int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a,
-                          std::int64_t lda, const T* b, std::int64_t ldb, T* w, std::int64_t ldw, bool add) {
-  dense<T>(num_threads, rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, add ? Start::output : Start::zero, nullptr,
-           {w, ldw});
+template <class E>
+void dense_weights(const E& engine, int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded,
+                   const Value<E>* a, std::int64_t lda, const Value<E>* b, std::int64_t ldb, Value<E>* w,
+                   std::int64_t ldw, bool add) {
+  dense<E>(engine, num_threads, rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, add ? Start::output : Start::zero,
+           nullptr, {w, ldw});
 }
 
 inline std::int64_t token_blocks(std::int64_t tokens) { return (tokens + 15) / 16; }
@@ -152,7 +150,7 @@ class RightSide {
         packed_(has_whole_rows<T>(source, n) ? nullptr : arena.take<T>(k * padded<T>(n))) {}
   Matrix<T> fill_in(int num_threads) const {
     if (has_whole_rows<T>(source_, n_)) return {source_, n_};
-    pack<Values<T>>(num_threads, packed_, source_, n_, 1, k_, n_);
+    pack(Values<T>(), num_threads, packed_, source_, n_, 1, k_, n_);
     return {packed_, 0};
   }
 

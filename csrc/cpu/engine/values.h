@@ -45,6 +45,12 @@ void for_panels(int num_threads, std::int64_t k, std::int64_t n, const Task& tas
   });
 }
 
+// of a product that all threads work on
+inline std::int64_t dense_row_blocks(std::int64_t rows) {
+  constexpr std::int64_t kRows = 96;
+  return max_of<std::int64_t>(1, (rows + kRows - 1) / kRows);
+}
+
 template <class T>
 struct Values {
   using Value = T;
@@ -72,6 +78,21 @@ struct Values {
   static void add_transposed(std::int64_t rows, std::int64_t tokens, std::int64_t n_padded, const T* a,
                              std::int64_t lda, const T* b, std::int64_t ldb, const Output<T>& c) {
     gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
+  }
+
+  // The panels of C = start + A B that are asked for, all threads on tiles of it.
+  static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                    const Operand<T>& a, const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
+    constexpr std::int64_t kTasks = 16;
+    const std::int64_t count = panel_range.end - panel_range.begin, row_blocks = dense_row_blocks(rows);
+    const std::int64_t groups = min_of(count, (kTasks + row_blocks - 1) / row_blocks);
+    parallel_for(row_blocks * groups, num_threads, 0, [&](std::int64_t i, void*) {
+      const std::int64_t block = i / groups, group = i % groups;
+      const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
+      const Range of_group{panel_range.begin + count * group / groups,
+                           panel_range.begin + count * (group + 1) / groups};
+      gemm_part<Values>(row_range, of_group, k, panels, a, b, start, bias, c);
+    });
   }
 };
 

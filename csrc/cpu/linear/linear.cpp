@@ -7,15 +7,17 @@
 // be), then multiplied in registers (gemm.h). All cuts depend on the shape alone.
 #include "../base/sums.h"
 #include "../base/tokens.h"
-#include "../engine/products.h"
+#include "../engine/dense.h"
 
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
 constexpr std::int64_t kTileM = 288, kTileN = 128, kBlockK = 256, kWantedTiles = 16, kLeastK = 1024;
 
-template <class T>
+template <class E>
 struct Product {
+  using T = typename E::Value;
+  const E& engine;
   std::int64_t m, n, k;
   const std::int64_t m_tiles = (m + kTileM - 1) / kTileM, n_tiles = (n + kTileN - 1) / kTileN;
   const std::int64_t k_ranges = count_ranges();
@@ -79,7 +81,7 @@ struct Product {
       const std::int64_t depth = max_of<std::int64_t>(0, min_of(kBlockK, range.end - at));
       const Operand<T> a = load_a(tile.m, tile.rows, at, depth, s.a);
       const Matrix<T> b = load_b(at, depth, tile.n, tile.columns, s.b);
-      gemm<Values<T>>(tile.rows, depth, leading, a, b, start, nullptr, {c, leading});
+      dense<E>(engine, 1, tile.rows, depth, leading, a, b, start, nullptr, {c, leading});
       start = Start::output;
     }
   }
@@ -112,13 +114,23 @@ void store_part(const Activation& x, std::int64_t image_tokens, std::int64_t fir
   }
 }
 
-template <class T>
+// One step of a tile, whose operands are both rewritten; the same for the three products.
+struct TileProducts {
+  ProductShape shapes[1];
+  explicit TileProducts(const LinearArguments& a)
+      : shapes{{min_of(a.batch * a.tokens, kTileM), min_of(a.in_features, kBlockK), min_of(a.out_features, kTileN),
+                true}} {}
+};
+
+template <class E>
 struct Linear {
+  using T = typename E::Value;
   const LinearArguments& a;
+  const E engine;
   const std::int64_t tokens = a.batch * a.tokens;
   const T* weight = static_cast<const T*>(a.parameters.weight);
 
-  explicit Linear(const LinearArguments& arguments) : a(arguments) {}
+  Linear(const LinearArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
   // rows of an activation as the left operand, or as the right one
   auto rows_of(const Activation& x) const {
@@ -130,11 +142,11 @@ struct Linear {
   }
 
   void forward() const {
-    const Product<T> product{tokens, a.out_features, a.in_features};
+    const Product<E> product{engine, tokens, a.out_features, a.in_features};
     product.run(
         a.num_threads, rows_of(a.x),
         [&](std::int64_t k, std::int64_t depth, std::int64_t n, std::int64_t columns, T* out) -> Matrix<T> {
-          pack<Values<T>>(1, out, weight + n * a.in_features + k, 1, a.in_features, depth, columns);
+          pack(Values<T>(), 1, out, weight + n * a.in_features + k, 1, a.in_features, depth, columns);
           return {out, 0};
         },
         [&](const auto& tile, T* c, std::int64_t leading) {
@@ -146,11 +158,11 @@ struct Linear {
   }
 
   void backward_input() const {
-    const Product<T> product{tokens, a.in_features, a.out_features};
+    const Product<E> product{engine, tokens, a.in_features, a.out_features};
     product.run(
         a.num_threads, rows_of(a.grad_output),
         [&](std::int64_t k, std::int64_t depth, std::int64_t n, std::int64_t columns, T* out) -> Matrix<T> {
-          pack<Values<T>>(1, out, weight + k * a.in_features + n, a.in_features, 1, depth, columns);
+          pack(Values<T>(), 1, out, weight + k * a.in_features + n, a.in_features, 1, depth, columns);
           return {out, 0};
         },
         [&](const auto& tile, T* c, std::int64_t leading) {
@@ -159,7 +171,7 @@ struct Linear {
   }
 
   void backward_weight() const {
-    const Product<T> product{a.out_features, a.in_features, tokens};
+    const Product<E> product{engine, a.out_features, a.in_features, tokens};
     product.run(
         a.num_threads,
         [&](std::int64_t m, std::int64_t rows, std::int64_t k, std::int64_t depth, T* out) -> Operand<T> {
@@ -201,12 +213,13 @@ struct Linear {
 }  // namespace
 
 void linear_forward(const LinearArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { Linear<typename decltype(engine)::Value>(a).forward(); });
+  with_values(a.x.dtype, a.precision, TileProducts(a).shapes,
+              [&](auto engine) { Linear<decltype(engine)>(a, engine).forward(); });
 }
 
 void linear_backward(const LinearArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) {
-    const Linear<typename decltype(engine)::Value> linear(a);
+  with_values(a.x.dtype, a.precision, TileProducts(a).shapes, [&](auto engine) {
+    const Linear<decltype(engine)> linear(a, engine);
     if (a.grad_x.data) linear.backward_input();
     linear.backward_weight();
     if (a.gradients.bias) linear.backward_bias();

@@ -15,10 +15,23 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
+constexpr std::int64_t kStripColumns = 68;  // the most of a strip
+
 // whether an image has so few tokens that it is better worked on as a whole than in strips
 bool mix_ffn_fits_whole(const MixFFNArguments& a);
 void mix_ffn_whole_forward(const MixFFNArguments& a);
 void mix_ffn_whole_backward(const MixFFNArguments& a);
+
+// The products of a row of a strip, for the choice of the engine: forward, and a weight's gradient.
+struct StripProducts {
+  ProductShape shapes[3];
+  explicit StripProducts(const MixFFNArguments& a) {
+    const std::int64_t columns = min_of(a.width, kStripColumns), activated = a.gated ? a.hidden / 2 : a.hidden;
+    shapes[0] = {columns, a.channels, a.hidden, false};
+    shapes[1] = {columns, activated, a.channels, false};
+    shapes[2] = {a.channels, columns, a.hidden, true};
+  }
+};
 
 // Gradients of the parameters that are not matrices, padded.
 template <class T>
@@ -103,18 +116,19 @@ struct MixFFN {
   using T = typename E::Value;
   using Element = typename E::Element;
   const MixFFNArguments& a;
+  const E engine;
   const std::int64_t channels = a.channels, hidden = a.hidden;
   const std::int64_t width = padded<T>(channels), hidden_width = padded<T>(hidden);
   const std::int64_t activated = a.gated ? hidden / 2 : hidden, activated_width = padded<T>(activated);  // of T
   const std::int64_t kernel_size = a.kernel_size, radius = kernel_size / 2, tap_count = kernel_size * kernel_size;
 
-  static constexpr std::int64_t kStripColumns = 68, kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
+  static constexpr std::int64_t kBandRows = 64, kLeastBandRows = 7, kWantedPieces = 8;
   const std::int64_t strips = max_of<std::int64_t>(1, (a.width + kStripColumns - 1) / kStripColumns);
   const std::int64_t bands = count_bands();
   const std::int64_t pieces = a.batch * strips * bands;
   const std::int64_t strip_columns = (a.width + strips - 1) / strips;  // the widest strip
 
-  explicit MixFFN(const MixFFNArguments& arguments) : a(arguments) {}
+  explicit MixFFN(const MixFFNArguments& arguments, const E& engine_ = E()) : a(arguments), engine(engine_) {}
 
   // bands of at most kBandRows; more of them where a few small images would leave cores idle, but not so low that the
   // rows around them, which are made twice, weigh
@@ -141,7 +155,7 @@ struct MixFFN {
     Norm<T> norm, hidden_norm;
 
     Weights(Arena& arena, const MixFFN& m)
-        : fc1(arena.take<Element>(E::packed_size(m.channels, m.hidden_width))),
+        : fc1(arena.take<Element>(m.engine.packed_size(m.channels, m.hidden_width))),
           fc1_bias(arena.take<T>(m.hidden_width)),
           taps(arena.take<T>(m.tap_count * m.hidden_width)),
           dw_bias(arena.take<T>(m.hidden_width)),
@@ -154,8 +168,8 @@ struct MixFFN {
     void fill_in(const MixFFN& m, bool packed_fc1 = true) {
       const MixFFNArguments& a = m.a;
       if (packed_fc1)
-        pack<E>(a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels,
-                m.hidden);
+        pack(m.engine, a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels,
+             m.hidden);
       copy_padded(fc1_bias, a.parameters.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.parameters.dw_bias, m.hidden);
       fill(taps, m.tap_count * m.hidden_width, T(0));
@@ -196,8 +210,8 @@ struct MixFFN {
     fill(out, (first - begin) * hidden_width, T(0));
     fill(out + (last - begin) * hidden_width, (end - last) * hidden_width, T(0));
     load_row(w.norm, batch, row, first, last, x, nullptr, nullptr);
-    multiply<E>(last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width,
-                hidden_width, w.fc1_bias);
+    multiply(engine, last - first, channels, hidden_width, x, width, w.fc1, out + (first - begin) * hidden_width,
+             hidden_width, w.fc1_bias);
     const std::int64_t at = (first - begin) * hidden_width;
     if (activates_hidden()) activate_hidden(last - first, out + at, before ? before + at : nullptr);
   }

@@ -20,13 +20,13 @@ struct Backward : MixFFN<E> {
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::strip_columns;
   using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
-  explicit Backward(const MixFFNArguments& arguments) : Base(arguments) {}
+  Backward(const MixFFNArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   struct Products {      // weights as the backward products want them
     Element *fc1, *fc2;  // packed W_1 [hidden, width], W_2 [C, activated_width]
     Products(Arena& arena, const Backward& b)
-        : fc1(arena.take<Element>(E::packed_size(b.hidden, b.width))),
-          fc2(arena.take<Element>(E::packed_size(b.channels, b.activated_width))) {}
+        : fc1(arena.take<Element>(b.engine.packed_size(b.hidden, b.width))),
+          fc2(arena.take<Element>(b.engine.packed_size(b.channels, b.activated_width))) {}
   };
 
   struct Rows {
@@ -80,7 +80,8 @@ struct Backward : MixFFN<E> {
     T* grad = grad_z + (first - begin) * hidden_width;
 
     load_tokens(a.grad_output, p.batch, 0, row * a.width + first, last - first, channels, s.grad_output, width);
-    multiply<E>(last - first, channels, activated_width, s.grad_output, width, products.fc2, grad, hidden_width);
+    multiply(this->engine, last - first, channels, activated_width, s.grad_output, width, products.fc2, grad,
+             hidden_width);
     // u starts `radius` columns left of `begin`, where the taps of the token at `begin` start
     const TapRows<T> rows = s.u.around(row, (first - begin) * hidden_width);
     depthwise<T, false>(kernel_size, rows, w.taps, w.dw_bias, last - first, hidden_width, s.z);
@@ -101,8 +102,8 @@ struct Backward : MixFFN<E> {
     add_rows<T>(1, hidden_width, s.hidden_weight, sums.hidden_weight);
     add_rows<T>(1, hidden_width, s.hidden_bias, sums.hidden_bias);
     const T* own_grad_output = s.grad_output + skip * width;
-    multiply_transposed_add<E>(channels, columns, activated_width, own_grad_output, width, s.t + skip * hidden_width,
-                               hidden_width, sums.fc2, activated_width);
+    multiply_transposed_add(this->engine, channels, columns, activated_width, own_grad_output, width,
+                            s.t + skip * hidden_width, hidden_width, sums.fc2, activated_width);
     add_column_sums(columns, width, own_grad_output, width, sums.fc2_bias);
     const std::int64_t own = radius * hidden_width;
     depthwise_weight_backward<T>(kernel_size, s.u.around(row, own), grad_z + own, columns, hidden_width,
@@ -119,9 +120,9 @@ struct Backward : MixFFN<E> {
       this->activate_hidden_backward(columns, s.before.at(row) + 2 * radius * hidden_width, s.grad_u);
     add_column_sums(columns, hidden_width, s.grad_u, hidden_width, sums.fc1_bias);
     this->load_row(w.norm, p.batch, row, p.column_begin, p.column_end, s.x, s.normalized, s.rstd);
-    multiply_transposed_add<E>(channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1,
-                               hidden_width);
-    multiply<E>(columns, hidden, width, s.grad_u, hidden_width, products.fc1, s.grad_x, width);
+    multiply_transposed_add(this->engine, channels, columns, hidden_width, s.x, width, s.grad_u, hidden_width, sums.fc1,
+                            hidden_width);
+    multiply(this->engine, columns, hidden, width, s.grad_u, hidden_width, products.fc1, s.grad_x, width);
     if (w.norm.weight)
       layer_norm_backward(w.norm, columns, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight,
                           sums.norm_bias);
@@ -164,9 +165,10 @@ struct Backward : MixFFN<E> {
     Weights w(arena, *this);
     w.fill_in(*this);
     Products products(arena, *this);
-    pack<E>(a.num_threads, products.fc1, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden, channels);
-    pack<E>(a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), activated, 1, channels,
-            activated);
+    pack(this->engine, a.num_threads, products.fc1, static_cast<const T*>(a.parameters.fc1_weight), channels, 1, hidden,
+         channels);
+    pack(this->engine, a.num_threads, products.fc2, static_cast<const T*>(a.parameters.fc2_weight), activated, 1,
+         channels, activated);
     T* partials = arena.take<T>((groups + 1) * size);
 
     parallel_for(groups, a.num_threads, bytes_of<Rows>(), [&](std::int64_t group, void* scratch) {
@@ -188,7 +190,8 @@ struct Backward : MixFFN<E> {
 
 void mix_ffn_backward(const MixFFNArguments& a) {
   if (mix_ffn_fits_whole(a)) return mix_ffn_whole_backward(a);
-  with_engine(a.x.dtype, [&](auto engine) { Backward<decltype(engine)>(a).run(); });
+  with_engine(a.x.dtype, a.precision, StripProducts(a).shapes,
+              [&](auto engine) { Backward<decltype(engine)>(a, engine).run(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -15,7 +15,7 @@ struct Forward : MixFFN<E> {
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::strip_columns;
   using Base::kernel_size, Base::radius, Base::activated;
 
-  explicit Forward(const MixFFNArguments& arguments) : Base(arguments) {}
+  Forward(const MixFFNArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   struct Rows {
     T *x, *z, *y;
@@ -37,7 +37,7 @@ struct Forward : MixFFN<E> {
       if (center < p.row_begin) continue;
       depthwise<T, false>(kernel_size, s.u.around(center), w.taps, w.dw_bias, columns, hidden_width, s.z);
       this->normalize_and_activate(w.hidden_norm, columns, s.z);
-      multiply<E>(columns, activated, width, s.z, hidden_width, fc2, s.y, width, fc2_bias);
+      multiply(this->engine, columns, activated, width, s.z, hidden_width, fc2, s.y, width, fc2_bias);
       const std::int64_t token = center * a.width + p.column_begin;
       if (a.residual) {
         load_tokens(a.x, p.batch, 0, token, columns, channels, s.x, width);
@@ -50,16 +50,17 @@ struct Forward : MixFFN<E> {
   void run() const {
     Arena counter(nullptr), row_counter(nullptr);
     Weights(counter, *this);
-    counter.take<Element>(E::packed_size(activated, width));
+    counter.take<Element>(this->engine.packed_size(activated, width));
     counter.take<T>(width);
     Rows(row_counter, *this);
     Workspace memory(counter.used());
     Arena arena(memory.data());
     Weights w(arena, *this);
     w.fill_in(*this);
-    Element* fc2 = arena.take<Element>(E::packed_size(activated, width));
+    Element* fc2 = arena.take<Element>(this->engine.packed_size(activated, width));
     T* fc2_bias = arena.take<T>(width);
-    pack<E>(a.num_threads, fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated, channels);
+    pack(this->engine, a.num_threads, fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
+         channels);
     copy_padded(fc2_bias, a.parameters.fc2_bias, channels);
     parallel_for(this->pieces, a.num_threads, row_counter.used(), [&](std::int64_t i, void* scratch) {
       Arena rows_arena(scratch);
@@ -73,7 +74,8 @@ struct Forward : MixFFN<E> {
 
 void mix_ffn_forward(const MixFFNArguments& a) {
   if (mix_ffn_fits_whole(a)) return mix_ffn_whole_forward(a);
-  with_engine(a.x.dtype, [&](auto engine) { Forward<decltype(engine)>(a).run(); });
+  with_engine(a.x.dtype, a.precision, StripProducts(a).shapes,
+              [&](auto engine) { Forward<decltype(engine)>(a, engine).run(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

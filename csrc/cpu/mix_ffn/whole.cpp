@@ -9,13 +9,16 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T>
-struct Whole : MixFFN<Values<T>> {
+// E: the engine of the products between activations
+template <class E>
+struct Whole : MixFFN<Values<typename E::Value>> {
+  using T = typename E::Value;
   using Base = MixFFN<Values<T>>;
-  using Slice = HiddenSlice<T>;
+  using Slice = HiddenSlice<E>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::activated, Base::activated_width;
 
+  const E products;
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
   const HiddenSlices<T> slices{hidden_width, hidden, a.gated || a.parameters.hidden_norm.weight};
@@ -23,7 +26,7 @@ struct Whole : MixFFN<Values<T>> {
   const MixFFNArguments widest = widest_slice();
   const std::size_t weight_bytes = bytes_of<Weights>(), vector_bytes = bytes_of_vectors();
 
-  explicit Whole(const MixFFNArguments& arguments) : Base(arguments) {}
+  Whole(const MixFFNArguments& arguments, const E& products_) : Base(arguments), products(products_) {}
 
   MixFFNArguments slice_arguments(std::int64_t i) const {
     return with_hidden<T>(a, slices.begin(i), slices.end(i), slice_threads);
@@ -38,12 +41,12 @@ struct Whole : MixFFN<Values<T>> {
   template <class Pieces>
   std::size_t bytes_of() const {
     Arena counter(nullptr);
-    Pieces(counter, Slice(widest));
+    Pieces(counter, Slice(widest, products));
     return counter.used();
   }
   std::size_t bytes_of_vectors() const {
     Arena counter(nullptr);
-    take_vectors(counter, Slice(widest));
+    take_vectors(counter, Slice(widest, products));
     return counter.used();
   }
   static VectorGradients<T> take_vectors(Arena& arena, const Slice& slice) {
@@ -55,7 +58,7 @@ struct Whole : MixFFN<Values<T>> {
   void for_slices(char* weights, std::size_t scratch_bytes, bool packs, const Task& task) const {
     parallel_for(slices.count, a.num_threads, scratch_bytes, [&](std::int64_t i, void* scratch) {
       const MixFFNArguments arguments = slice_arguments(i);
-      const Slice slice(arguments);
+      const Slice slice(arguments, products);
       Arena arena(weights + static_cast<std::size_t>(i) * weight_bytes);
       Weights w(arena, slice);
       w.fill_in(slice, packs);
@@ -110,8 +113,8 @@ struct Whole : MixFFN<Values<T>> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.norm.fill_in(*this);
-    pack<Values<T>>(a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
-                    channels);
+    pack(Values<T>(), a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
+         channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
@@ -123,7 +126,8 @@ struct Whole : MixFFN<Values<T>> {
                    slice.forward(w, b, first, images, s.x);
                    gather(i, tokens, slice, b.z, s.t);
                  });
-      dense_tokens<T>(a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias, {s.y, width});
+      dense_tokens<E>(products, a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias,
+                      {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
@@ -161,11 +165,11 @@ struct Whole : MixFFN<Values<T>> {
                    const Matrix<T>& fc2_transposed, const typename Slice::BackwardBuffers& b) const {
     const Operand<T> rows{grad_output, width, 1};
     if (slices.count == 1)
-      return dense<T>(slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed, Start::zero,
-                      nullptr, {b.grad_z, 0, b.offsets});
+      return dense<E>(products, slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed,
+                      Start::zero, nullptr, {b.grad_z, 0, b.offsets});
     // columns are counted from the first of all hidden features
-    gemm_part<Values<T>>({0, tokens}, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed, Start::zero,
-                         nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
+    products.dense(slice_threads, tokens, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
+                   Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
   }
 
   void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,
@@ -179,10 +183,10 @@ struct Whole : MixFFN<Values<T>> {
     slice.load_hidden(w, b, first, images, s.x);
     make_grad_t(i, tokens, slice, s.grad_output, fc2_transposed, b);
     slice.activation_gradients(w, b, images);
-    dense_weights<T>(slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
+    dense_weights<E>(products, slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
                      slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
     slice.convolution_gradients(w, b, vectors, images);
-    dense_weights<T>(slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
+    dense_weights<E>(products, slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
                      fc1.data() + begin * fc1.leading(), fc1.leading(), first > 0);
     gather(i, tokens, slice, b.z, s.grad_u);
     if (first + images == a.batch) vectors.write(slice.a);
@@ -208,8 +212,8 @@ struct Whole : MixFFN<Values<T>> {
                    backward_slice(s, slice, w, i, fc2_transposed, first, images, scratch);
                  });
       add_column_sums(tokens, width, s.grad_output, width, s.fc2_bias);
-      dense<T>(a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed, Start::zero, nullptr,
-               {s.grad_x, width});
+      dense<E>(products, a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed, Start::zero,
+               nullptr, {s.grad_x, width});
       store_image_gradients(a.num_threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images,
                             image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
                             s.norm_bias);
@@ -222,6 +226,15 @@ struct Whole : MixFFN<Values<T>> {
   }
 };
 
+struct WholeProducts {
+  ProductShape shapes[2];
+  explicit WholeProducts(const MixFFNArguments& a) {
+    const std::int64_t image_tokens = a.height * a.width, tokens = images_at_once(a.batch, image_tokens) * image_tokens;
+    shapes[0] = {tokens, a.channels, a.hidden, true};  // weights are rewritten once a group, like tokens
+    shapes[1] = {tokens, a.gated ? a.hidden / 2 : a.hidden, a.channels, true};
+  }
+};
+
 }  // namespace
 
 bool mix_ffn_fits_whole(const MixFFNArguments& a) {
@@ -229,11 +242,13 @@ bool mix_ffn_fits_whole(const MixFFNArguments& a) {
 }
 
 void mix_ffn_whole_forward(const MixFFNArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { Whole<typename decltype(engine)::Value>(a).forward(); });
+  with_values(a.x.dtype, a.precision, WholeProducts(a).shapes,
+              [&](auto engine) { Whole<decltype(engine)>(a, engine).forward(); });
 }
 
 void mix_ffn_whole_backward(const MixFFNArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { Whole<typename decltype(engine)::Value>(a).backward(); });
+  with_values(a.x.dtype, a.precision, WholeProducts(a).shapes,
+              [&](auto engine) { Whole<decltype(engine)>(a, engine).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

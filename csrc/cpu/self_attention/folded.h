@@ -17,11 +17,23 @@ inline void stage(T* out, const T* source, std::int64_t rows, std::int64_t colum
   for (std::int64_t i = 0; i < rows; ++i) copy_padded(out + i * padded<T>(columns), source + i * columns, columns);
 }
 
+// The products of a block of tokens, for the choice of the engine.
+struct FoldedProducts {
+  ProductShape shapes[3];
+  explicit FoldedProducts(const SelfAttentionArguments& a) {
+    const std::int64_t tokens = min_of(a.tokens, kBlockTokens);
+    shapes[0] = {tokens, a.channels, a.key_channels, false};
+    shapes[1] = {tokens, a.key_channels, a.channels, false};
+    shapes[2] = {a.key_channels, tokens, a.channels, true};
+  }
+};
+
 template <class E>
 struct SelfAttention {
   using T = typename E::Value;
   using Element = typename E::Element;
   const SelfAttentionArguments& a;
+  const E engine;
   const std::int64_t channels = a.channels, keys = a.key_channels, values = a.value_channels, heads = a.heads;
   const std::int64_t head_keys = keys / heads, head_values = values / heads;
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys);
@@ -34,7 +46,7 @@ struct SelfAttention {
   static constexpr std::int64_t kRowBlock = 48;  // rows of one task in the small products
   const std::int64_t row_blocks = (head_keys + kRowBlock - 1) / kRowBlock;
 
-  explicit SelfAttention(const SelfAttentionArguments& arguments) : a(arguments) {}
+  SelfAttention(const SelfAttentionArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
   const T* parameter(const void* p) const { return static_cast<const T*>(p); }
   std::int64_t chunks() const { return a.batch * split.count; }
@@ -51,8 +63,8 @@ struct SelfAttention {
     Norm<T> norm;
 
     Weights(Arena& arena, const SelfAttention& s)
-        : query(arena.take<Element>(E::packed_size(s.channels, s.query_width))),
-          key(arena.take<Element>(E::packed_size(s.channels, s.key_width))),
+        : query(arena.take<Element>(s.engine.packed_size(s.channels, s.query_width))),
+          key(arena.take<Element>(s.engine.packed_size(s.channels, s.key_width))),
           query_bias(arena.take<T>(s.query_width)),
           query_rows(arena.take<T>(s.query_width * s.width)),
           key_rows(arena.take<T>(s.keys * s.width)),
@@ -68,8 +80,8 @@ struct SelfAttention {
         query_bias[s.query_row(row)] = s.a.parameters.query_bias ? s.parameter(s.a.parameters.query_bias)[row] : T(0);
       }
       stage(key_rows, s.parameter(s.a.parameters.key_weight), s.keys, s.channels);
-      pack<E>(s.a.num_threads, query, query_rows, 1, s.width, s.channels, s.query_width);
-      pack<E>(s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
+      pack(s.engine, s.a.num_threads, query, query_rows, 1, s.width, s.channels, s.query_width);
+      pack(s.engine, s.a.num_threads, key, key_rows, 1, s.width, s.channels, s.keys);
       if (!s.a.parameters.norm.weight) return;
       norm = {copy_padded(norm_weight, s.a.parameters.norm.weight, s.channels),
               copy_padded(norm_bias, s.a.parameters.norm.bias, s.channels), static_cast<T>(s.a.norm_eps),
@@ -85,14 +97,14 @@ struct SelfAttention {
   }
 
   void load_queries(const Weights& w, std::int64_t tokens, const T* x, T* queries) const {
-    multiply<E>(tokens, channels, query_width, x, width, w.query, queries, query_width, w.query_bias);
+    multiply(engine, tokens, channels, query_width, x, width, w.query, queries, query_width, w.query_bias);
     softmax_rows(queries, tokens, heads, head_width);
   }
 
   // rows [images, k rows of width] -> packed as the right-hand side of products with k rows each
   void pack_rows(Element* packed, const T* rows, std::int64_t images, std::int64_t k, std::int64_t stride) const {
     parallel_for(images, a.num_threads, 0, [&](std::int64_t n, void*) {
-      pack<E>(a.num_threads, packed + n * E::packed_size(k, width), rows + n * stride, width, 1, k, channels);
+      pack(engine, a.num_threads, packed + n * engine.packed_size(k, width), rows + n * stride, width, 1, k, channels);
     });
   }
 
@@ -120,13 +132,13 @@ struct SelfAttention {
     Workspace memory(sizeof(T) * static_cast<std::size_t>(heads * packed));
     T* output_weight = static_cast<T*>(memory.data());
     for (std::int64_t head = 0; head < heads; ++head)
-      pack<Values<T>>(a.num_threads, output_weight + head * packed,
-                      parameter(a.parameters.output_weight) + head * head_values, 1, values, head_values, channels);
+      pack(Values<T>(), a.num_threads, output_weight + head * packed,
+           parameter(a.parameters.output_weight) + head * head_values, 1, values, head_values, channels);
     fill(folded, a.batch * query_width * width, T(0));
     for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
-      multiply<Values<T>>(rows, head_values, width, context + (batch * keys + row) * head_value_width, head_value_width,
-                          output_weight + head * packed, folded + (batch * query_width + query_row(row)) * width,
-                          width);
+      multiply(Values<T>(), rows, head_values, width, context + (batch * keys + row) * head_value_width,
+               head_value_width, output_weight + head * packed, folded + (batch * query_width + query_row(row)) * width,
+               width);
     });
   }
 };

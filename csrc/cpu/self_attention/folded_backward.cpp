@@ -21,9 +21,9 @@ struct Backward : SelfAttention<E> {
 
   const std::int64_t folded_size = query_width * width, context_size = keys * head_value_width,
                      rows_size = keys * width;
-  const std::int64_t folded_packed_size = E::packed_size(channels, query_width);
-  const std::int64_t rows_packed_size = E::packed_size(channels, key_width),
-                     rows_right_size = E::packed_size(keys, width);
+  const std::int64_t folded_packed_size = this->engine.packed_size(channels, query_width);
+  const std::int64_t rows_packed_size = this->engine.packed_size(channels, key_width),
+                     rows_right_size = this->engine.packed_size(keys, width);
 
   // Per image, and what pass 2 multiplies with.
   struct Matrices {
@@ -42,7 +42,7 @@ struct Backward : SelfAttention<E> {
       folded_packed = arena.take<Element>(n * b.folded_packed_size);
       grad_key_tokens_packed = arena.take<Element>(n * b.rows_packed_size);
       grad_key_tokens_right = arena.take<Element>(n * b.rows_right_size);
-      query_right = arena.take<Element>(E::packed_size(b.query_rows, b.width));
+      query_right = arena.take<Element>(b.engine.packed_size(b.query_rows, b.width));
       key_right = arena.take<Element>(b.rows_right_size);
       max = arena.take<T>(n * b.key_width);
       inverse_sum = arena.take<T>(n * b.key_width);
@@ -76,7 +76,7 @@ struct Backward : SelfAttention<E> {
           norm_bias(arena.take<T>(b.width)) {}
   };
 
-  explicit Backward(const SelfAttentionArguments& arguments) : Base(arguments) {}
+  Backward(const SelfAttentionArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   template <class Pieces>
   std::size_t bytes_of() const {
@@ -93,8 +93,8 @@ struct Backward : SelfAttention<E> {
     });
     this->fold(m.context, m.folded);
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
-      pack<E>(a.num_threads, m.folded_packed + n * folded_packed_size, m.folded + n * folded_size, 1, width, channels,
-              query_width);
+      pack(this->engine, a.num_threads, m.folded_packed + n * folded_packed_size, m.folded + n * folded_size, 1, width,
+           channels, query_width);
       copy_padded(m.max + n * key_width, parameter(a.key_max) + n * keys, keys);
       fill(m.inverse_sum + n * key_width, key_width, T(0));
       for (std::int64_t j = 0; j < keys; ++j) {
@@ -117,8 +117,8 @@ struct Backward : SelfAttention<E> {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.queries);
         load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
-        multiply_transposed_add<E>(this->query_rows, tokens, width, s.queries, query_width, s.grad_output, width, sum,
-                                   width);
+        multiply_transposed_add(this->engine, this->query_rows, tokens, width, s.queries, query_width, s.grad_output,
+                                width, sum, width);
       });
     });
     parallel_for(a.batch * query_width, a.num_threads, 64, [&](std::int64_t i, void*) {
@@ -136,26 +136,26 @@ struct Backward : SelfAttention<E> {
     T* value_weight = output_weight + heads * output_packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack<Values<T>>(a.num_threads, output_weight + head * output_packed,
-                      parameter(a.parameters.output_weight) + first, values, 1, channels, head_values);
-      pack<Values<T>>(a.num_threads, value_weight + head * value_packed,
-                      parameter(a.parameters.value_weight) + first * channels, channels, 1, head_values, channels);
+      pack(Values<T>(), a.num_threads, output_weight + head * output_packed,
+           parameter(a.parameters.output_weight) + first, values, 1, channels, head_values);
+      pack(Values<T>(), a.num_threads, value_weight + head * value_packed,
+           parameter(a.parameters.value_weight) + first * channels, channels, 1, head_values, channels);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       const std::int64_t first = batch * keys + row;
       T* grad_context = m.grad_context + first * head_value_width;
-      multiply<Values<T>>(rows, channels, head_value_width,
-                          m.grad_folded + (batch * query_width + this->query_row(row)) * width, width,
-                          output_weight + head * output_packed, grad_context, head_value_width);
+      multiply(Values<T>(), rows, channels, head_value_width,
+               m.grad_folded + (batch * query_width + this->query_row(row)) * width, width,
+               output_weight + head * output_packed, grad_context, head_value_width);
       if (a.grad_context)
         for (std::int64_t i = 0; i < rows; ++i)
           for (std::int64_t c = 0; c < head_values; ++c)
             grad_context[i * head_value_width + c] += parameter(a.grad_context)[(first + i) * head_values + c];
       T* grad_rows = m.grad_key_tokens + first * width;
-      multiply<Values<T>>(rows, head_values, width, grad_context, head_value_width, value_weight + head * value_packed,
-                          grad_rows, width);
+      multiply(Values<T>(), rows, head_values, width, grad_context, head_value_width,
+               value_weight + head * value_packed, grad_rows, width);
       // delta is subtracted from products with these rows, most of which it cancels: both must see the same rounding
-      E::round_operands(grad_rows, rows * width);
+      this->engine.round_operands(grad_rows, rows * width);
       for (std::int64_t i = 0; i < rows; ++i) {
         T& delta = m.delta[batch * key_width + row + i];
         delta = key_softmax_delta(m.key_tokens + (first + i) * width, grad_rows + i * width, channels);
@@ -165,8 +165,8 @@ struct Backward : SelfAttention<E> {
       }
     });
     parallel_for(a.batch, a.num_threads, 64, [&](std::int64_t n, void*) {
-      pack<E>(a.num_threads, m.grad_key_tokens_packed + n * rows_packed_size, m.grad_key_tokens + n * rows_size, 1,
-              width, channels, keys);
+      pack(this->engine, a.num_threads, m.grad_key_tokens_packed + n * rows_packed_size,
+           m.grad_key_tokens + n * rows_size, 1, width, channels, keys);
     });
   }
 
@@ -186,13 +186,12 @@ struct Backward : SelfAttention<E> {
         const T* context_rows =
             (output ? m.context : m.grad_context) + n * context_size + head * head_keys * head_value_width;
         if (output)
-          multiply_transposed_add<Values<T>>(rows, head_keys, leading,
-                                             m.grad_folded + n * folded_size + head * head_width * width + first, width,
-                                             context_rows, head_value_width, sum, leading);
+          multiply_transposed_add(Values<T>(), rows, head_keys, leading,
+                                  m.grad_folded + n * folded_size + head * head_width * width + first, width,
+                                  context_rows, head_value_width, sum, leading);
         else
-          multiply_transposed_add<Values<T>>(rows, head_keys, leading, context_rows + first, head_value_width,
-                                             m.key_tokens + n * rows_size + head * head_keys * width, width, sum,
-                                             leading);
+          multiply_transposed_add(Values<T>(), rows, head_keys, leading, context_rows + first, head_value_width,
+                                  m.key_tokens + n * rows_size + head * head_keys * width, width, sum, leading);
       }
       T* target = output ? static_cast<T*>(a.gradients.output_weight) + first * values + head * head_values
                          : static_cast<T*>(a.gradients.value_weight) + (head * head_values + first) * channels;
@@ -237,28 +236,30 @@ struct Backward : SelfAttention<E> {
     load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
 
     this->load_queries(w, tokens, s.x, s.queries);
-    multiply<E>(tokens, channels, query_width, s.grad_output, width, m.folded_packed + batch * folded_packed_size,
-                s.grad_queries, query_width);
+    multiply(this->engine, tokens, channels, query_width, s.grad_output, width,
+             m.folded_packed + batch * folded_packed_size, s.grad_queries, query_width);
     softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
-    multiply<E>(tokens, this->query_rows, width, s.grad_queries, query_width, m.query_right, s.grad_x, width);
-    multiply_transposed_add<E>(this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width,
-                               sums.query_weight, width);
+    multiply(this->engine, tokens, this->query_rows, width, s.grad_queries, query_width, m.query_right, s.grad_x,
+             width);
+    multiply_transposed_add(this->engine, this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width,
+                            sums.query_weight, width);
     add_column_sums(tokens, query_width, s.grad_queries, query_width, sums.query_bias);
     add_column_sums(tokens, width, s.grad_output, width, sums.output_bias);
 
-    multiply<E>(tokens, channels, key_width, s.x, width, w.key, s.keys, key_width);
+    multiply(this->engine, tokens, channels, key_width, s.x, width, w.key, s.keys, key_width);
     apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.keys, key_width, s.x, width);
     key_softmax(tokens, key_width, s.keys, m.max + batch * key_width, m.inverse_sum + batch * key_width);
-    multiply_add<E>(tokens, keys, width, s.keys, key_width, m.grad_key_tokens_right + batch * rows_right_size, s.grad_x,
-                    width);
-    multiply<E>(tokens, channels, key_width, s.x, width, m.grad_key_tokens_packed + batch * rows_packed_size,
-                s.grad_keys, key_width);
+    multiply_add(this->engine, tokens, keys, width, s.keys, key_width,
+                 m.grad_key_tokens_right + batch * rows_right_size, s.grad_x, width);
+    multiply(this->engine, tokens, channels, key_width, s.x, width, m.grad_key_tokens_packed + batch * rows_packed_size,
+             s.grad_keys, key_width);
     T* delta = m.delta + batch * key_width;
     if (tokens == a.tokens && !a.memory_tokens)
       key_softmax_delta_of_block(tokens, key_width, s.keys, s.grad_keys, delta);
     key_softmax_backward(tokens, key_width, s.keys, delta, s.grad_keys);
-    multiply_add<E>(tokens, keys, width, s.grad_keys, key_width, m.key_right, s.grad_x, width);
-    multiply_transposed_add<E>(keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight, width);
+    multiply_add(this->engine, tokens, keys, width, s.grad_keys, key_width, m.key_right, s.grad_x, width);
+    multiply_transposed_add(this->engine, keys, tokens, width, s.grad_keys, key_width, s.x, width, sums.key_weight,
+                            width);
 
     if (w.norm.weight)
       layer_norm_backward(w.norm, tokens, channels, s.normalized, s.rstd, s.grad_x, width, sums.norm_weight,
@@ -324,7 +325,8 @@ struct Backward : SelfAttention<E> {
 
 void self_attention_backward(const SelfAttentionArguments& a) {
   if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_backward(a);
-  with_engine(a.x.dtype, [&](auto engine) { Backward<decltype(engine)>(a).run(); });
+  with_engine(a.x.dtype, a.precision, FoldedProducts(a).shapes,
+              [&](auto engine) { Backward<decltype(engine)>(a, engine).run(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

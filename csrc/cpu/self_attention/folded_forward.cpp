@@ -17,7 +17,7 @@ struct Forward : SelfAttention<E> {
   using Base::a, Base::channels, Base::keys, Base::values, Base::heads, Base::head_values, Base::width, Base::key_width,
       Base::query_width, Base::head_value_width, Base::split, Base::parameter;
 
-  explicit Forward(const SelfAttentionArguments& arguments) : Base(arguments) {}
+  Forward(const SelfAttentionArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   struct Blocks {
     T *x, *features;
@@ -45,9 +45,9 @@ struct Forward : SelfAttention<E> {
       reset(chunk_sums, keys, width);
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
-        multiply<E>(tokens, channels, key_width, s.x, width, w.key, s.features, key_width);
+        multiply(this->engine, tokens, channels, key_width, s.x, width, w.key, s.features, key_width);
         apply_mask(a.mask, batch, token, tokens, -kInfinity<T>, s.features, key_width, s.x, width);
-        accumulate_keys<E>(tokens, keys, s.features, s.x, width, chunk_sums);
+        accumulate_keys(this->engine, tokens, keys, s.features, s.x, width, chunk_sums);
       });
     });
     parallel_for(a.batch * keys, a.num_threads, 64, [&](std::int64_t i, void*) {
@@ -69,17 +69,17 @@ struct Forward : SelfAttention<E> {
     T* bias = value_weight + heads * packed;
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t first = head * head_values;
-      pack<Values<T>>(a.num_threads, value_weight + head * packed,
-                      parameter(a.parameters.value_weight) + first * channels, 1, channels, channels, head_values);
+      pack(Values<T>(), a.num_threads, value_weight + head * packed,
+           parameter(a.parameters.value_weight) + first * channels, 1, channels, channels, head_values);
       copy_padded(bias + head * head_value_width,
                   a.parameters.value_bias ? parameter(a.parameters.value_bias) + first : nullptr, head_values);
     }
     this->for_row_blocks([&](std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t rows) {
       T* out = context + (batch * keys + row) * head_value_width;
       const bool kept = this->any_kept(batch);
-      multiply<Values<T>>(rows, channels, head_value_width, key_tokens + (batch * keys + row) * width, width,
-                          value_weight + head * packed, out, head_value_width,
-                          kept && !memory_tokens.count ? bias + head * head_value_width : nullptr);
+      multiply(Values<T>(), rows, channels, head_value_width, key_tokens + (batch * keys + row) * width, width,
+               value_weight + head * packed, out, head_value_width,
+               kept && !memory_tokens.count ? bias + head * head_value_width : nullptr);
       for (std::int64_t i = 0; i < rows; ++i) {
         const std::int64_t at = batch * keys + row + i;
         if (memory_tokens.count)
@@ -98,8 +98,8 @@ struct Forward : SelfAttention<E> {
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
         this->load_queries(w, tokens, s.x, s.features);
-        multiply<E>(tokens, this->query_rows, width, s.features, query_width,
-                    folded + batch * E::packed_size(this->query_rows, width), t.features, width, output_bias);
+        multiply(this->engine, tokens, this->query_rows, width, s.features, query_width,
+                 folded + batch * this->engine.packed_size(this->query_rows, width), t.features, width, output_bias);
         if (a.residual) {
           load_tokens(a.x, batch, 0, token, tokens, channels, s.x, width);
           add_rows(tokens, width, s.x, t.features);
@@ -117,7 +117,7 @@ struct Forward : SelfAttention<E> {
           context(arena.take<T>(f.a.batch * f.keys * f.head_value_width)),
           folded(arena.take<T>(f.a.batch * f.query_width * f.width)),
           output_bias(arena.take<T>(f.width)),
-          folded_packed(arena.take<Element>(f.a.batch * E::packed_size(f.query_rows, f.width))) {}
+          folded_packed(arena.take<Element>(f.a.batch * f.engine.packed_size(f.query_rows, f.width))) {}
   };
 
   void run() const {
@@ -145,7 +145,8 @@ struct Forward : SelfAttention<E> {
 
 void self_attention_forward(const SelfAttentionArguments& a) {
   if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_forward(a);
-  with_engine(a.x.dtype, [&](auto engine) { Forward<decltype(engine)>(a).run(); });
+  with_engine(a.x.dtype, a.precision, FoldedProducts(a).shapes,
+              [&](auto engine) { Forward<decltype(engine)>(a, engine).run(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -12,14 +12,25 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-template <class T>
+struct UnfoldedProducts {
+  ProductShape shapes[2];
+  explicit UnfoldedProducts(const SelfAttentionArguments& a) {
+    const std::int64_t tokens = images_at_once(a.batch, a.tokens) * a.tokens;
+    shapes[0] = {tokens, a.channels, a.key_channels, true};  // weights are rewritten once a group, like tokens
+    shapes[1] = {tokens, a.channels, a.value_channels, true};
+  }
+};
+
+template <class E>
 struct Unfolded {
+  using T = typename E::Value;
   const SelfAttentionArguments& a;
+  const E products;
   const std::int64_t channels = a.channels, keys = a.key_channels, values = a.value_channels;
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys), value_width = padded<T>(values);
   const std::int64_t group_images = images_at_once(a.batch, a.tokens), group_tokens = group_images * a.tokens;
 
-  explicit Unfolded(const SelfAttentionArguments& arguments) : a(arguments) {}
+  Unfolded(const SelfAttentionArguments& arguments, const E& products_) : a(arguments), products(products_) {}
 
   // weights packed for products with tokens, biases and norm padded
   struct Weights {
@@ -49,7 +60,7 @@ struct Unfolded {
 
   // weight [out, in] of a linear layer, packed for tokens times its transpose, or for gradients times itself
   void pack_linear(T* to, const void* weight, std::int64_t in, std::int64_t out) const {
-    pack<Values<T>>(a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
+    pack(Values<T>(), a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
   }
 
   struct Tokens {  // of a group of images
@@ -81,9 +92,11 @@ struct Unfolded {
 
   void project(const Weights& w, std::int64_t tokens, const Tokens& t) const {
     const int threads = a.num_threads;
-    dense_tokens<T>(threads, tokens, channels, key_width, t.x, width, w.query, w.query_bias, {t.query, key_width});
-    dense_tokens<T>(threads, tokens, channels, key_width, t.x, width, w.key, nullptr, {t.key, key_width});
-    dense_tokens<T>(threads, tokens, channels, value_width, t.x, width, w.value, w.value_bias, {t.value, value_width});
+    dense_tokens<E>(products, threads, tokens, channels, key_width, t.x, width, w.query, w.query_bias,
+                    {t.query, key_width});
+    dense_tokens<E>(products, threads, tokens, channels, key_width, t.x, width, w.key, nullptr, {t.key, key_width});
+    dense_tokens<E>(products, threads, tokens, channels, value_width, t.x, width, w.value, w.value_bias,
+                    {t.value, value_width});
   }
 
   // a matrix [tokens, channels] of a group as heads
@@ -98,6 +111,7 @@ struct Unfolded {
                                void* key_max, void* key_sum) const {
     AttentionArguments attention{};
     attention.num_threads = a.num_threads;
+    attention.precision = a.precision;
     attention.batch = images;
     attention.heads = a.heads;
     attention.query_tokens = attention.key_tokens = a.tokens;
@@ -184,7 +198,7 @@ struct Unfolded {
       project(s.weights, tokens, s.tokens);
       attention_forward(attention(s.tokens, first, images, at(a.context, first * context_size()),
                                   at(a.key_max, first * keys), at(a.key_sum, first * keys)));
-      dense_tokens<T>(a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
+      dense_tokens<E>(products, a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
                       s.output_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.tokens.x,
                    s.y);
@@ -245,8 +259,8 @@ struct Unfolded {
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
     project(s.weights, tokens, t);
     attention_forward(attention(t, first, images, s.context, s.key_max, s.key_sum));
-    dense<T>(threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero, nullptr,
-             {s.grad_attended, value_width});
+    dense<E>(products, threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero,
+             nullptr, {s.grad_attended, value_width});
 
     AttentionArguments arguments = attention(t, first, images, s.context, s.key_max, s.key_sum);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
@@ -268,7 +282,8 @@ struct Unfolded {
 
     const auto weight = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width,
                             const T* in, std::int64_t in_width) {
-      dense_weights<T>(threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(), add);
+      dense_weights<E>(products, threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(),
+                       add);
     };
     weight(s.query_gradient, keys, s.grad_query, key_width, t.x, width);
     weight(s.key_gradient, keys, s.grad_key, key_width, t.x, width);
@@ -280,7 +295,8 @@ struct Unfolded {
 
     const auto to_x = [&](std::int64_t features, const T* grad, std::int64_t grad_width, const Matrix<T>& weight,
                           Start start) {
-      dense<T>(threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr, {s.grad_x, width});
+      dense<E>(products, threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr,
+               {s.grad_x, width});
     };
     to_x(keys, s.grad_query, key_width, w.query, Start::zero);
     to_x(keys, s.grad_key, key_width, w.key, Start::output);
@@ -330,11 +346,13 @@ bool self_attention_is_better_unfolded(const SelfAttentionArguments& a) {
 }
 
 void self_attention_unfolded_forward(const SelfAttentionArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { Unfolded<typename decltype(engine)::Value>(a).forward(); });
+  with_values(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
+              [&](auto engine) { Unfolded<decltype(engine)>(a, engine).forward(); });
 }
 
 void self_attention_unfolded_backward(const SelfAttentionArguments& a) {
-  with_values(a.x.dtype, [&](auto engine) { Unfolded<typename decltype(engine)::Value>(a).backward(); });
+  with_values(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
+              [&](auto engine) { Unfolded<decltype(engine)>(a, engine).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -41,6 +41,8 @@ from typing import Any, Protocol
 
 import torch
 
+from msformer_kernels.core.precision import cpu_float32_precision
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -374,7 +376,9 @@ def _details(name: str, device_type: str) -> str:
         from msformer_kernels import _native
 
         isas = ", ".join(_native.available_isas())
-        return f", instruction set {_native.isa()} (of {isas}), {torch.get_num_threads()} threads"
+        refused = _native.why_tiles_are_refused()
+        found = f", instruction set {_native.isa()} (of {isas}{f'; no amx: {refused}' if refused else ''})"
+        return f"{found}, {torch.get_num_threads()} threads, float32 products of {cpu_float32_precision()} precision"
     if name == "triton" and device_type == "cuda" and torch.cuda.is_available():
         from msformer_kernels.triton import device
 

@@ -22,6 +22,18 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
+def cpu_float32_precision() -> str:
+    """How exact products of float32 tensors on a CPU are to be, as of now: "highest", "high" or "medium".
+
+    That is `torch.get_float32_matmul_precision`, which raises where the user mixed it with the newer settings of
+    `torch.backends`; there oneDNN's own setting counts, which PyTorch's products follow.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return {"tf32": "high", "bf16": "medium"}.get(torch.backends.mkldnn.matmul.fp32_precision, "highest")
+
+
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Within it float32 products are "highest", or "high": with tf32 (see `torch.set_float32_matmul_precision`)."""

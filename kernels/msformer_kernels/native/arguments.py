@@ -12,13 +12,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from msformer_kernels.core.precision import arithmetic_dtype
+from msformer_kernels.core.precision import arithmetic_dtype, cpu_float32_precision
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 BY_SHAPE, MANY_TOKENS, FEW_TOKENS = 0, 1, 2
 FORM = BY_SHAPE
 """How images are worked on: as was measured to be the better way for their shape, or always in one way."""
 NO_ACTIVATION = (0,) * 6
+
+
+def settings() -> tuple[int, int]:
+    """How many threads a kernel gets, and how exact its products of float32 are, as every entry point takes them."""
+    return torch.get_num_threads(), PRECISIONS[cpu_float32_precision()]
 
 
 def activation(x: Tensor) -> tuple[int, ...]:

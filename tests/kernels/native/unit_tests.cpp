@@ -12,7 +12,7 @@
 #include "cpu/base/norm.h"
 #include "cpu/base/sums.h"
 #include "cpu/base/tokens.h"
-#include "cpu/engine/products.h"
+#include "cpu/engine/dense.h"
 
 using namespace msformer;
 using namespace msformer::MSFORMER_VARIANT;
@@ -121,40 +121,42 @@ void test_conversions() {
 
 // what the engine makes of a value before it multiplies it
 template <class E>
-double operand(typename E::Value x) {
+double operand(const E& engine, typename E::Value x) {
   Buffer<typename E::Value> one(16);
   for (int i = 0; i < 16; ++i) one[i] = x;
-  E::round_operands(one.get(), 16);
+  engine.round_operands(one.get(), 16);
   return static_cast<double>(one[0]);
 }
 
+// precision: of a product of operands, relative
 template <class E>
-void test_products(const char* name) {
+void test_products(const E& engine, const char* name, double precision = kEps<typename E::Value>) {
   using T = typename E::Value;
-  for (std::int64_t rows : {1, 2, 5, 6, 7, 13})
-    for (std::int64_t k : {1, 2, 3, 16, 17, 33})
-      for (std::int64_t n : {1, 4, 15, 16, 17, 63, 64, 65, 130}) {
+  for (std::int64_t rows : {1, 2, 5, 6, 7, 13, 49})
+    for (std::int64_t k : {1, 3, 16, 17, 68})
+      for (std::int64_t n : {1, 15, 16, 17, 65, 130}) {
         const std::int64_t lda = padded<T>(k), ldc = padded<T>(n);
         Buffer<T> a(rows * lda), weights(k * n), bias(ldc), c(rows * ldc);
-        Buffer<typename E::Element> packed(E::packed_size(k, ldc));
+        Buffer<typename E::Element> packed(engine.packed_size(k, ldc));
         fill_rows(a, rows, k);
         fill_rows(bias, 1, n);
         for (std::int64_t i = 0; i < k * n; ++i) weights[i] = static_cast<T>(uniform());
         for (const bool transposed : {false, true}) {  // [k, n], or [n, k] as the weights of a linear layer
           const std::int64_t k_stride = transposed ? 1 : n, n_stride = transposed ? k : 1;
-          pack<E>(1, packed.get(), weights.get(), k_stride, n_stride, k, n);
-          multiply<E>(rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc, bias.get());
-          multiply_add<E>(rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc);
+          pack(engine, 1, packed.get(), weights.get(), k_stride, n_stride, k, n);
+          multiply(engine, rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc, bias.get());
+          multiply_add(engine, rows, k, ldc, a.get(), lda, packed.get(), c.get(), ldc);
           for (std::int64_t i = 0; i < rows; ++i)
             for (std::int64_t j = 0; j < ldc; ++j) {
               double sum = 0, size = 1;
               for (std::int64_t p = 0; j < n && p < k; ++p) {
-                const double term = operand<E>(a[i * lda + p]) * operand<E>(weights[p * k_stride + j * n_stride]);
+                const double term =
+                    operand(engine, a[i * lda + p]) * operand(engine, weights[p * k_stride + j * n_stride]);
                 sum += term;
                 size += std::fabs(term);
               }
               const double expected = 2 * sum + static_cast<double>(bias[j]);
-              check(std::fabs(static_cast<double>(c[i * ldc + j]) - expected) <= 8 * kEps<T> * size,
+              check(std::fabs(static_cast<double>(c[i * ldc + j]) - expected) <= 8 * precision * size,
                     "%s: product %ld x %ld x %ld at %ld, %ld", name, long(rows), long(k), long(n), long(i), long(j));
             }
         }
@@ -164,20 +166,104 @@ void test_products(const char* name) {
         fill_rows(left, k, rows);
         fill_rows(right, k, n);
         for (std::int64_t i = 0; i < rows * ldc; ++i) sums[i] = T(1);
-        multiply_transposed_add<E>(rows, k, ldc, left.get(), left_width, right.get(), ldc, sums.get(), ldc);
+        multiply_transposed_add(engine, rows, k, ldc, left.get(), left_width, right.get(), ldc, sums.get(), ldc);
         for (std::int64_t i = 0; i < rows; ++i)
           for (std::int64_t j = 0; j < n; ++j) {
             double sum = 1, size = 1;
             for (std::int64_t p = 0; p < k; ++p) {
-              const double term = operand<E>(left[p * left_width + i]) * operand<E>(right[p * ldc + j]);
+              const double term = operand(engine, left[p * left_width + i]) * operand(engine, right[p * ldc + j]);
               sum += term;
               size += std::fabs(term);
             }
-            check(std::fabs(static_cast<double>(sums[i * ldc + j]) - sum) <= 8 * kEps<T> * size,
+            check(std::fabs(static_cast<double>(sums[i * ldc + j]) - sum) <= 8 * precision * size,
                   "%s: transposed product %ld x %ld x %ld", name, long(rows), long(k), long(n));
           }
       }
 }
+
+// Products that threads share, of rows and columns that the caller chooses; sizes beyond what is summed at once.
+template <class E>
+void test_dense(const E& engine, const char* name, double precision = kEps<typename E::Value>) {
+  using T = typename E::Value;
+  for (std::int64_t rows : {1, 97})
+    for (std::int64_t k : {3, 1023})
+      for (std::int64_t n : {16, 208}) {
+        const std::int64_t lda = padded<T>(k), ldt = padded<T>(rows), ldc = padded<T>(n);
+        Buffer<T> a(rows * lda), transposed(k * ldt), b(k * ldc), bias(ldc), packed(k * ldc), c(rows * ldc);
+        fill_rows(a, rows, k);
+        fill_rows(b, k, n);
+        fill_rows(bias, 1, n);
+        for (std::int64_t i = 0; i < k * ldt; ++i) transposed[i] = T(0);
+        for (std::int64_t i = 0; i < rows; ++i)
+          for (std::int64_t p = 0; p < k; ++p) transposed[p * ldt + i] = a[i * lda + p];
+        pack(Values<T>(), 1, packed.get(), b.get(), ldc, 1, k, n);
+        const Panels panels(ldc / kWidth<T>);
+        const std::int64_t first = panels.count / 2;  // the last panels come first
+        for (const int threads : {1, 2}) {
+          engine.dense(threads, rows, {first, panels.count}, k, panels, Operand<T>{a.get(), lda, 1},
+                       Matrix<T>{packed.get(), 0}, Start::bias, bias.get(), Output<T>{c.get(), ldc});
+          engine.dense(threads, rows, {0, first}, k, panels, Operand<T>{transposed.get(), 1, ldt},
+                       Matrix<T>{b.get(), ldc}, Start::bias, bias.get(), Output<T>{c.get(), ldc});
+          for (std::int64_t i = 0; i < rows; i += 7)
+            for (std::int64_t j = 0; j < n; j += 5) {
+              double sum = static_cast<double>(bias[j]), size = 1;
+              for (std::int64_t p = 0; p < k; ++p) {
+                const double term = operand(engine, a[i * lda + p]) * operand(engine, b[p * ldc + j]);
+                sum += term;
+                size += std::fabs(term);
+              }
+              check(std::fabs(static_cast<double>(c[i * ldc + j]) - sum) <= 8 * precision * size,
+                    "%s: dense product %ld x %ld x %ld at %ld, %ld", name, long(rows), long(k), long(n), long(i),
+                    long(j));
+            }
+        }
+      }
+}
+
+#ifdef MSFORMER_TILE_UNIT
+// three parts hold all of a float, two 16 bits of it
+void test_parts() {
+  for (int i = 0; i < 2000; ++i) {
+    const float x = static_cast<float>(std::ldexp(uniform(), i % 60 - 30));
+    check(operand(Tiles{3}, x) == static_cast<double>(x), "three parts of %g", static_cast<double>(x));
+    const double error = std::fabs(operand(Tiles{2}, x) - static_cast<double>(x));
+    check(error <= 0x1p-17 * std::fabs(static_cast<double>(x)), "two parts of %g", static_cast<double>(x));
+    check(operand(Tiles{1}, x) == static_cast<double>(to_float(to_bfloat16(x))), "one part of %g",
+          static_cast<double>(x));
+  }
+}
+
+// infinities and NaN come out as those of a product of floats, and touch no other value
+void test_special_values(const Tiles& tiles) {
+  const std::int64_t rows = 40, k = 70, n = 48;
+  const float infinity = std::numeric_limits<float>::infinity();
+  Buffer<float> a(rows * padded<float>(k)), b(k * n), expected(rows * n), found(rows * n);
+  Buffer<std::uint16_t> packed(tiles.packed_size(k, n));
+  fill_rows(a, rows, k);
+  fill_rows(b, k, n);
+  const std::int64_t lda = padded<float>(k);
+  a[3 * lda + 2] = infinity;    // in a whole step
+  a[4 * lda + 69] = -infinity;  // in the rest
+  a[5 * lda + 1] = std::nanf("");
+  a[6 * lda + 7] = 3e38f;  // sums of such numbers are infinite
+  b[7 * n + 11] = 3e38f;
+  b[66 * n + 12] = infinity;
+  b[9 * n + 40] = 0.0f;
+  a[7 * lda + 9] = infinity;  // times zero
+  gemm<Values<float>>(rows, k, n, {a.get(), lda, 1}, {b.get(), n}, Start::zero, nullptr, {expected.get(), n});
+  pack(tiles, 1, packed.get(), b.get(), n, 1, k, n);
+  multiply(tiles, rows, k, n, a.get(), lda, packed.get(), found.get(), n);
+  for (std::int64_t i = 0; i < rows * n; ++i) {
+    const double wanted = static_cast<double>(expected[i]), got = static_cast<double>(found[i]);
+    if (std::isfinite(wanted))
+      check(std::fabs(got - wanted) <= 0.3 + 0.05 * std::fabs(wanted), "beside special values: %g, expected %g", got,
+            wanted);
+    else
+      check(std::isnan(wanted) ? std::isnan(got) : got == wanted, "special value at %ld, %ld: %g, expected %g",
+            long(i / n), long(i % n), got, wanted);
+  }
+}
+#endif
 
 template <class T>
 void test_reductions() {
@@ -210,7 +296,7 @@ void test_reductions() {
 
 // an online softmax over three chunks of tokens, each in two blocks, one of them all masked
 template <class E>
-void test_key_sums() {
+void test_key_sums(const E& engine) {
   using T = typename E::Value;
   const std::int64_t keys = 5, channels = 7, tokens = 66, chunk = 22, block = 11;
   const std::int64_t key_width = padded<T>(keys), width = padded<T>(channels), size = KeySums<T>::size(keys, width);
@@ -224,8 +310,8 @@ void test_key_sums() {
     KeySums<T> chunk_sums(sums.get() + part * size, keys);
     reset(chunk_sums, keys, width);
     for (std::int64_t first = part * chunk; first < (part + 1) * chunk; first += block)
-      accumulate_keys<E>(block, keys, logits.get() + first * key_width, values.get() + first * width, width,
-                         chunk_sums);
+      accumulate_keys(engine, block, keys, logits.get() + first * key_width, values.get() + first * width, width,
+                      chunk_sums);
   }
   for (std::int64_t key = 0; key < keys; ++key) {
     T max, sum;
@@ -239,7 +325,7 @@ void test_key_sums() {
       total += weight;
       for (std::int64_t c = 0; c < channels; ++c) mean[c] += weight * static_cast<double>(values[n * width + c]);
     }
-    const double tolerance = std::fmax(20 * kEps<T>, std::fabs(operand<E>(T(1.0 / 3)) - 1.0 / 3) * 4);
+    const double tolerance = std::fmax(20 * kEps<T>, std::fabs(operand(engine, T(1.0 / 3)) - 1.0 / 3) * 4);
     check(static_cast<double>(max) == largest, "maximum of key %ld", long(key));
     check(std::fabs(static_cast<double>(sum) - total) <= 20 * kEps<T> * total, "sum of key %ld", long(key));
     for (std::int64_t c = 0; c < channels; ++c)
@@ -281,14 +367,25 @@ int main() {
   test_vectors<double>();
   test_functions();
   test_conversions();
-  test_products<Values<float>>("float");
-  test_products<Values<double>>("double");
-  test_products<MSFORMER_BFLOAT16_ENGINE>("bfloat16 engine");
+  test_products(Values<float>(), "float");
+  test_dense(Values<float>(), "float");
+  test_products(Values<double>(), "double");
+  test_dense(Values<double>(), "double");
+  test_products(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
+#ifdef MSFORMER_TILE_UNIT
+  test_parts();
+  for (const int parts : {1, 2, 3}) {
+    // the product of the second parts is left out of two
+    test_products(Tiles{parts}, "tiles", parts == 2 ? 0x1p-18 : kEps<float>);
+    test_dense(Tiles{parts}, "tiles", parts == 2 ? 0x1p-18 : kEps<float>);
+    test_special_values(Tiles{parts});
+  }
+#endif
   test_reductions<float>();
   test_reductions<double>();
-  test_key_sums<Values<float>>();
-  test_key_sums<Values<double>>();
-  test_key_sums<MSFORMER_BFLOAT16_ENGINE>();
+  test_key_sums(Values<float>());
+  test_key_sums(Values<double>());
+  test_key_sums(MSFORMER_BFLOAT16_ENGINE());
   test_layer_norm<float>();
   test_layer_norm<double>();
   std::printf("%d failures\n", failures);

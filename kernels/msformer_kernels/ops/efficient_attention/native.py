@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msformer_kernels import _native
@@ -18,6 +17,7 @@ from msformer_kernels.native.arguments import (
     mask_argument,
     memory_activation,
     memory_arguments,
+    settings,
 )
 from msformer_kernels.ops.efficient_attention.reference import NORMALIZATIONS
 from msformer_kernels.ops.efficient_attention.spec import OPERATOR
@@ -27,7 +27,7 @@ def _inputs(call: Any) -> tuple[Any, ...]:
     """Sizes, options and inputs, as every entry point takes them first."""
     batch, heads, tokens, key_channels = call.key.shape
     return (
-        torch.get_num_threads(),
+        *settings(),
         batch,
         heads,
         call.query.shape[2],

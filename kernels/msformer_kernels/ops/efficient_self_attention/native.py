@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msformer_kernels import _native
@@ -23,6 +22,7 @@ from msformer_kernels.native.arguments import (
     memory_activation,
     memory_arguments,
     rounded,
+    settings,
 )
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters
 
@@ -30,7 +30,7 @@ from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_
 def _inputs(call: Any) -> tuple[Any, ...]:
     """Sizes, options and x, as every entry point takes them first."""
     return (
-        torch.get_num_threads(),
+        *settings(),
         *call.x.shape,
         call.query_weight.shape[0],
         call.value_weight.shape[0],

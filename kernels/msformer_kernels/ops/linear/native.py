@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msformer_kernels import _native
@@ -16,13 +15,14 @@ from msformer_kernels.native.arguments import (
     contiguous,
     empty_gradients,
     rounded,
+    settings,
 )
 from msformer_kernels.ops.linear.spec import OPERATOR
 
 
 def _sizes(call: Any) -> tuple[int, ...]:
     batch, tokens, channels = call.x.shape
-    return (torch.get_num_threads(), batch, tokens, channels, call.weight.shape[0])
+    return (*settings(), batch, tokens, channels, call.weight.shape[0])
 
 
 def forward(call: Any) -> Tensor:

@@ -21,6 +21,7 @@ from msformer_kernels.native.arguments import (
     contiguous,
     empty_gradients,
     rounded,
+    settings,
 )
 from msformer_kernels.ops.mix_ffn.reference import ACTIVATIONS
 from msformer_kernels.ops.mix_ffn.spec import OPERATOR, has_few_tokens, missing_of_half
@@ -33,7 +34,7 @@ def _options(call: Any) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
     batch, _, channels = call.x.shape
     return (
-        torch.get_num_threads(),
+        *settings(),
         batch,
         call.height,
         call.width,
