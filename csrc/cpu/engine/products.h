@@ -70,9 +70,9 @@ void with_engine(DType dtype, Precision precision, const ProductShape (&shapes)[
   const int parts = parts_of(dtype, precision);
   if ((dtype == DType::float32 || dtype == DType::bfloat16) && tiles_pay(parts, shapes, N)) return task(Tiles{parts});
 #endif
-  (void)precision, (void)shapes;
-  if (dtype == DType::bfloat16) return task(MSFORMER_BFLOAT16_ENGINE());
+  (void)shapes;
   if (dtype == DType::float64) return task(Values<double>());
+  if (dtype != DType::float16 && parts_of(dtype, precision) == 1) return task(MSFORMER_BFLOAT16_ENGINE());
   task(Values<float>());
 }
 
