@@ -24,9 +24,11 @@ def ours(dtype: torch.dtype, seed: int = 0) -> Tensor:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
-    x, weights = random(1, 24 * 20, 64), [random(256, 64), random(256), random(256, 1, 3, 3), random(256), random(64, 256)]
+    x = random(1, 24 * 20, 64)
+    weights = [random(256, 64), random(256), random(256, 1, 3, 3), random(256), random(64, 256)]
     found = kernels.mix_ffn(x, 24, 20, *weights, None, backend="native")
-    return torch.cat([found.detach().flatten(), *(g.flatten() for g in torch.autograd.grad(found.sum(), [x, *weights]))])
+    gradients = torch.autograd.grad(found.sum(), [x, *weights])
+    return torch.cat([found.detach().flatten(), *(g.flatten() for g in gradients)])
 
 
 @pytest.fixture(autouse=True)
