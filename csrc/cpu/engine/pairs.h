@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "../base/memory.h"
 #include "values.h"
 
 namespace msformer::MSFORMER_VARIANT {
@@ -36,7 +37,7 @@ struct Pairs {
     for_panels<float>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
       float* panel = static_cast<float*>(operand_scratch(sizeof(float) * static_cast<std::size_t>(k * width)));
       pack_panel(panel, data + begin * n_stride, k_stride, n_stride, k, width, filled);
-      pairs_of_rows(k, width, panel, width, out + begin * depth(k));
+      pairs_of_rows(k, width, panel, width, out + begin * depth(k), width);
     });
   }
 
@@ -54,12 +55,52 @@ struct Pairs {
     const std::int64_t leading = padded<float>(rows);
     Element* left = scratch(depth(tokens) * (leading + n_padded));
     Element* right = left + depth(tokens) * leading;
-    pairs_of_rows(tokens, leading, a, lda, left);
-    pairs_of_rows(tokens, n_padded, b, ldb, right);
+    pairs_of_rows(tokens, leading, a, lda, left, leading);
+    pairs_of_rows(tokens, n_padded, b, ldb, right, n_padded);
     gemm<Pairs>(rows, depth(tokens), n_padded, {left, 1, leading}, {right, n_padded}, Start::output, nullptr, c);
   }
 
+  // as Values::dense; both operands are rewritten
+  static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                    const Operand<float>& a, const Matrix<float>& b, Start start, const float* bias,
+                    const Output<float>& c) {
+    const std::int64_t columns = panels.begin(panel_range.end) - panels.begin(panel_range.begin);
+    // rows of pairs are written in whole vectors
+    const std::int64_t left_size = depth(k) * padded<float>(rows) + 16, right_size = depth(k) * columns * 16;
+    const auto run = [&](Element* memory) {
+      dense_in(memory + (left_size + 15) / 16 * 16, memory, num_threads, rows, panel_range, k, panels, a, b, start,
+               bias, c);
+    };
+    if (num_threads == 1) return run(scratch(left_size + right_size + 16));
+    Workspace memory(sizeof(Element) * static_cast<std::size_t>(left_size + right_size + 16));
+    run(static_cast<Element*>(memory.data()));
+  }
+
  private:
+  static void dense_in(Element* right, Element* left, int num_threads, std::int64_t rows, Range panel_range,
+                       std::int64_t k, const Panels& panels, const Operand<float>& a, const Matrix<float>& b,
+                       Start start, const float* bias, const Output<float>& c) {
+    constexpr std::int64_t kRows = 32;
+    const std::int64_t leading = depth(k), width = padded<float>(rows), first = panels.begin(panel_range.begin);
+    const bool by_rows = a.k_stride == 1;
+    parallel_for((rows + kRows - 1) / kRows, num_threads, 0, [&](std::int64_t block, void*) {
+      const std::int64_t begin = kRows * block, end = min_of(rows, begin + kRows);
+      if (by_rows)
+        pairs_along_rows(end - begin, k, a.data + begin * a.row_stride, a.row_stride, left + begin * leading, leading);
+      else
+        pairs_of_rows(k, padded<float>(end - begin), a.data + begin, a.k_stride, left + begin, width);
+    });
+    Element* const of_all = right - 16 * first * leading;  // where those of the first panel would be
+    parallel_for(panel_range.end - panel_range.begin, num_threads, 0, [&](std::int64_t i, void*) {
+      const std::int64_t begin = 16 * panels.begin(panel_range.begin + i);
+      const std::int64_t size = 16 * panels.begin(panel_range.begin + i + 1) - begin;
+      const float* panel = b.leading ? b.data + begin : b.data + begin * k;
+      pairs_of_rows(k, size, panel, b.leading ? b.leading : size, of_all + begin * leading, size);
+    });
+    const Operand<Element> operand{left, by_rows ? leading : 1, by_rows ? 1 : width};
+    dense_parts<Pairs>(num_threads, rows, panel_range, leading, panels, operand, {of_all, 0}, start, bias, c);
+  }
+
   static Element* scratch(std::int64_t count) {
     return static_cast<Element*>(operand_scratch(sizeof(Element) * static_cast<std::size_t>(count)));
   }
@@ -83,15 +124,15 @@ struct Pairs {
   }
 
   // pairs of values below each other: in [rows, width] -> out [depth(rows), width], width in whole vectors
-  static void pairs_of_rows(std::int64_t rows, std::int64_t width, const float* in, std::int64_t leading,
-                            Element* out) {
+  static void pairs_of_rows(std::int64_t rows, std::int64_t width, const float* in, std::int64_t leading, Element* out,
+                            std::int64_t leading_out) {
     for (std::int64_t i = 0; i < rows; i += 2)
       for (std::int64_t c = 0; c < width; c += 16) {
         const float* from = in + i * leading + c;
         const __m512i low = _mm512_cvtepu16_epi32(rounded(_mm512_loadu_ps(from)));
         const __m512i high =
             i + 1 < rows ? _mm512_cvtepu16_epi32(rounded(_mm512_loadu_ps(from + leading))) : _mm512_setzero_si512();
-        _mm512_store_si512(out + i / 2 * width + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        _mm512_store_si512(out + i / 2 * leading_out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
   }
 };

@@ -51,19 +51,7 @@ inline bool tiles_pay(int parts, const ProductShape* shapes, int count) {
 }
 #endif
 
-// calls task(engine) with the engine for tensors of this dtype in operators that multiply values or tiles only
-template <int N, class Task>
-void with_values(DType dtype, Precision precision, const ProductShape (&shapes)[N], const Task& task) {
-  if (dtype == DType::float64) return task(Values<double>());
-#ifdef MSFORMER_TILE_UNIT
-  const int parts = parts_of(dtype, precision);
-  if (dtype != DType::float16 && tiles_pay(parts, shapes, N)) return task(Tiles{parts});
-#endif
-  (void)precision, (void)shapes;
-  task(Values<float>());
-}
-
-// the same for operators of any engine
+// calls task(engine) with the engine for tensors of this dtype and products of these shapes
 template <int N, class Task>
 void with_engine(DType dtype, Precision precision, const ProductShape (&shapes)[N], const Task& task) {
 #ifdef MSFORMER_TILE_UNIT
@@ -76,7 +64,7 @@ void with_engine(DType dtype, Precision precision, const ProductShape (&shapes)[
   task(Values<float>());
 }
 
-// the same for operators without products
+// calls task(a value of the arithmetic type), for operators whose products are small
 template <class Task>
 void with_arithmetic(DType dtype, const Task& task) {
   dtype == DType::float64 ? task(double()) : task(float());

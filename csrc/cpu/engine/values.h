@@ -51,6 +51,22 @@ inline std::int64_t dense_row_blocks(std::int64_t rows) {
   return max_of<std::int64_t>(1, (rows + kRows - 1) / kRows);
 }
 
+// gemm_part on all threads
+template <class E>
+void dense_parts(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                 const Operand<typename E::Element>& a, const Matrix<typename E::Element>& b, Start start,
+                 const typename E::Value* bias, const Output<typename E::Value>& c) {
+  constexpr std::int64_t kTasks = 16;
+  const std::int64_t count = panel_range.end - panel_range.begin, row_blocks = dense_row_blocks(rows);
+  const std::int64_t groups = min_of(count, (kTasks + row_blocks - 1) / row_blocks);
+  parallel_for(row_blocks * groups, num_threads, 0, [&](std::int64_t i, void*) {
+    const std::int64_t block = i / groups, group = i % groups;
+    const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
+    const Range of_group{panel_range.begin + count * group / groups, panel_range.begin + count * (group + 1) / groups};
+    gemm_part<E>(row_range, of_group, k, panels, a, b, start, bias, c);
+  });
+}
+
 template <class T>
 struct Values {
   using Value = T;
@@ -83,16 +99,7 @@ struct Values {
   // The panels of C = start + A B that are asked for, all threads on tiles of it.
   static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
                     const Operand<T>& a, const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
-    constexpr std::int64_t kTasks = 16;
-    const std::int64_t count = panel_range.end - panel_range.begin, row_blocks = dense_row_blocks(rows);
-    const std::int64_t groups = min_of(count, (kTasks + row_blocks - 1) / row_blocks);
-    parallel_for(row_blocks * groups, num_threads, 0, [&](std::int64_t i, void*) {
-      const std::int64_t block = i / groups, group = i % groups;
-      const Range row_range{rows * block / row_blocks, rows * (block + 1) / row_blocks};
-      const Range of_group{panel_range.begin + count * group / groups,
-                           panel_range.begin + count * (group + 1) / groups};
-      gemm_part<Values>(row_range, of_group, k, panels, a, b, start, bias, c);
-    });
+    dense_parts<Values>(num_threads, rows, panel_range, k, panels, a, b, start, bias, c);
   }
 };
 

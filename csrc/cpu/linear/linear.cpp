@@ -213,12 +213,12 @@ struct Linear {
 }  // namespace
 
 void linear_forward(const LinearArguments& a) {
-  with_values(a.x.dtype, a.precision, TileProducts(a).shapes,
+  with_engine(a.x.dtype, a.precision, TileProducts(a).shapes,
               [&](auto engine) { Linear<decltype(engine)>(a, engine).forward(); });
 }
 
 void linear_backward(const LinearArguments& a) {
-  with_values(a.x.dtype, a.precision, TileProducts(a).shapes, [&](auto engine) {
+  with_engine(a.x.dtype, a.precision, TileProducts(a).shapes, [&](auto engine) {
     const Linear<decltype(engine)> linear(a, engine);
     if (a.grad_x.data) linear.backward_input();
     linear.backward_weight();

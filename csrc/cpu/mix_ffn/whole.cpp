@@ -242,12 +242,12 @@ bool mix_ffn_fits_whole(const MixFFNArguments& a) {
 }
 
 void mix_ffn_whole_forward(const MixFFNArguments& a) {
-  with_values(a.x.dtype, a.precision, WholeProducts(a).shapes,
+  with_engine(a.x.dtype, a.precision, WholeProducts(a).shapes,
               [&](auto engine) { Whole<decltype(engine)>(a, engine).forward(); });
 }
 
 void mix_ffn_whole_backward(const MixFFNArguments& a) {
-  with_values(a.x.dtype, a.precision, WholeProducts(a).shapes,
+  with_engine(a.x.dtype, a.precision, WholeProducts(a).shapes,
               [&](auto engine) { Whole<decltype(engine)>(a, engine).backward(); });
 }
 

@@ -346,12 +346,12 @@ bool self_attention_is_better_unfolded(const SelfAttentionArguments& a) {
 }
 
 void self_attention_unfolded_forward(const SelfAttentionArguments& a) {
-  with_values(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
+  with_engine(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
               [&](auto engine) { Unfolded<decltype(engine)>(a, engine).forward(); });
 }
 
 void self_attention_unfolded_backward(const SelfAttentionArguments& a) {
-  with_values(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
+  with_engine(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,
               [&](auto engine) { Unfolded<decltype(engine)>(a, engine).backward(); });
 }
 

@@ -31,7 +31,8 @@ def cpu_float32_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
-        return {"tf32": "high", "bf16": "medium"}.get(torch.backends.mkldnn.matmul.fp32_precision, "highest")
+        setting = getattr(torch.backends.mkldnn, "matmul").fp32_precision  # noqa: B009 (mypy does not know it)
+        return {"tf32": "high", "bf16": "medium"}.get(setting, "highest")
 
 
 @contextmanager

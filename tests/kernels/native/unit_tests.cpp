@@ -372,6 +372,7 @@ int main() {
   test_products(Values<double>(), "double");
   test_dense(Values<double>(), "double");
   test_products(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
+  test_dense(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
 #ifdef MSFORMER_TILE_UNIT
   test_parts();
   for (const int parts : {1, 2, 3}) {
