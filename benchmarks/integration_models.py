@@ -1,8 +1,8 @@
 """Models of other libraries with their inputs, at random weights: what `benchmarks.integrations` and the tests patch.
 
 A model names the packages that it needs. An entry is a whole model, or a module of one, named with its channels and the
-height and width of its image: its inputs ask for gradients. The forms at the end are of libraries that need much more than PyTorch to be
-installed; they are small modules with the structure of the papers, which the tests own.
+height and width of its image: its inputs ask for gradients. The forms at the end are of libraries that need much more
+than PyTorch to be installed; they are small modules with the structure of the papers, which the tests own.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def sana_inputs() -> Inputs:
 
 def conv_mix_ffn() -> nn.Module:
     """OpenMMLab's MixFFN at the width of MiT-B0, with its stochastic depth."""
-    from tests.kernels.patching.models import ConvMixFFN
+    from tests.kernels.patching.models.mix_ffns import ConvMixFFN
 
     return ConvMixFFN(32, 128, drop_path=0.1)
 
@@ -156,13 +156,13 @@ def conv_mix_ffn_inputs() -> Inputs:
 
 
 def miss_former_block() -> nn.Module:
-    from tests.kernels.patching.models import MissFormerBlock
+    from tests.kernels.patching.models.blocks import MissFormerBlock
 
     return MissFormerBlock(64, 256)
 
 
 def dae_former_block() -> nn.Module:
-    from tests.kernels.patching.models import EfficientBlock
+    from tests.kernels.patching.models.blocks import EfficientBlock
 
     return EfficientBlock(64, 256)
 

@@ -28,7 +28,7 @@ from benchmarks.integration_row import (
     TRAINING,
     IntegrationRow,
 )
-from tests.kernels.patching.models import ImageMixFFN
+from tests.kernels.patching.models.mix_ffns import ImageMixFFN
 
 FORM, OTHER = "form/missformer-block", "form/dae-former-block"
 
