@@ -22,6 +22,7 @@ from msformer_kernels.patching.structures.common import (
     Found,
     Plan,
     arguments_of,
+    as_image,
     features,
     head_counts,
     is_pointwise,
@@ -89,7 +90,7 @@ class LinearAttentionPlan(Plan):
         output, _ = efficient_attention(
             query, key, value, memory_key=memory[0], memory_value=memory[1], output_scale=self.scale
         )
-        return output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
+        return self.laid(output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)), x)
 
     def fused(self) -> tuple[str, ...]:
         return ()
@@ -180,7 +181,7 @@ class LinearAttentionWithLayersPlan(LinearAttentionPlan):
             memory_key=memory_key,
             memory_value=memory_value,
         )
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.laid(as_image(tokens, *x.shape[2:]), x)
 
     def fused(self) -> tuple[str, ...]:
         return (*self.makers, self.output)
