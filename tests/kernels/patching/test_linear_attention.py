@@ -89,10 +89,10 @@ def results(model: nn.Module, *given: Tensor) -> list[Tensor]:
             VideoAttention,
             (2, 8, 3, 6, 4),
             WITH_LAYERS,
-            "2 heads, scale 0.5, memory mem_kv, each frame, rms norm norm.g",
+            "2 heads, scale 0.5, memory mem_kv, each frame, rms norm norm.g, rms norm to_out.1.g",
         ),
         (CentredAttention, (2, 8, 6, 4), WITH_LAYERS, "2 heads, scale 0.5, layer norm norm.gamma"),
-        (BiasedAttention, (2, 8, 6, 4), WITH_LAYERS, f"{MEMORY}, rms norm norm.g"),
+        (BiasedAttention, (2, 8, 6, 4), WITH_LAYERS, f"{MEMORY}, rms norm norm.g, rms norm to_out.1.g"),
         (LayersAttention, (2, 8, 6, 4), "efficient_attention", "2 heads, scale 0.5"),
     ],
 )
