@@ -165,7 +165,7 @@ class LinearAttentionWithLayersPlan(LinearAttentionPlan):
         if self.norm_kind == "layer":
             wide = wide - wide.mean(1, keepdim=True)
         scale = (wide.square().mean(1, keepdim=True) + self.norm_eps).rsqrt()
-        found = wide * scale * module.get_parameter(weight).view(-1, 1, 1)
+        found = wide * (scale * module.get_parameter(weight).view(-1, 1, 1))  # a pass less on the way back
         return found if autocast_enabled(image.device.type) else found.to(image.dtype)
 
     def _attended_with_layers(self, module: nn.Module, x: Tensor) -> Any:
