@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,25 @@ def test_a_layer_that_must_be_called_leaves_the_attention_to_be_fused() -> None:
     for found, exact in zip(results(model, x), expected, strict=True):
         torch.testing.assert_close(found, exact, atol=1e-10, rtol=1e-9)
     assert calls == [model.to_qkv]
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+def test_the_error_is_no_larger_than_that_of_the_original(how: str) -> None:
+    """RMS of output and gradients over several draws, against float64; both norms are computed here."""
+    dtype = torch.float32 if how == "autocast" else getattr(torch, how)
+    errors = {"own": 0.0, "ours": 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = attentions.LinearAttention(16), torch.randn(2, 16, 6, 5)
+        ours = copy.deepcopy(model)
+        assert len(kernels.patch(ours, min_gain=0).replaced) == 1
+        exact = results(copy.deepcopy(model).double(), x.double())
+        for name, each in (("own", model), ("ours", ours)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                found = results(each.to(dtype), x.to(dtype))
+            assert found[0].dtype == (torch.float32 if how == "autocast" else dtype)
+            errors[name] += sum(float(((f - e).norm() / e.norm()) ** 2) for f, e in zip(found, exact, strict=True))
+    assert errors["ours"] <= 1.25**2 * errors["own"], errors
 
 
 @pytest.mark.parametrize("touched", ["norm", "to_qkv", "to_out", "to_out.0", "to_out.1"])
