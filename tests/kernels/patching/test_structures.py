@@ -47,12 +47,12 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
     "linear attention": (
         attentions.LinearAttention,
         (),
-        [("", "efficient_self_attention", "2 heads, scale 0.5, memory mem_kv, rms norm norm.g")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, memory mem_kv, rms norm norm.g, rms norm to_out.1.g")],
     ),
     "without memory": (
         lambda: attentions.LinearAttention(memory=0),
         (),
-        [("", "efficient_self_attention", "2 heads, scale 0.5, rms norm norm.g")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, rms norm norm.g, rms norm to_out.1.g")],
     ),
     "multi-scale attention": (
         relu_attentions.MultiScaleAttention,

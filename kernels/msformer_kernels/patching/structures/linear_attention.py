@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -222,28 +222,33 @@ def _with_layers(module: nn.Module, plan: LinearAttentionPlan) -> Iterator[Linea
         return
     out, into = features(after)[0], features(module.get_submodule(plan.makers[0]))[1]
     whole = LinearAttentionWithLayersPlan(**vars(plan), output=output, image_channels=into, rest=rest)
-    first = _norm(module, plan.before[0], into) if len(plan.before) == 1 else None
-    last = _norm(module, rest[0], out) if rest else None
-    for norms in dict.fromkeys(((first, last), (first, None), (None, last))):
-        each_eps = {found[1] for found in norms if found is not None}
+    before = _norm(module, plan.before[0], into) if len(plan.before) == 1 else None
+    behind = _norm(module, rest[0], out) if rest else None
+    for norms in dict.fromkeys(((before, behind), (before, None), (None, behind))):
+        each_eps = {norm.eps for norm in norms if norm is not None}
         if len(each_eps) != 1:
             continue
         (eps,) = each_eps
-        norm, last_norm = ("" if found is None else found[0] for found in norms)
+        norm, last_norm = ("" if norm is None else norm.weight for norm in norms)
         for kind in ("rms", "layer"):
             fused = replace(whole, norm=norm, last_norm=last_norm, norm_kind=kind, norm_eps=eps)
             yield replace(fused, rest=rest[1:]) if last_norm else fused
     yield whole
 
 
-def _norm(module: nn.Module, name: str, channels: int) -> tuple[str, float] | None:
-    """The only parameter of a submodule that may be a norm over so many channels, and what may be added in it."""
+class _Norm(NamedTuple):
+    weight: str
+    eps: float
+
+
+def _norm(module: nn.Module, name: str, channels: int) -> _Norm | None:
+    """What a submodule has if it is a norm over so many channels, with one parameter."""
     submodule = module.get_submodule(name)
     inner = list(submodule.named_parameters(name))
     if is_pointwise(submodule) or len(inner) != 1 or inner[0][1].numel() != channels:
         return None
     given = getattr(submodule, "eps", None)
-    return inner[0][0], float(given) if isinstance(given, float) else LEAST_LENGTH**2 / channels
+    return _Norm(inner[0][0], given if isinstance(given, float) else LEAST_LENGTH**2 / channels)
 
 
 def linear_attention_plans(module: nn.Module, children: dict[str, Plan]) -> Found:
