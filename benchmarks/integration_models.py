@@ -1,7 +1,8 @@
 """Models of other libraries with their inputs, at random weights: what `benchmarks.integrations` and the tests patch.
 
-A model names the packages that it needs. The forms at the end are of libraries that need much more than PyTorch to be
-installed; they are small modules with the structure of the papers, which the tests own.
+A model names the packages that it needs. An entry is a whole model, or a module of one, named with its channels and the
+height and width of its image: its inputs ask for gradients. The forms at the end are of libraries that need much more
+than PyTorch to be installed; they are small modules with the structure of the papers, which the tests own.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def image(size: int, channels: int = 3) -> Callable[[], Inputs]:
     return lambda: (torch.randn(1, channels, size, size),)
 
 
+def features(size: int, channels: int, batch: int = 1) -> Callable[[], Inputs]:
+    """An image inside a model, whose gradient a training step needs."""
+    return lambda: (torch.randn(batch, channels, size, size, requires_grad=True),)
+
+
 def image_and_step(size: int) -> Callable[[], Inputs]:
     """Of a diffusion model."""
     return lambda: (torch.randn(1, 3, size, size), torch.tensor([3]))
@@ -99,6 +105,12 @@ def diffusion_unet(dim: int = 64) -> nn.Module:
     return cast(nn.Module, Unet(dim))
 
 
+def diffusion_attention(channels: int) -> nn.Module:
+    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import LinearAttention
+
+    return cast(nn.Module, LinearAttention(channels))
+
+
 def imagen_unet() -> nn.Module:
     """Linear attention at all resolutions but the lowest."""
     from transformers import T5Config
@@ -132,31 +144,31 @@ def sana_inputs() -> Inputs:
 
 def conv_mix_ffn() -> nn.Module:
     """OpenMMLab's MixFFN at the width of MiT-B0, with its stochastic depth."""
-    from tests.kernels.patching.models import ConvMixFFN
+    from tests.kernels.patching.models.mix_ffns import ConvMixFFN
 
     return ConvMixFFN(32, 128, drop_path=0.1)
 
 
 def conv_mix_ffn_inputs() -> Inputs:
     """Tokens, their height and width, and what is added."""
-    tokens = torch.randn(2, 1, 128 * 128, 32)
-    return tokens[0], (128, 128), tokens[1]
+    tokens, identity = (torch.randn(1, 128 * 128, 32, requires_grad=True) for _ in range(2))
+    return tokens, (128, 128), identity
 
 
 def miss_former_block() -> nn.Module:
-    from tests.kernels.patching.models import MissFormerBlock
+    from tests.kernels.patching.models.blocks import MissFormerBlock
 
     return MissFormerBlock(64, 256)
 
 
 def dae_former_block() -> nn.Module:
-    from tests.kernels.patching.models import EfficientBlock
+    from tests.kernels.patching.models.blocks import EfficientBlock
 
     return EfficientBlock(64, 256)
 
 
 def tokens(height: int, width: int, channels: int) -> Callable[[], Inputs]:
-    return lambda: (torch.randn(1, height * width, channels), height, width)
+    return lambda: (torch.randn(1, height * width, channels, requires_grad=True), height, width)
 
 
 def _of_transformers(version: str, packages: tuple[str, ...]) -> list[ForeignModel]:
@@ -170,6 +182,9 @@ def _of_transformers(version: str, packages: tuple[str, ...]) -> list[ForeignMod
 
 
 SEGMENTATION_MODELS = ("segmentation-models-pytorch>=0.5",)
+DIFFUSION = ("denoising-diffusion-pytorch>=2.2",)
+ATTENTIONS = ((64, 128), (64, 64), (128, 64), (64, 32), (64, 32, 4), (128, 32), (64, 16), (256, 16), (512, 16))
+"""Of linear attention in a UNet: channels, height and width, and the number of images where it is not one."""
 LARGE = ("b3", "b4", "b5")
 ALL = [
     *_of_transformers("5", ("transformers>=5",)),
@@ -186,8 +201,15 @@ ALL = [
     ForeignModel(
         "smp/segformer-mit_b2", SEGMENTATION_MODELS, of_segmentation_models("Segformer", "mit_b2"), image(512)
     ),
-    ForeignModel(
-        "denoising-diffusion/unet", ("denoising-diffusion-pytorch>=2.2",), diffusion_unet, image_and_step(128)
+    ForeignModel("denoising-diffusion/unet", DIFFUSION, diffusion_unet, image_and_step(128)),
+    *(
+        ForeignModel(
+            "-".join(["denoising-diffusion/attention", *map(str, (channels, size, *batch))]),
+            DIFFUSION,
+            partial(diffusion_attention, channels),
+            features(size, channels, *batch),
+        )
+        for channels, size, *batch in ATTENTIONS
     ),
     ForeignModel("imagen/unet", ("imagen-pytorch>=2", "transformers"), imagen_unet, image_and_step(128)),
     ForeignModel(

@@ -1,6 +1,6 @@
 """Models of other libraries with the fused operators in place, beside the same models as they are and compiled.
 
-    python -m benchmarks.integrations --models timm/pvt_v2_b0,smp/unet-mit_b0 --samples 5
+    python -m benchmarks.integrations --models "timm/pvt_v2_b0,denoising-diffusion/attention-*" --samples 5
 
 Random weights, the same for the three; medians of times that take turns. A model whose library is not installed is
 skipped. Two versions of transformers do not go into one environment: the models of version 4 come from a folder,
@@ -14,6 +14,7 @@ where it was interrupted.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
@@ -166,20 +167,21 @@ def write(path: Path, results: IntegrationResults) -> None:
 
 
 def chosen(names: str | None) -> list[str]:
-    """The models of a list with commas; all without one.
+    """The models of a list of patterns with commas, each once; all without one.
 
     Raises:
         click.UsageError: there is no such model.
     """
-    wanted = list(MODELS) if names is None else [name.strip() for name in names.split(",")]
-    unknown = [name for name in wanted if name not in MODELS]
+    patterns = ["*"] if names is None else [name.strip() for name in names.split(",")]
+    found = {pattern: fnmatch.filter(MODELS, pattern) for pattern in patterns}
+    unknown = [pattern for pattern, of_it in found.items() if not of_it]
     if unknown:
         raise click.UsageError(f"--models: no {', '.join(unknown)}; there are {', '.join(MODELS)}")
-    return wanted
+    return list(dict.fromkeys(name for of_it in found.values() for name in of_it))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--models", metavar="NAME,...", help="[default: all]")
+@click.option("--models", metavar="NAME,...", help="Names, or patterns such as 'timm/*'. [default: all]")
 @click.option("--samples", type=click.IntRange(1), default=9, show_default=True, help="Of each time.")
 @click.option("--threads", type=click.IntRange(1), help="[default: as PyTorch chooses]")
 @click.option(

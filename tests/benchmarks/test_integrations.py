@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -27,7 +28,7 @@ from benchmarks.integration_row import (
     TRAINING,
     IntegrationRow,
 )
-from tests.kernels.patching.models import ImageMixFFN
+from tests.kernels.patching.models.mix_ffns import ImageMixFFN
 
 FORM, OTHER = "form/missformer-block", "form/dae-former-block"
 
@@ -147,6 +148,15 @@ def test_unknown_models_and_other_files_are_errors(tmp_path: Path) -> None:
     assert "expected results of this program" in found.output
 
 
+def test_models_are_chosen_by_patterns() -> None:
+    attentions = [name for name in MODELS if name.startswith("denoising-diffusion/attention-")]
+    assert integrations.chosen(f"{FORM}, denoising-diffusion/attention-*,{attentions[0]}") == [FORM, *attentions]
+    assert "denoising-diffusion/attention-64-32-4" in attentions
+    assert integrations.chosen(None) == list(MODELS)
+    with pytest.raises(click.UsageError, match=r"no timn/\*; there are transformers-5/segformer-b0, "):
+        integrations.chosen(f"{FORM},timn/*")
+
+
 @pytest.mark.parametrize(("code", "reason"), [(1, "ValueError: bad"), (-9, "the process was ended by signal 9")])
 def test_a_process_that_fails_is_a_row(code: int, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[str] = []
@@ -168,3 +178,4 @@ def test_the_forms_run_on_their_inputs() -> None:
     with torch.no_grad():
         outputs = [model.make().eval()(*model.inputs()) for model in forms]
     assert [y.shape for y in outputs] == [model.inputs()[0].shape for model in forms]
+    assert all(model.inputs()[0].requires_grad for model in forms)

@@ -190,7 +190,8 @@ constexpr std::int64_t kBlockTokens = 96;  // the most that one step of a kernel
 inline Split split_tokens(std::int64_t tokens, std::int64_t images) {
   const std::int64_t wanted = max_of<std::int64_t>(1, 64 / max_of<std::int64_t>(1, images));
   const std::int64_t few = min_of<std::int64_t>(8, tokens / 24);  // small chunks, rather than leave cores idle
-  const std::int64_t count = max_of<std::int64_t>(1, min_of(wanted, max_of(few, tokens / kBlockTokens)));
+  const std::int64_t blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+  const std::int64_t count = max_of<std::int64_t>(1, min_of(wanted, max_of(few, blocks)));
   const std::int64_t size = max_of<std::int64_t>(1, (tokens + count - 1) / count);
   return {max_of<std::int64_t>(1, (tokens + size - 1) / size), size};
 }

@@ -3,7 +3,8 @@
 // Pass 1 over x and grad_output reduces dM = P^T dY, the gradient of the folded matrix M = G W_o. The small products
 // then give the gradients of the context, of W_o, W_v, b_v and of A, and delta_j = <A_j, dA_j>, the closed form of
 // sum_n S_nj dS_nj, which spares a third pass. Pass 2 recomputes queries and keys and writes grad_x; the gradients of
-// W_q and W_k are summed over tokens in a fixed number of groups of chunks.
+// W_q and W_k are summed over tokens in a fixed number of groups of chunks. Where they fit, pass 1 leaves its queries
+// for pass 2.
 #include "folded.h"
 #include "memory.h"
 
@@ -25,12 +26,17 @@ struct Backward : SelfAttention<E> {
   const std::int64_t rows_packed_size = this->engine.packed_size(channels, key_width),
                      rows_right_size = this->engine.packed_size(keys, width);
 
+  static constexpr std::int64_t kMostKept = 4 << 20;
+  const std::int64_t all_queries = a.batch * a.tokens * query_width;
+  const std::int64_t kept_queries = all_queries <= kMostKept ? all_queries : 0;  // from pass 1 for pass 2
+
   // Per image, and what pass 2 multiplies with.
   struct Matrices {
     T *context, *key_tokens, *folded, *grad_folded, *grad_context, *grad_key_tokens;  // row-major
     Element *folded_packed, *grad_key_tokens_packed;                                  // transposed: [C, ...]
     Element *grad_key_tokens_right, *query_right, *key_right;                         // packed as they are
     T *max, *inverse_sum, *delta;                                                     // [key_width]
+    T* queries;                                                                       // [N, query_width] or none
     Matrices(Arena& arena, const Backward& b) {
       const std::int64_t n = b.a.batch;
       context = arena.take<T>(n * b.context_size);
@@ -47,6 +53,7 @@ struct Backward : SelfAttention<E> {
       max = arena.take<T>(n * b.key_width);
       inverse_sum = arena.take<T>(n * b.key_width);
       delta = arena.take<T>(n * b.key_width);
+      queries = arena.take<T>(b.kept_queries);
     }
   };
 
@@ -78,6 +85,11 @@ struct Backward : SelfAttention<E> {
 
   Backward(const SelfAttentionArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
+  // where the queries of a block are: among those that pass 1 keeps, or in scratch
+  T* queries_of(const Matrices& m, std::int64_t batch, std::int64_t token, const Blocks& s) const {
+    return kept_queries ? m.queries + (batch * a.tokens + token) * query_width : s.queries;
+  }
+
   template <class Pieces>
   std::size_t bytes_of() const {
     Arena counter(nullptr);
@@ -105,7 +117,7 @@ struct Backward : SelfAttention<E> {
   }
 
   // pass 1: grad_folded = P^T grad_output
-  void reduce_grad_folded(const Weights& w, T* grad_folded) const {
+  void reduce_grad_folded(const Weights& w, const Matrices& m) const {
     Workspace partials(sizeof(T) * static_cast<std::size_t>(this->chunks() * folded_size));
     T* sums = static_cast<T*>(partials.data());
     parallel_for(this->chunks(), a.num_threads, bytes_of<Blocks>(), [&](std::int64_t chunk, void* memory) {
@@ -115,16 +127,17 @@ struct Backward : SelfAttention<E> {
       fill(sum, folded_size, T(0));
       this->for_blocks(chunk, [&](std::int64_t batch, std::int64_t token, std::int64_t tokens) {
         this->load_x(w.norm, batch, token, tokens, s.x, nullptr, nullptr);
-        this->load_queries(w, tokens, s.x, s.queries);
+        T* queries = queries_of(m, batch, token, s);
+        this->load_queries(w, tokens, s.x, queries);
         load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
-        multiply_transposed_add(this->engine, this->query_rows, tokens, width, s.queries, query_width, s.grad_output,
+        multiply_transposed_add(this->engine, this->query_rows, tokens, width, queries, query_width, s.grad_output,
                                 width, sum, width);
       });
     });
     parallel_for(a.batch * query_width, a.num_threads, 64, [&](std::int64_t i, void*) {
       const std::int64_t batch = i / query_width, row = i % query_width;
       combine_partials<T>(sums + batch * split.count * folded_size + row * width, nullptr, split.count, folded_size,
-                          width, grad_folded + i * width);
+                          width, m.grad_folded + i * width);
     });
   }
 
@@ -235,10 +248,11 @@ struct Backward : SelfAttention<E> {
     this->load_x(w.norm, batch, token, tokens, s.x, s.normalized, s.rstd);
     load_tokens(a.grad_output, batch, 0, token, tokens, channels, s.grad_output, width);
 
-    this->load_queries(w, tokens, s.x, s.queries);
+    T* queries = queries_of(m, batch, token, s);
+    if (!kept_queries) this->load_queries(w, tokens, s.x, queries);
     multiply(this->engine, tokens, channels, query_width, s.grad_output, width,
              m.folded_packed + batch * folded_packed_size, s.grad_queries, query_width);
-    softmax_rows_backward(s.queries, s.grad_queries, tokens, heads, head_width, T(1));
+    softmax_rows_backward(queries, s.grad_queries, tokens, heads, head_width, T(1));
     multiply(this->engine, tokens, this->query_rows, width, s.grad_queries, query_width, m.query_right, s.grad_x,
              width);
     multiply_transposed_add(this->engine, this->query_rows, tokens, width, s.grad_queries, query_width, s.x, width,
@@ -311,7 +325,7 @@ struct Backward : SelfAttention<E> {
     w.fill_in(*this);
     memory_tokens.fill_in();
     load_state(m);
-    reduce_grad_folded(w, m.grad_folded);
+    reduce_grad_folded(w, m);
     small_products(m, memory_tokens);
     this->pack_rows(m.grad_key_tokens_right, m.grad_key_tokens, a.batch, keys, rows_size);
     this->pack_rows(m.query_right, w.query_rows, 1, this->query_rows, folded_size);

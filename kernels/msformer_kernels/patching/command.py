@@ -146,10 +146,12 @@ def forward(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def training_step(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A call and the backward of the mean square of its outputs, for all parameters."""
+    """A call and the backward of half the square of its outputs, for all parameters and the inputs that ask for it."""
     outputs = [y for y in tensors(model(*inputs)) if y.requires_grad]
-    torch.autograd.backward([y.float().square().mean() for y in outputs])
+    torch.autograd.backward(outputs, [y.detach() for y in outputs])
     model.zero_grad(set_to_none=True)
+    for x in tensors(inputs):
+        x.grad = None
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from msformer_kernels.patching.classes import Proved, put_in_place
+from msformer_kernels.patching.conditions import deterministic
 from msformer_kernels.patching.match import Match
 from msformer_kernels.patching.plain import base_class
-from msformer_kernels.patching.proof import deterministic
 from msformer_kernels.patching.timing import medians
 
 SAMPLES = 5

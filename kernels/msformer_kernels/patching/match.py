@@ -118,6 +118,9 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
             failed = failed or f"{type(problem).__name__}: {problem}"
             continue
         if error <= TOLERANCE:
+            plan, why_not = _laid(proof, plan)
+            if why_not:
+                return Outcome(name, why_not)
             plan, in_training = _in_training(proof, plan)
             witness = proof.witness(plan)
             lost = next((joined(*key) for key in proof.kept() if not _is_called(key[0], plan)), None)
@@ -132,6 +135,16 @@ def _compared(name: str, module: nn.Module, plans: list[Plan], alike: bool) -> O
         return Outcome(name, f"it cannot be compared with {plans[0].title}: {failed or 'outputs of another shape'}")
     nearest_one = f"{where.title} ({where.options()}) comes nearest and differs by {nearest:.1e}"
     return Outcome(name, f"it computes something else: {nearest_one}")
+
+
+def _laid(proof: Proof, plan: Plan) -> tuple[Plan, str]:
+    """The plan with the layout that the module's own outputs have; and why there is none."""
+    whys = []
+    for other in plan.layouts():
+        whys.append(proof.why_not_laid(other, training=False))
+        if not whys[-1]:
+            return other, ""
+    return plan, whys[0]
 
 
 def _in_training(proof: Proof, plan: Plan) -> tuple[Plan, str]:

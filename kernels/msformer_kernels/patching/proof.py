@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from msformer_kernels.core.backends import available_backends, use_backend
+from msformer_kernels.patching.conditions import Drawn, deterministic, plain_mode, plain_tensors
 from msformer_kernels.patching.plain import OF_EVERY_MODULE, held
 from msformer_kernels.patching.structures import Plan
 
@@ -45,8 +44,14 @@ class Results:
     values: list[Tensor]
 
     @property
-    def layout(self) -> tuple[Any, ...]:
+    def shapes(self) -> tuple[Any, ...]:
         return (self.returned, *(value.shape for value in self.values[: self.outputs]))
+
+    @property
+    def strides(self) -> list[list[int]]:
+        """Of the outputs; those of a dimension of size 1 say nothing."""
+        outputs = self.values[: self.outputs]
+        return [[s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1] for y in outputs]
 
     def without_gradients(self) -> Results:
         return Results(self.returned, self.outputs, self.values[: self.outputs])
@@ -68,12 +73,10 @@ class Witness:
             with plain_mode(), deterministic():
                 copied = copy.deepcopy(module, {id(a): b for a, b in zip(own, ours, strict=True)}).eval()
                 x, rest, named = _probe(self.plan, copied, self.plan.probe_sizes[-1])
-                output = type(copied).forward(copied, x, *rest, **named)
-                outputs = _outputs(output)
-                found = Results(type(output), len(outputs), [y.detach() for y in outputs])
+                found = _returned(type(copied).forward(copied, x, *rest, **named))
         except Exception:  # of a module that we know nothing of
             return False
-        return _deviation(found, self.results) <= TOLERANCE
+        return found.strides == self.results.strides and _deviation(found, self.results) <= TOLERANCE
 
 
 class Proof:
@@ -116,15 +119,12 @@ class Proof:
 
     def error(self, plan: Plan, *, training: bool) -> float:
         """The largest relative error of output and gradients, or the first that is above `TOLERANCE`; infinite if the
-        module draws random numbers and the plan others, and for outputs of another shape. In training, too, the
-        BatchNorms whose running statistics the plan takes are in evaluation mode.
+        module draws random numbers and the plan others, and for outputs of another shape.
 
         Raises whatever the module or the plan raises.
         """
         largest = 0.0
-        self.module.train(training)
-        for name in plan.evaluated():
-            self.module.get_submodule(name).training = False
+        self._set_mode(plan, training)
         for size in plan.probe_sizes:
             with plain_mode():
                 exact, drawn = self._of_the_module(plan, size, training)
@@ -137,21 +137,46 @@ class Proof:
                 break
         return largest
 
+    def why_not_laid(self, plan: Plan, *, training: bool) -> str:
+        """Why the outputs of a plan that holds otherwise are not the module's own, strides and random numbers included,
+        for one image and for two, channels first and channels last in memory, or for tokens; empty if they are. A call
+        that the module refuses counts for nothing."""
+        self._set_mode(plan, training)
+        forwards = type(self.module).forward.__get__(self.module), _carries_out(plan, self.module)
+        for size, count, channels_last in _inputs(plan):
+            call = _arranged(_probe(plan, self.module, size), count, channels_last)
+            try:
+                exact = _drawn_and_returned(forwards[0], *call)
+            except Exception:  # of a module that we know nothing of
+                continue
+            try:
+                found = _drawn_and_returned(forwards[1], *call)
+            except Exception as error:
+                return f"it cannot be compared ({type(error).__name__})"
+            kind = "tokens" if plan.arguments.convention != "image" else "one image" if count == 1 else "images"
+            given = f"{kind}, channels last" if channels_last else kind
+            if found[0] != exact[0] or not _deviation(found[1], exact[1]) <= TOLERANCE:
+                return f"its output is another one for {given}"
+            if found[1].strides != exact[1].strides:
+                return f"its output lies in memory in another way for {given}"
+        return ""
+
     def why_not_in_training(self, plan: Plan) -> str:
         """Why a plan that holds in evaluation mode does not in training; empty if it does."""
         try:
-            if self.error(plan, training=True) <= TOLERANCE:
-                return ""
+            holds = self.error(plan, training=True) <= TOLERANCE
         except Exception as problem:  # what cannot be compared is not replaced
             return f"it cannot be compared ({type(problem).__name__})"
         drawn = any(drawn is not None for _, drawn in self._exact.values())
+        if holds:  # dropout draws in the order of memory
+            return self.why_not_laid(plan, training=True) if drawn and plan.arguments.convention == "image" else ""
         return "it draws random numbers" if drawn else "it computes something else"
 
     def keeps_dtypes(self, plan: Plan) -> bool:
         """Whether outputs have the dtype of the module's own under autocast, and below float32."""
         x, rest, named = _probe(plan, self.module, plan.probe_sizes[0])
         for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
-            with _plain_tensors(), torch.no_grad(), deterministic(), torch.autocast("cpu", torch.bfloat16, autocast):
+            with plain_tensors(), torch.no_grad(), deterministic(), torch.autocast("cpu", torch.bfloat16, autocast):
                 copied = copy.deepcopy(self.module).eval().to(dtype)
                 forwards = (type(copied).forward.__get__(copied), _carries_out(plan, copied))
                 try:
@@ -192,6 +217,12 @@ class Proof:
         grown = [[b - a for a, b in zip(*pair, strict=False)] for pair in zip(*shapes, strict=False)]
         return any(growth.count(many - few) > 1 for growth in grown)
 
+    def _set_mode(self, plan: Plan, training: bool) -> None:
+        """In training, too, the BatchNorms whose running statistics the plan takes are in evaluation mode."""
+        self.module.train(training)
+        for name in plan.evaluated():
+            self.module.get_submodule(name).training = False
+
     def _of_the_module(self, plan: Plan, size: tuple[int, int], training: bool) -> tuple[Results, Drawn]:
         """Results of the module's own forward, and the random numbers that it drew."""
         evaluated = training and plan.evaluated()
@@ -216,10 +247,9 @@ class Proof:
         """Of a forward and its backward; an absent gradient is zero. Without the backward where the outputs are not the
         exact ones."""
         x, rest, named = _probe(plan, self.module, size)
-        with use_backend("native" if "native" in available_backends("cpu", torch.float64) else "reference"):
+        with _backend():
             output = forward(x, *rest, **named)
-            outputs = _outputs(output)
-            found = Results(type(output), len(outputs), [y.detach() for y in outputs])
+            outputs, found = _outputs(output), _returned(output)
             if exact is not None and not _deviation(found, exact) <= TOLERANCE:
                 return found
             total = sum((y * torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)).sum() for y in outputs)
@@ -230,6 +260,10 @@ class Proof:
         pairs = zip(gradients, inputs, strict=True)
         found.values.extend(torch.zeros_like(p) if g is None else g for g, p in pairs)
         return found
+
+
+def _backend() -> AbstractContextManager[None]:
+    return use_backend("native" if "native" in available_backends("cpu", torch.float64) else "reference")
 
 
 def _carries_out(plan: Plan, module: nn.Module) -> Callable[..., Any]:
@@ -262,52 +296,6 @@ def _probe(plan: Plan, module: nn.Module, size: tuple[int, int]) -> tuple[Any, t
     return x, rest, dict.fromkeys(plan.keywords(), True) if size == plan.probe_sizes[-1] else {}
 
 
-@contextmanager
-def plain_mode() -> Iterator[None]:
-    """Gradients, no autocast, tensors on the CPU, nothing rounded to float32, whatever is set around."""
-    with _plain_tensors(), torch.enable_grad(), torch.autocast("cpu", enabled=False), _StaysWide():
-        yield
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Tensors on the CPU that are differentiable later, and no hooks for all modules."""
-    kept = [(hooks, hooks.copy()) for hooks in _GLOBAL_HOOKS]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        with torch.inference_mode(False), torch.device("cpu"):
-            yield
-    finally:
-        for hooks, entries in kept:
-            hooks.update(entries)
-
-
-_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    modules._global_forward_hooks,
-    modules._global_forward_pre_hooks,
-    modules._global_backward_hooks,
-    modules._global_backward_pre_hooks,
-)
-
-
-class _StaysWide(TorchFunctionMode):
-    """Conversions of float64 to float32 keep float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        if func in _CONVERSIONS and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = [torch.float64 if value is torch.float32 else value for value in args]
-            named = {n: torch.float64 if value is torch.float32 else value for n, value in named.items()}
-        return func(*args, **named)
-
-
-_CONVERSIONS = (Tensor.float, Tensor.to, Tensor.type)
-"""Ways to another dtype that a forward takes."""
-
-
 class Products(TorchFunctionMode):
     """Notes the shapes of products of tensors that are no parameters."""
 
@@ -332,29 +320,6 @@ _PRODUCTS = (
 )
 
 
-Drawn = Hashable
-"""Where drawing random numbers left PyTorch's and Python's generators; None if none were drawn."""
-
-
-@contextmanager
-def deterministic() -> Iterator[Callable[[], Drawn]]:
-    """Seeds PyTorch's and Python's random numbers, and puts their states back; the value tells what was drawn so
-    far."""
-    of_python = random.getstate()
-
-    def state() -> Hashable:
-        return torch.get_rng_state().numpy().tobytes(), random.getstate()
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        random.seed(2)
-        before = state()
-        try:
-            yield lambda: None if state() == before else state()
-        finally:
-            random.setstate(of_python)
-
-
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
     """What all modules hold besides what every module does; of containers what is in them."""
     return {
@@ -371,6 +336,40 @@ def _is_same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, (int, float, str)) and a == b)
 
 
+def _inputs(plan: Plan) -> list[tuple[tuple[int, int], int, bool]]:
+    """Sizes, how many images, and whether they lie in memory channels last."""
+    *_, last = plan.probe_sizes
+    if plan.arguments.convention != "image":
+        return [(last, 2, False)]
+    calls = [*((size, 2) for size in plan.probe_sizes), (last, 1)]
+    return [(*call, channels_last) for call in calls for channels_last in (False, True)]
+
+
+def _arranged(call: Any, count: int, channels_last: bool) -> Any:
+    """The arguments of a call for so many of its images, which lie in memory in one of two ways."""
+    if isinstance(call, dict):
+        return {name: _arranged(value, count, channels_last) for name, value in call.items()}
+    if isinstance(call, (tuple, list)):
+        return type(call)(_arranged(value, count, channels_last) for value in call)
+    if not isinstance(call, Tensor):
+        return call
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(call.dim())
+    return call[:count].contiguous(memory_format=last if channels_last and last else torch.contiguous_format)
+
+
+def _drawn_and_returned(
+    forward: Callable[..., Any], x: Any, rest: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Drawn, Results]:
+    with plain_mode(), torch.no_grad(), _backend(), deterministic() as drawn:
+        found = _returned(forward(x, *rest, **named))
+        return drawn(), found
+
+
+def _returned(output: Any) -> Results:
+    outputs = _outputs(output)
+    return Results(type(output), len(outputs), [y.detach() for y in outputs])
+
+
 def _outputs(output: Any) -> tuple[Tensor, ...]:
     found = output if isinstance(output, tuple) else (output,)
     if not all(isinstance(y, Tensor) for y in found):
@@ -380,7 +379,7 @@ def _outputs(output: Any) -> tuple[Tensor, ...]:
 
 def _deviation(found: Results, exact: Results) -> float:
     """The largest error, relative to the exact value or, where that is small, to 1."""
-    if found.layout != exact.layout:
+    if found.shapes != exact.shapes:
         return math.inf
     pairs = zip(found.values, exact.values, strict=False)
     errors = [float((a - b).norm() / (1 + b.norm())) for a, b in pairs]

@@ -246,3 +246,32 @@ def test_empty_input_gives_zero_gradients_to_every_parameter(shape: tuple[int, i
     for parameter_name, parameter in block.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert not parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        kernels.EfficientAttention(8, num_heads=2),
+        kernels.MixFFN(8, 16),
+        kernels.MixFFNSkip(8, 16),
+        kernels.EfficientTransformerBlock(8),
+        kernels.TokenLinear(8, 4),
+        kernels.TokenBatchNorm(8),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_fx_refuses_what_it_cannot_trace_and_keeps_layers_whole(layer: nn.Module) -> None:
+    with pytest.raises(torch.fx.proxy.TraceError, match="control flow"):
+        torch.fx.symbolic_trace(layer)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return m is layer
+
+    graph = Tracer().trace(nn.Sequential(layer))
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
+
+
+def test_fx_traces_batch_norm_in_evaluation_mode() -> None:
+    layer, x = kernels.TokenBatchNorm(8).eval(), torch.randn(2, 12, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import decoders
 
 CHANNELS = (4, 6, 8)
 
@@ -62,7 +62,7 @@ def results(model: nn.Module, given: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make", [models.AllMLPDecoder, lambda: models.AllMLPDecoder(hidden=40, dropout=0.0)])
+@pytest.mark.parametrize("make", [decoders.AllMLPDecoder, lambda: decoders.AllMLPDecoder(hidden=40, dropout=0.0)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_it_computes_the_same_before_upsampling(make: Callable[[], nn.Module], batch: int, training: bool) -> None:
     """In training, too, where dropout draws in the order of memory."""
@@ -75,7 +75,7 @@ def test_it_computes_the_same_before_upsampling(make: Callable[[], nn.Module], b
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_the_image_may_come_first(empty: bool) -> None:
-    model = models.ImageFirstDecoder().double()
+    model = decoders.ImageFirstDecoder().double()
     given = with_image(features(), empty)
     ours = patched(model)
     assert concatenations(ours, given) == 0
@@ -84,7 +84,7 @@ def test_the_image_may_come_first(empty: bool) -> None:
 
 
 def test_dropout_and_batch_statistics_are_proved_in_training() -> None:
-    model = models.AllMLPDecoder()
+    model = decoders.AllMLPDecoder()
     report = kernels.patch(model)
     assert report.replaced[0].note == "", str(report)
     model.train()
@@ -92,18 +92,18 @@ def test_dropout_and_batch_statistics_are_proved_in_training() -> None:
     assert int(model.batch_norm.num_batches_tracked) == 1
 
 
-class ActivatedBetween(models.AllMLPDecoder):
+class ActivatedBetween(decoders.AllMLPDecoder):
     """OpenMMLab's head has a ReLU there."""
 
     def projected(self, projection: nn.Module, x: Tensor) -> Tensor:
         return super().projected(projection, x).relu()
 
 
-class AlignedCorners(models.AllMLPDecoder):
+class AlignedCorners(decoders.AllMLPDecoder):
     ALIGN = True
 
 
-class Undropped(models.AllMLPDecoder):
+class Undropped(decoders.AllMLPDecoder):
     """Draws random numbers, as dropout does, in another place."""
 
     def projected(self, projection: nn.Module, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_other_random_numbers_keep_its_forward_in_training() -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_another_number_of_scales_runs_its_own_forward(count: int) -> None:
-    model = models.AllMLPDecoder().double().eval()
+    model = decoders.AllMLPDecoder().double().eval()
     given, exact = features(count=count), None
     if count == 4:  # the module passes over the last
         exact = model(given)
@@ -140,7 +140,7 @@ def test_another_number_of_scales_runs_its_own_forward(count: int) -> None:
 
 
 def test_hooks_count() -> None:
-    model = patched(models.AllMLPDecoder().eval())
+    model = patched(decoders.AllMLPDecoder().eval())
     calls: list[int] = []
     for layer in (model.linear_c[1].proj, model.batch_norm):
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -155,7 +155,7 @@ def test_the_error_is_no_larger_than_that_of_eager(how: str) -> None:
     errors = {"eager": 0.0, "ours": 0.0}
     for seed in range(4):
         torch.manual_seed(seed)
-        model = models.AllMLPDecoder(channels=(16, 24, 32), hidden=32, dropout=0.0).to(dtype).eval()
+        model = decoders.AllMLPDecoder(channels=(16, 24, 32), hidden=32, dropout=0.0).to(dtype).eval()
         given = [torch.randn(1, c, s, s, dtype=dtype) for c, s in ((16, 16), (24, 8), (32, 4))]
         exact = results(copy.deepcopy(model).double(), [x.double() for x in given])
         for name, rival in (("eager", model), ("ours", patched(model))):
@@ -166,7 +166,7 @@ def test_the_error_is_no_larger_than_that_of_eager(how: str) -> None:
 
 
 def test_the_output_has_the_dtype_and_layout_of_the_original() -> None:
-    model = models.AllMLPDecoder().eval()
+    model = decoders.AllMLPDecoder().eval()
     ours = patched(model)
     assert ours(features(torch.float32)).stride() == model(features(torch.float32)).stride()
     with torch.autocast("cpu", torch.bfloat16):
@@ -176,7 +176,7 @@ def test_the_output_has_the_dtype_and_layout_of_the_original() -> None:
 def test_compiled_vmapped_and_pickled() -> None:
     import pickle
 
-    model = models.AllMLPDecoder().double().eval()
+    model = decoders.AllMLPDecoder().double().eval()
     ours: Any = pickle.loads(pickle.dumps(patched(model)))
     exact = model(features())
     compiled: Any = torch.compile(ours, fullgraph=True, backend="eager")
@@ -186,11 +186,11 @@ def test_compiled_vmapped_and_pickled() -> None:
 
 
 def test_the_meta_device_gives_shapes() -> None:
-    model = patched(models.AllMLPDecoder().eval()).to("meta")
+    model = patched(decoders.AllMLPDecoder().eval()).to("meta")
     assert model([x.to("meta") for x in features(torch.float32)]).shape == (2, 3, 12, 10)
 
 
 def test_autocast_leaves_float64() -> None:
-    model = models.AllMLPDecoder(hidden=40).double().eval()
+    model = decoders.AllMLPDecoder(hidden=40).double().eval()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(patched(model)(features()), model(features()), rtol=1e-10, atol=1e-10)

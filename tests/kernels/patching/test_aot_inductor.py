@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import msformer_kernels as kernels
-from tests.kernels.patching.models import ImageMixFFN
+from tests.kernels.patching.models.mix_ffns import ImageMixFFN
 
 RUN = """
 import sys, torch

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import msformer_kernels as kernels
-from tests.kernels.patching.models import DenseMixFFN, DropPath, TupleBlock
+from tests.kernels.patching.models.blocks import TupleBlock
+from tests.kernels.patching.models.mix_ffns import DenseMixFFN, DropPath
 from tests.kernels.patching.test_structures import operators_called
 
 X = torch.randn(2, 8, 6, 4, generator=torch.Generator().manual_seed(0))

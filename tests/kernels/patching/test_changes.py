@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import attentions, blocks, mix_ffns, relu_attentions
 
 X, SIZE = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0)), (6, 4)
 
@@ -167,9 +167,9 @@ def results(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.fixture
-def block() -> models.TupleBlock:
+def block() -> blocks.TupleBlock:
     torch.manual_seed(0)
-    return models.TupleBlock().eval()
+    return blocks.TupleBlock().eval()
 
 
 @pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
@@ -198,21 +198,21 @@ PLAIN = (norm, whole_feed_forward, approximate, dynamic_quantization)
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c not in PLAIN], ids=lambda f: f.__name__)
-def test_a_module_that_is_not_plain_is_reported(block: models.TupleBlock, change: Callable[[Any], None]) -> None:
+def test_a_module_that_is_not_plain_is_reported(block: blocks.TupleBlock, change: Callable[[Any], None]) -> None:
     change(block)
     with pytest.warns(UserWarning, match="nothing was replaced"):
         report = kernels.patch(block, min_gain=0)
     assert [r.name for r in report.refused] == ["mlp"]
 
 
-def test_a_tensor_subclass_is_not_taken(block: models.TupleBlock) -> None:
+def test_a_tensor_subclass_is_not_taken(block: blocks.TupleBlock) -> None:
     weight = block.mlp.dense1.weight
     block.mlp.dense1.weight = nn.Parameter(weight.detach().as_subclass(Marked))  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="dense1 has a parameter that is a"):
         kernels.patch(block)
 
 
-def test_a_layer_with_a_place_for_an_adapter_is_not_plain(block: models.TupleBlock) -> None:
+def test_a_layer_with_a_place_for_an_adapter_is_not_plain(block: blocks.TupleBlock) -> None:
     block.mlp.dense1.adapter = None  # type: ignore[assignment]
     block.mlp.dense1.__class__ = Doubled
     with pytest.warns(UserWarning, match="dense1 is a Doubled with adapter"):
@@ -220,7 +220,7 @@ def test_a_layer_with_a_place_for_an_adapter_is_not_plain(block: models.TupleBlo
 
 
 def test_a_shared_layer_is_watched_under_each_name() -> None:
-    module = models.ConvMixFFN().eval()
+    module = mix_ffns.ConvMixFFN().eval()
     report = kernels.patch(module)
     module.layers[5] = Negated()  # the same dropout as 3
     with torch.no_grad():
@@ -230,14 +230,14 @@ def test_a_shared_layer_is_watched_under_each_name() -> None:
 
 
 def test_a_replaced_forward_of_the_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = models.DenseMixFFN().eval()
+    module = mix_ffns.DenseMixFFN().eval()
     kernels.patch(module)
-    monkeypatch.setattr(models.DenseMixFFN, "forward", lambda self, x, height, width: x + 1)
+    monkeypatch.setattr(mix_ffns.DenseMixFFN, "forward", lambda self, x, height, width: x + 1)
     assert torch.equal(module(X, *SIZE), X + 1)
 
 
 def test_settings_of_the_module_are_watched() -> None:
-    module = models.LinearAttention().eval()
+    module = attentions.LinearAttention().eval()
     image, report = torch.randn(2, 8, 6, 4), kernels.patch(module, min_gain=0)
     module.scale = 2.0
     with torch.no_grad():
@@ -246,12 +246,12 @@ def test_settings_of_the_module_are_watched() -> None:
         assert torch.equal(found, module(image))
 
 
-@pytest.mark.parametrize("make", [models.TupleBlock, models.EfficientBlock])
+@pytest.mark.parametrize("make", [blocks.TupleBlock, blocks.EfficientBlock])
 def test_layers_around_the_operator_are_called(make: Callable[[], Any]) -> None:
     """A hook on the norm before an attention that is called leaves the rest fused; of one that is fused it does not."""
     block, seen = make().eval(), []
     kernels.patch(block)
-    norm = block.layer_norm_1 if make is models.TupleBlock else block.norm1
+    norm = block.layer_norm_1 if make is blocks.TupleBlock else block.norm1
     norm.register_forward_hook(lambda *_: seen.append("norm"))
     with torch.profiler.profile() as profile, torch.no_grad():
         block(X, *SIZE)
@@ -261,7 +261,7 @@ def test_layers_around_the_operator_are_called(make: Callable[[], Any]) -> None:
 
 def test_dropout_of_hidden_features_keeps_the_original_in_training() -> None:
     """Also in evaluation mode, where a user turns the dropout alone on."""
-    module = models.DenseMixFFN(dropout=0.5)
+    module = mix_ffns.DenseMixFFN(dropout=0.5)
     report = kernels.patch(module)
     assert "training" in report.replaced[0].note
     original = copy.deepcopy(module)
@@ -281,14 +281,14 @@ def test_dropout_of_hidden_features_keeps_the_original_in_training() -> None:
 
 
 def test_dropout_that_is_turned_on_later_counts() -> None:
-    module = models.DenseMixFFN().train()
+    module = mix_ffns.DenseMixFFN().train()
     kernels.patch(module)
     module.dropout.p = 1.0
     assert torch.equal(module(X, *SIZE), torch.zeros_like(X))
 
 
 def test_a_layer_that_is_added_to_a_row_counts() -> None:
-    module = models.ConvMixFFN().eval()
+    module = mix_ffns.ConvMixFFN().eval()
     report = kernels.patch(module)
     module.layers.append(Negated())
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_a_layer_that_is_added_to_a_row_counts() -> None:
         assert torch.equal(found, module(X, SIZE))
 
 
-class GivenActivation(models.FlatMixFFN):
+class GivenActivation(mix_ffns.FlatMixFFN):
     """The activation is an attribute that is no module."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
@@ -350,7 +350,7 @@ def test_functions_and_objects_that_a_module_holds_are_watched(before: Any, afte
 
 @pytest.mark.parametrize("held", [partial(F.gelu, approximate=str), partial(F.gelu, X)])
 def test_what_holds_more_than_numbers_and_names_is_not_followed(held: Any) -> None:
-    module = models.FlatMixFFN()
+    module = mix_ffns.FlatMixFFN()
     module.unused = held
     if held.args:
         with pytest.warns(UserWarning, match="unused holds a Tensor, whose changes would not be seen"):
@@ -360,13 +360,13 @@ def test_what_holds_more_than_numbers_and_names_is_not_followed(held: Any) -> No
 
 
 def test_a_bound_method_is_not_followed() -> None:
-    module = models.FlatMixFFN()
+    module = mix_ffns.FlatMixFFN()
     module.unused = nn.Linear(1, 1).forward  # type: ignore[assignment]
     with pytest.warns(UserWarning, match="unused is a method, which may hold anything"):
         kernels.patch(module)
 
 
-def test_arguments_by_name_and_optional_ones(block: models.TupleBlock) -> None:
+def test_arguments_by_name_and_optional_ones(block: blocks.TupleBlock) -> None:
     kernels.patch(block)
     (expected,) = block(X, *SIZE)
     assert torch.equal(block(x=X, width=4, height=6)[0], expected)
@@ -382,7 +382,7 @@ def test_arguments_by_name_and_optional_ones(block: models.TupleBlock) -> None:
         block(X, 6, 4, height=6)
 
 
-@pytest.mark.parametrize("make", [models.KeywordBlock, models.DeafBlock])
+@pytest.mark.parametrize("make", [blocks.KeywordBlock, blocks.DeafBlock])
 def test_keywords_go_where_they_went(make: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
     """To the attention, or nowhere; those that the proof does not know go to the original forward."""
     block = make().eval()
@@ -393,10 +393,10 @@ def test_keywords_go_where_they_went(make: type[nn.Module], caplog: pytest.LogCa
         for named, output in zip(calls, expected, strict=True):
             torch.testing.assert_close(block(X, *SIZE, **named), output, atol=3e-6, rtol=1e-5)
     refused = [message for message in caplog.messages if message.startswith(make.__name__)]
-    assert len(refused) == (1 if make is models.KeywordBlock else 3)
+    assert len(refused) == (1 if make is blocks.KeywordBlock else 3)
 
 
-def test_the_reason_is_logged(block: models.TupleBlock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_is_logged(block: blocks.TupleBlock, caplog: pytest.LogCaptureFixture) -> None:
     kernels.patch(block)
     block.mlp.dense1 = Adapter(block.mlp.dense1)  # type: ignore[assignment]
     with caplog.at_level(logging.DEBUG, "msformer_kernels.patch"):
@@ -404,15 +404,15 @@ def test_the_reason_is_logged(block: models.TupleBlock, caplog: pytest.LogCaptur
     assert "TupleBlock runs its own forward: mlp.dense1 is a Adapter now" in caplog.messages
 
 
-class DoublingProcessor(models.Processor):
-    def __call__(self, attn: models.SplitMultiScaleAttention, x: Tensor) -> Tensor:
+class DoublingProcessor(relu_attentions.Processor):
+    def __call__(self, attn: relu_attentions.SplitMultiScaleAttention, x: Tensor) -> Tensor:
         return 2 * super().__call__(attn, x)
 
 
 @pytest.mark.parametrize("name", ["processor", "nonlinearity", "eps"])
 def test_a_changed_attention_runs_its_own_forward(name: str) -> None:
     """Also where it leaves the work to an object that is no module."""
-    model, original = models.SplitMultiScaleAttention(), models.SplitMultiScaleAttention()
+    model, original = relu_attentions.SplitMultiScaleAttention(), relu_attentions.SplitMultiScaleAttention()
     original.load_state_dict(model.state_dict())
     kernels.patch(model, min_gain=0)
     x = torch.randn(1, 8, 5, 4)

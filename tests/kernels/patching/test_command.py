@@ -14,7 +14,7 @@ from msformer_kernels.patching import command
 
 MADE = """
 import torch
-from tests.kernels.patching.models import ImageMixFFN, LongerMixFFN
+from tests.kernels.patching.models.mix_ffns import ImageMixFFN, LongerMixFFN
 
 def model():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), ImageMixFFN(), LongerMixFFN())

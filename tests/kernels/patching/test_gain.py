@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import msformer_kernels as kernels
 from msformer_kernels.patching import gain, timing
-from tests.kernels.patching import models
+from tests.kernels.patching.models import attentions, blocks, mix_ffns
 
 
 class Model(nn.Module):
@@ -19,8 +19,8 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = models.ImageMixFFN(hidden=12), models.ImageMixFFN()
-        self.attention, self.unused = models.LinearAttention(), models.ImageMixFFN(hidden=20)
+        self.first, self.second = mix_ffns.ImageMixFFN(hidden=12), mix_ffns.ImageMixFFN()
+        self.attention, self.unused = attentions.LinearAttention(), mix_ffns.ImageMixFFN(hidden=20)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_with_an_example_modules_are_timed_at_its_shapes(times: list[tuple[str, 
     reason = "it gains too little here: 3.00 x forward, 0.90 x with backward, min_gain is 1.05"
     assert [(r.name, r.reason) for r in report.refused] == [("second", reason)]
     assert sorted({*times}) == [("ImageMixFFN", 4), ("ImageMixFFN", 8), ("LinearAttention", 8)]
-    assert type(model.second) is models.ImageMixFFN
+    assert type(model.second) is mix_ffns.ImageMixFFN
     assert all(m.training for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -76,7 +76,7 @@ def test_min_gain_decides(times: list[tuple[str, int]]) -> None:
 
 
 def test_layers_that_are_alike_are_timed_once(times: list[tuple[str, int]]) -> None:
-    model = nn.Sequential(*(models.ImageMixFFN() for _ in range(3)))
+    model = nn.Sequential(*(mix_ffns.ImageMixFFN() for _ in range(3)))
     assert len(kernels.patch(model, example=(torch.randn(1, 8, 6, 8),)).replaced) == 3
     assert len(times) == 2
 
@@ -91,10 +91,10 @@ def test_without_an_example_nothing_is_timed(times: list[tuple[str, int]]) -> No
 
 def test_a_block_without_gain_is_reported_beside_its_feed_forward_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     def medians(run: Callable[[nn.Module], Any], rivals: Sequence[nn.Module], samples: int) -> list[float]:
-        return [0.5 if isinstance(rivals[0], models.TupleBlock) else 2.0, 1.0]
+        return [0.5 if isinstance(rivals[0], blocks.TupleBlock) else 2.0, 1.0]
 
     monkeypatch.setattr(gain, "medians", medians)
-    report = kernels.patch(models.TupleBlock(), example=(torch.randn(1, 24, 8), 6, 4))
+    report = kernels.patch(blocks.TupleBlock(), example=(torch.randn(1, 24, 8), 6, 4))
     assert [r.name for r in report.replaced] == ["mlp"]
     assert [r.name for r in report.refused] == [""]
 
@@ -120,5 +120,5 @@ def test_the_times_are_those_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_real_measurement_is_finite() -> None:
-    report = kernels.patch(models.DenseMixFFN(), example=(torch.randn(1, 24, 8), 6, 4), min_gain=1e-6)
+    report = kernels.patch(mix_ffns.DenseMixFFN(), example=(torch.randn(1, 24, 8), 6, 4), min_gain=1e-6)
     assert "x forward" in report.replaced[0].note

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import blocks, mix_ffns
 
 X = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
 SIZE = (6, 4)
@@ -30,7 +30,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(models.TupleBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(blocks.TupleBlock() for _ in range(2))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def test_state_class_and_signature_stay(model: Model) -> None:
     assert list(model.state_dict()) == list(state)
     assert model.load_state_dict(state, strict=True).missing_keys == []
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
-    assert all(isinstance(block, models.TupleBlock) for block in model.blocks)
-    assert isinstance(model.blocks[0].mlp, models.DenseMixFFN)
+    assert all(isinstance(block, blocks.TupleBlock) for block in model.blocks)
+    assert isinstance(model.blocks[0].mlp, mix_ffns.DenseMixFFN)
     assert type(model.blocks[0]).__name__ == "TupleBlock"
     assert inspect.signature(model.blocks[0].forward) == signature
     assert type(model.blocks[0]) is type(model.blocks[1])  # one class for what is alike
@@ -142,7 +142,7 @@ def test_hooks_on_the_module_run(model: Model) -> None:
 def test_the_proof_calls_no_hook_and_draws_no_numbers(model: Model) -> None:
     seen: list[str] = []
     for module in model.modules():
-        if not isinstance(module, (nn.LayerNorm, models.DenseMixFFN)):
+        if not isinstance(module, (nn.LayerNorm, mix_ffns.DenseMixFFN)):
             module.register_forward_hook(lambda *_: seen.append("hook"))
     before = torch.get_rng_state()
     kernels.patch(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import attentions
 
 
-class VideoAttention(models.LinearAttention):
+class VideoAttention(attentions.LinearAttention):
     """Of each frame of `[B, C, frames, H, W]`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ class VideoAttention(models.LinearAttention):
         return images.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
-class CentredAttention(models.LinearAttention):
+class CentredAttention(attentions.LinearAttention):
     """With a LayerNorm over channels, without bias, and no memory."""
 
     class Norm(nn.Module):
@@ -37,7 +38,7 @@ class CentredAttention(models.LinearAttention):
         self.norm = self.Norm(8)
 
 
-class BiasedAttention(models.LinearAttention):
+class BiasedAttention(attentions.LinearAttention):
     """Keys of the images have a bias, those of the memory have not."""
 
     def __init__(self) -> None:
@@ -52,9 +53,9 @@ class LayersAttention(nn.Module):
     def __init__(self, channels: int = 8, heads: int = 2, dim_head: int = 4) -> None:
         super().__init__()
         self.scale, self.heads, inner = dim_head**-0.5, heads, heads * dim_head
-        self.norm, self.nonlin = models.ChannelNorm(channels), nn.SiLU()
+        self.norm, self.nonlin = attentions.ChannelNorm(channels), nn.SiLU()
         self.to_q, self.to_k, self.to_v = (self.maker(channels, inner) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), models.ChannelNorm(channels))
+        self.to_out = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), attentions.ChannelNorm(channels))
 
     @staticmethod
     def maker(channels: int, inner: int) -> nn.Sequential:
@@ -89,10 +90,10 @@ def results(model: nn.Module, *given: Tensor) -> list[Tensor]:
             VideoAttention,
             (2, 8, 3, 6, 4),
             WITH_LAYERS,
-            "2 heads, scale 0.5, memory mem_kv, each frame, rms norm norm.g",
+            "2 heads, scale 0.5, memory mem_kv, each frame, rms norm norm.g, rms norm to_out.1.g",
         ),
         (CentredAttention, (2, 8, 6, 4), WITH_LAYERS, "2 heads, scale 0.5, layer norm norm.gamma"),
-        (BiasedAttention, (2, 8, 6, 4), WITH_LAYERS, f"{MEMORY}, rms norm norm.g"),
+        (BiasedAttention, (2, 8, 6, 4), WITH_LAYERS, f"{MEMORY}, rms norm norm.g, rms norm to_out.1.g"),
         (LayersAttention, (2, 8, 6, 4), "efficient_attention", "2 heads, scale 0.5"),
     ],
 )
@@ -131,7 +132,7 @@ def test_more_keys_run_its_own_forward_and_dropout_draws_what_it_did() -> None:
 
 def test_a_layer_that_must_be_called_leaves_the_attention_to_be_fused() -> None:
     torch.manual_seed(0)
-    model, x = models.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    model, x = attentions.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
     calls: list[nn.Module] = []
     model.to_qkv.register_forward_hook(lambda module, *_: calls.append(module))
     expected = results(model, x)
@@ -142,10 +143,29 @@ def test_a_layer_that_must_be_called_leaves_the_attention_to_be_fused() -> None:
     assert calls == [model.to_qkv]
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+def test_the_error_is_no_larger_than_that_of_the_original(how: str) -> None:
+    """RMS of output and gradients over several draws, against float64; both norms are computed here."""
+    dtype = torch.float32 if how == "autocast" else getattr(torch, how)
+    errors = {"own": 0.0, "ours": 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = attentions.LinearAttention(16), torch.randn(2, 16, 6, 5)
+        ours = copy.deepcopy(model)
+        assert len(kernels.patch(ours, min_gain=0).replaced) == 1
+        exact = results(copy.deepcopy(model).double(), x.double())
+        for name, each in (("own", model), ("ours", ours)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                found = results(each.to(dtype), x.to(dtype))
+            assert found[0].dtype == (torch.float32 if how == "autocast" else dtype)
+            errors[name] += sum(float(((f - e).norm() / e.norm()) ** 2) for f, e in zip(found, exact, strict=True))
+    assert errors["ours"] <= 1.25**2 * errors["own"], errors
+
+
 @pytest.mark.parametrize("touched", ["norm", "to_qkv", "to_out", "to_out.0", "to_out.1"])
 def test_what_is_hooked_after_the_patch_is_called(touched: str) -> None:
     torch.manual_seed(0)
-    model, x = models.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    model, x = attentions.LinearAttention().double(), torch.randn(2, 8, 6, 4, dtype=torch.float64)
     kernels.patch(model, min_gain=0)
     calls: list[Tensor] = []
     model.get_submodule(touched).register_forward_hook(lambda module, given, output: calls.append(output))

@@ -10,7 +10,7 @@ from torch import nn
 
 import msformer_kernels as kernels
 from msformer_kernels.patching import Refusal, Replacement, Report
-from tests.kernels.patching import models
+from tests.kernels.patching.models import blocks, mix_ffns
 
 
 def names(report: Report) -> list[str]:
@@ -18,11 +18,11 @@ def names(report: Report) -> list[str]:
 
 
 def many() -> nn.Module:
-    return nn.ModuleList(models.DenseMixFFN() for _ in range(11))
+    return nn.ModuleList(mix_ffns.DenseMixFFN() for _ in range(11))
 
 
 def is_patched(module: nn.Module) -> bool:
-    return type(module).__mro__[1] is models.DenseMixFFN
+    return type(module).__mro__[1] is mix_ffns.DenseMixFFN
 
 
 @pytest.mark.parametrize("only", [["1"], "1", lambda name, module: name == "1" and isinstance(module, nn.Module)])
@@ -40,12 +40,12 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
 
 
 def test_dry_run_reports_and_changes_nothing() -> None:
-    model, twin = nn.Sequential(models.TupleBlock(), models.LongerMixFFN()), nn.Sequential(models.TupleBlock())
+    model, twin = nn.Sequential(blocks.TupleBlock(), mix_ffns.LongerMixFFN()), nn.Sequential(blocks.TupleBlock())
     dry, wet = kernels.patch(model, dry_run=True), kernels.patch(twin)
     assert names(dry) == names(wet) == ["0", "0.mlp"]
     assert [r.name for r in dry.refused] == ["1"]
-    assert type(model[0]) is models.TupleBlock
-    assert type(model[0].mlp) is models.DenseMixFFN
+    assert type(model[0]) is blocks.TupleBlock
+    assert type(model[0].mlp) is mix_ffns.DenseMixFFN
     assert str(dry).startswith("would be replaced: 2")
     dry.undo()
 
@@ -71,7 +71,7 @@ def test_the_report_prints_as_a_table() -> None:
 
 
 def test_undo_puts_the_classes_back_once() -> None:
-    model = nn.Sequential(models.TupleBlock(), models.DenseMixFFN())
+    model = nn.Sequential(blocks.TupleBlock(), mix_ffns.DenseMixFFN())
     classes = [type(m) for m in model.modules()]
     report = kernels.patch(model)
     assert [type(m) for m in model.modules()] != classes
@@ -83,7 +83,7 @@ def test_undo_puts_the_classes_back_once() -> None:
 
 
 def test_as_a_context_manager_it_is_undone_also_after_an_error() -> None:
-    model = models.DenseMixFFN()
+    model = mix_ffns.DenseMixFFN()
     patched = []
 
     def fail() -> None:
@@ -94,11 +94,11 @@ def test_as_a_context_manager_it_is_undone_also_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     assert patched == [(True, [""])]
-    assert type(model) is models.DenseMixFFN
+    assert type(model) is mix_ffns.DenseMixFFN
 
 
 def test_undo_of_a_class_that_changed_since_changes_nothing() -> None:
-    model = nn.Sequential(models.DenseMixFFN(), models.DenseMixFFN())
+    model = nn.Sequential(mix_ffns.DenseMixFFN(), mix_ffns.DenseMixFFN())
     report = kernels.patch(model)
     other = type("Other", (type(model[1]),), {})
     model[1].__class__ = other
@@ -109,7 +109,7 @@ def test_undo_of_a_class_that_changed_since_changes_nothing() -> None:
 
 
 def test_a_second_patch_finds_the_first() -> None:
-    model = models.TupleBlock()
+    model = blocks.TupleBlock()
     first = kernels.patch(model, only=["mlp"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -118,21 +118,21 @@ def test_a_second_patch_finds_the_first() -> None:
     assert names(second) == [""]
     second.undo()
     first.undo()
-    assert type(model) is models.TupleBlock
-    assert type(model.mlp) is models.DenseMixFFN
+    assert type(model) is blocks.TupleBlock
+    assert type(model.mlp) is mix_ffns.DenseMixFFN
 
 
 def test_another_patch_of_the_module_is_refused() -> None:
-    model = models.DenseMixFFN()
+    model = mix_ffns.DenseMixFFN()
     original = model.forward
     model.forward = lambda *args: 2 * original(*args)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="another patch: a forward of its own"):
         kernels.patch(model)
-    assert type(model) is models.DenseMixFFN
+    assert type(model) is mix_ffns.DenseMixFFN
 
 
 def test_a_class_that_pickles_in_its_own_way_is_refused() -> None:
-    class Own(models.DenseMixFFN):
+    class Own(mix_ffns.DenseMixFFN):
         def __reduce__(self) -> tuple[object, ...]:
             return Own, ()
 
@@ -149,14 +149,14 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
         kernels.patch(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="example: expected a tuple of the arguments of a call, got Tensor"):
-        kernels.patch(models.ImageMixFFN(), example=torch.ones(1))  # type: ignore[arg-type]
+        kernels.patch(mix_ffns.ImageMixFFN(), example=torch.ones(1))  # type: ignore[arg-type]
 
 
 def test_only_the_innermost_module_is_named() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = models.LongerMixFFN()
+            self.inner = mix_ffns.LongerMixFFN()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.inner(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import msformer_kernels as kernels
 from msformer_kernels.patching import match, proof
 from msformer_kernels.patching.likeness import likeness
-from tests.kernels.patching import models
+from tests.kernels.patching.models import mix_ffns
 
 X, SIZE = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0)), (6, 4)
 OUTSIDE: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
@@ -31,7 +31,7 @@ class Options:
         return self.factor * x
 
 
-class Scaled(models.DenseMixFFN):
+class Scaled(mix_ffns.DenseMixFFN):
     """MixFFN times what its attributes say: a number, a flag, a word, functions, an object, or what lies outside."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -198,7 +198,7 @@ def test_what_is_left_alone_is_shared_too(proofs: list[nn.Module]) -> None:
 
 def test_of_equal_modules_each_is_checked_by_itself() -> None:
     """A hook on a copy of a proved module, and a parameter of a class of its own."""
-    model = nn.ModuleList(models.DenseMixFFN() for _ in range(4))
+    model = nn.ModuleList(mix_ffns.DenseMixFFN() for _ in range(4))
     hooked(model[2].dense1)
     weight: Any = model[0].dense1.weight
     model[0].dense1.weight = nn.Parameter(weight.detach().as_subclass(Marked))  # type: ignore[assignment]

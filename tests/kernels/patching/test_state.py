@@ -16,7 +16,7 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import prune
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import blocks, mix_ffns
 
 X, SIZE = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0)), (6, 4)
 IMAGE = X.transpose(1, 2).unflatten(2, SIZE).contiguous()
@@ -27,7 +27,7 @@ class Settings:
     factor: float = 1.0
 
 
-class Holds(models.DenseMixFFN):
+class Holds(mix_ffns.DenseMixFFN):
     """Its output goes through what it holds."""
 
     kind_factor = 1.0
@@ -52,7 +52,7 @@ class Holds(models.DenseMixFFN):
         return output
 
 
-class HoldsATensor(models.DenseMixFFN):
+class HoldsATensor(mix_ffns.DenseMixFFN):
     def __init__(self) -> None:
         super().__init__()
         self.factor = torch.tensor(1.0)
@@ -116,7 +116,7 @@ def test_a_tensor_that_is_no_parameter_is_not_followed() -> None:
 
 
 def test_sparse_weights_are_called() -> None:
-    module = models.DenseMixFFN().eval()
+    module = mix_ffns.DenseMixFFN().eval()
     kernels.patch(module, min_gain=0)
     expected = module(X, *SIZE)
     sparse(module)
@@ -124,7 +124,7 @@ def test_sparse_weights_are_called() -> None:
 
 
 def test_what_tools_keep_in_a_module_leaves_it_fused() -> None:
-    module = models.DenseMixFFN().eval()
+    module = mix_ffns.DenseMixFFN().eval()
     kernels.patch(module, min_gain=0)
     module._of_a_tool = object()  # type: ignore[assignment]
     module.compile(backend="eager")
@@ -139,7 +139,7 @@ def is_fused(module: nn.Module, *arguments: Any) -> bool:
     return any(e.name == "msformer::mix_ffn" for e in profile.events())
 
 
-@pytest.mark.parametrize("kind", [Holds, models.DenseMixFFN, models.DepthwiseConv, nn.Linear, nn.GELU])
+@pytest.mark.parametrize("kind", [Holds, mix_ffns.DenseMixFFN, mix_ffns.DepthwiseConv, nn.Linear, nn.GELU])
 def test_a_function_that_is_replaced_for_a_class_counts(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Holds().eval()
     report = kernels.patch(module, min_gain=0)
@@ -162,7 +162,7 @@ def doubles_linear_layers() -> Iterator[None]:
 
 def test_hooks_for_all_modules_run(doubles_linear_layers: None) -> None:
     """The proof calls none of them."""
-    module = models.DenseMixFFN().eval()
+    module = mix_ffns.DenseMixFFN().eval()
     report = kernels.patch(module, min_gain=0)
     assert len(report.replaced) == 1
     found = module(X, *SIZE)
@@ -170,7 +170,7 @@ def test_hooks_for_all_modules_run(doubles_linear_layers: None) -> None:
     assert torch.equal(found, module(X, *SIZE))
 
 
-class Keeps(models.DenseMixFFN):
+class Keeps(mix_ffns.DenseMixFFN):
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         self.last = super().forward(hidden_states, height, width)
         return self.last
@@ -181,19 +181,19 @@ def test_what_a_forward_keeps_would_be_lost() -> None:
         kernels.patch(Keeps().eval(), min_gain=0)
 
 
-class KeepsAClassToken(models.DenseMixFFN):
+class KeepsAClassToken(mix_ffns.DenseMixFFN):
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         if hidden_states.shape[1] == height * width:
             return super().forward(hidden_states, height, width)
         return torch.cat((hidden_states[:, :1], super().forward(hidden_states[:, 1:], height, width)), 1)
 
 
-class Casts(models.DenseMixFFN):
+class Casts(mix_ffns.DenseMixFFN):
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         return super().forward(hidden_states.to(self.dense1.weight.dtype), height, width)
 
 
-class StaysWide(models.DenseMixFFN):
+class StaysWide(mix_ffns.DenseMixFFN):
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return super().forward(hidden_states.float(), height, width)
@@ -205,7 +205,7 @@ class StaysWide(models.DenseMixFFN):
         (KeepsAClassToken, (torch.cat((X[:, :1], X), 1), *SIZE)),
         (Casts, (X.bfloat16(), *SIZE)),
         (lambda: Casts().bfloat16(), (X, *SIZE)),
-        (models.ImageMixFFN, (IMAGE[0],)),
+        (mix_ffns.ImageMixFFN, (IMAGE[0],)),
     ],
     ids=["class token", "narrow tokens", "narrow weights", "one image"],
 )
@@ -226,7 +226,7 @@ def test_a_forward_that_leaves_autocast_keeps_its_dtype() -> None:
         assert module(X, *SIZE).dtype == torch.float32
 
 
-class Clips(models.DenseMixFFN):
+class Clips(mix_ffns.DenseMixFFN):
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         found = super().forward(hidden_states, height, width)
         return found.clamp(-1, 1) if found.dtype == torch.float16 else found
@@ -241,7 +241,7 @@ def test_a_forward_that_asks_for_float16_runs_there() -> None:
 
 
 def test_norms_that_stay_in_float32() -> None:
-    block = models.TupleBlock().eval()
+    block = blocks.TupleBlock().eval()
     report = kernels.patch(block, min_gain=0)
     block.bfloat16()
     for norm in (block.layer_norm_1, block.layer_norm_2):
@@ -254,14 +254,14 @@ def test_norms_that_stay_in_float32() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_an_image_lies_in_memory_as_before(layout: torch.memory_format) -> None:
     """A model may take a view of it."""
-    module, image = models.ImageMixFFN().eval(), IMAGE.contiguous(memory_format=layout)
+    module, image = mix_ffns.ImageMixFFN().eval(), IMAGE.contiguous(memory_format=layout)
     expected = module(image)
     kernels.patch(module, min_gain=0)
     assert module(image).stride() == expected.stride()
 
 
 def test_fx_traces_the_original() -> None:
-    module = models.ImageMixFFN().eval()
+    module = mix_ffns.ImageMixFFN().eval()
     expected = module(IMAGE)
     kernels.patch(module, min_gain=0)
     torch.testing.assert_close(torch.fx.symbolic_trace(module)(IMAGE), expected)
@@ -273,13 +273,13 @@ class NoSubclasses(nn.Module):
             raise TypeError("no subclasses")
 
 
-class Last(NoSubclasses, models.DenseMixFFN, last=True):
+class Last(NoSubclasses, mix_ffns.DenseMixFFN, last=True):
     """Its class cannot have one that carries out a plan."""
 
 
 def test_a_class_without_subclasses_is_left_alone() -> None:
     """And the others of the model are replaced."""
-    model = nn.ModuleList([models.DenseMixFFN(), Last()]).eval()
+    model = nn.ModuleList([mix_ffns.DenseMixFFN(), Last()]).eval()
     report = kernels.patch(model, min_gain=0)
     assert [r.name for r in report.replaced] == ["0"]
     assert [(r.name, r.reason) for r in report.refused] == [
@@ -288,7 +288,7 @@ def test_a_class_without_subclasses_is_left_alone() -> None:
 
 
 def test_layers_without_a_shape_are_told() -> None:
-    module = models.DenseMixFFN()
+    module = mix_ffns.DenseMixFFN()
     module.dense1 = nn.LazyLinear(16)
     with pytest.warns(UserWarning, match="patch it after a first call"):
         kernels.patch(module)
@@ -297,7 +297,7 @@ def test_layers_without_a_shape_are_told() -> None:
 
 
 def test_only_takes_any_name_of_a_shared_module() -> None:
-    model = nn.ModuleDict({"first": models.DenseMixFFN()})
+    model = nn.ModuleDict({"first": mix_ffns.DenseMixFFN()})
     model["second"] = model["first"]
     assert [r.name for r in kernels.patch(model, only=["second"]).replaced] == ["first"]
     copied = copy.deepcopy(model)
@@ -306,7 +306,7 @@ def test_only_takes_any_name_of_a_shared_module() -> None:
 
 
 def test_a_function_of_an_inner_class_is_compared_by_itself() -> None:
-    module = models.DenseMixFFN().eval()
+    module = mix_ffns.DenseMixFFN().eval()
     module.intermediate_act_fn = Activation()
     kernels.patch(module, min_gain=0)
     assert is_fused(module, X, *SIZE)

@@ -13,89 +13,89 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import attentions, blocks, images, mix_ffns, relu_attentions
 
 HEIGHT, WIDTH, CHANNELS = 6, 4, 8
 HW, SIZE, TOKENS = (HEIGHT, WIDTH), ((HEIGHT, WIDTH),), (None,)
 
 OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, str, str]]]] = {
-    "dense": (models.DenseMixFFN, HW, [("", "mix_ffn", "gelu")]),
-    "size": (models.FlatMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
-    "inline": (models.InlineMixFFN, HW, [("", "mix_ffn", "relu")]),
+    "dense": (mix_ffns.DenseMixFFN, HW, [("", "mix_ffn", "gelu")]),
+    "size": (mix_ffns.FlatMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
+    "inline": (mix_ffns.InlineMixFFN, HW, [("", "mix_ffn", "relu")]),
     "relu before": (
-        lambda: models.FlatMixFFN(extra_relu=True),
+        lambda: mix_ffns.FlatMixFFN(extra_relu=True),
         SIZE,
         [("", "mix_ffn", "gelu, relu before the convolution")],
     ),
     "gated": (
-        models.GatedFFN,
+        mix_ffns.GatedFFN,
         (),
         [("", "mix_ffn", "silu, silu before the convolution, gated")],
     ),
-    "7x7": (models.WideMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
+    "7x7": (mix_ffns.WideMixFFN, SIZE, [("", "mix_ffn", "gelu")]),
     "silu": (lambda: with_activation(nn.SiLU()), SIZE, [("", "mix_ffn", "silu")]),
-    "convolutions": (models.ConvMixFFN, SIZE, [("", "mix_ffn", "gelu, adds identity")]),
-    "image": (models.ImageMixFFN, (), [("", "mix_ffn", "gelu_tanh")]),
-    "skip": (models.MixFFNSkip, HW, [("", "mix_ffn", "gelu, skip, hidden norm norm1")]),
-    "pre-norm": (models.PreNormMixFFN, SIZE, [("", "mix_ffn", "gelu, norm norm, adds x")]),
-    "attention": (models.EfficientAttention, (), [("", "efficient_self_attention", "2 heads")]),
+    "convolutions": (mix_ffns.ConvMixFFN, SIZE, [("", "mix_ffn", "gelu, adds identity")]),
+    "image": (mix_ffns.ImageMixFFN, (), [("", "mix_ffn", "gelu_tanh")]),
+    "skip": (mix_ffns.MixFFNSkip, HW, [("", "mix_ffn", "gelu, skip, hidden norm norm1")]),
+    "pre-norm": (mix_ffns.PreNormMixFFN, SIZE, [("", "mix_ffn", "gelu, norm norm, adds x")]),
+    "attention": (attentions.EfficientAttention, (), [("", "efficient_self_attention", "2 heads")]),
     "uneven attention": (
-        lambda: models.EfficientAttention(8, 4, 12, 2),
+        lambda: attentions.EfficientAttention(8, 4, 12, 2),
         (),
         [("", "efficient_self_attention", "2 heads")],
     ),
     "linear attention": (
-        models.LinearAttention,
+        attentions.LinearAttention,
         (),
-        [("", "efficient_self_attention", "2 heads, scale 0.5, memory mem_kv, rms norm norm.g")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, memory mem_kv, rms norm norm.g, rms norm to_out.1.g")],
     ),
     "without memory": (
-        lambda: models.LinearAttention(memory=0),
+        lambda: attentions.LinearAttention(memory=0),
         (),
-        [("", "efficient_self_attention", "2 heads, scale 0.5, rms norm norm.g")],
+        [("", "efficient_self_attention", "2 heads, scale 0.5, rms norm norm.g, rms norm to_out.1.g")],
     ),
     "multi-scale attention": (
-        models.MultiScaleAttention,
+        relu_attentions.MultiScaleAttention,
         (),
         [("", "efficient_attention", "relu, 4 channels a head, 3 scales, eps 1e-05")],
     ),
     "one scale": (
-        lambda: models.MultiScaleAttention(scales=()),
+        lambda: relu_attentions.MultiScaleAttention(scales=()),
         (),
         [("", "efficient_attention", "relu, 4 channels a head, 1 scales, eps 1e-05")],
     ),
     "split multi-scale attention": (
-        models.SplitMultiScaleAttention,
+        relu_attentions.SplitMultiScaleAttention,
         (),
         [("", "efficient_attention", "relu, 4 channels a head, 2 scales, eps 1e-15, adds x")],
     ),
     "token attention": (
-        models.TokenAttention,
+        relu_attentions.TokenAttention,
         TOKENS,
         [("", "efficient_attention", "relu, 2 heads, eps 1e-15")],
     ),
     "token attention with norms": (
-        lambda: models.TokenAttention(norm=True),
+        lambda: relu_attentions.TokenAttention(norm=True),
         TOKENS,
         [("", "efficient_attention", "relu, 2 heads, eps 1e-15, norm_q of the query, norm_k of the key")],
     ),
     "tuple block": (
-        models.TupleBlock,
+        blocks.TupleBlock,
         HW,
         [("", "block with mix_ffn", "layer_norm_2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
     ),
     "keyword block": (
-        models.KeywordBlock,
+        blocks.KeywordBlock,
         HW,
         [("", "block with mix_ffn", "layer_norm_2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
     ),
     "image block": (
-        models.ImageBlock,
+        blocks.ImageBlock,
         (),
         [("", "block with mix_ffn", "norm2 and residual in mlp"), ("mlp", "mix_ffn", "gelu")],
     ),
     "efficient block": (
-        models.EfficientBlock,
+        blocks.EfficientBlock,
         HW,
         [
             ("", "block with mix_ffn", "norm2 and residual in mlp, norm1 and residual in attn"),
@@ -104,7 +104,7 @@ OURS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[str, 
         ],
     ),
     "identity block": (
-        models.IdentityBlock,
+        blocks.IdentityBlock,
         SIZE,
         [("", "block with mix_ffn", "norm2 and residual in ffn"), ("ffn", "mix_ffn", "gelu, adds identity")],
     ),
@@ -162,13 +162,16 @@ def test_published_structures_are_replaced_and_compute_the_same(name: str) -> No
 
 NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tanh before": (lambda: with_activation_before(nn.Tanh()), r"computes something else: mix_ffn .* differs by"),
-    "MambaOut": (models.PartlyMixedFFN, "mixes 6 of the 32 channels that its first layer gives, as in MambaOut; only"),
-    "gate of a norm": (models.NormedGateFFN, "computes something else: mix_ffn .*gated"),
-    "longer": (models.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
-    "9x9": (lambda: models.WideMixFFN(9), r"convolution is \(9, 9\), .*; only 3x3, 5x5, 7x7 with stride 1"),
+    "MambaOut": (
+        mix_ffns.PartlyMixedFFN,
+        "mixes 6 of the 32 channels that its first layer gives, as in MambaOut; only",
+    ),
+    "gate of a norm": (mix_ffns.NormedGateFFN, "computes something else: mix_ffn .*gated"),
+    "longer": (mix_ffns.LongerMixFFN, r"has 3 \(net.0, net.2, net.4\)"),
+    "9x9": (lambda: mix_ffns.WideMixFFN(9), r"convolution is \(9, 9\), .*; only 3x3, 5x5, 7x7 with stride 1"),
     "elu": (lambda: with_activation(nn.ELU()), "computes something else"),
     "wide MambaOut": (
-        lambda: models.PartlyMixedFFN(8, 24, 8),
+        lambda: mix_ffns.PartlyMixedFFN(8, 24, 8),
         "mixes 8 of the 48 channels that its first layer gives, as in MambaOut; only",
     ),
     "other width": (lambda: with_last(nn.Linear(16, 5)), "output features differ"),
@@ -183,31 +186,31 @@ NOT_OURS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def with_activation_before(activation: nn.Module) -> nn.Module:
-    model = models.FlatMixFFN(extra_relu=True)
+    model = mix_ffns.FlatMixFFN(extra_relu=True)
     model.relu = activation
     return model
 
 
 def with_activation(activation: nn.Module) -> nn.Module:
-    model = models.FlatMixFFN()
+    model = mix_ffns.FlatMixFFN()
     model.act = activation  # type: ignore[assignment]
     return model
 
 
 def with_last(layer: nn.Linear) -> nn.Module:
-    model = models.FlatMixFFN()
+    model = mix_ffns.FlatMixFFN()
     model.fc2 = layer
     return model
 
 
 def with_convolution(layer: nn.Conv2d) -> nn.Module:
-    model = models.FlatMixFFN()
+    model = mix_ffns.FlatMixFFN()
     model.dwconv = layer
     return model
 
 
 def with_own(parameter: nn.Parameter | None) -> nn.Module:
-    model = models.FlatMixFFN()
+    model = mix_ffns.FlatMixFFN()
     if parameter is None:
         model.register_buffer("own", torch.ones(8))
     else:
@@ -229,19 +232,19 @@ def test_what_only_looks_alike_is_left_alone_and_the_reason_is_said(name: str) -
         raise AssertionError(report.refused[0].reason)
 
 
-class ScaledAttention(models.LinearAttention):
+class ScaledAttention(attentions.LinearAttention):
     def forward(self, x: Tensor) -> Tensor:
         return 1.01 * super().forward(x)
 
 
-class TransposedAttention(models.EfficientAttention):
+class TransposedAttention(attentions.EfficientAttention):
     """Queries over tokens too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reprojection(self.values(x) * self.queries(x).flatten(2).softmax(-1).view_as(x) + self.keys(x))
 
 
-class PairsAttention(models.LinearAttention):
+class PairsAttention(attentions.LinearAttention):
     """Ordinary attention, of each image's tokens with one another."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,7 +266,7 @@ class CalledPairsAttention(PairsAttention):
     "make",
     [
         *(TransposedAttention, PairsAttention, CalledPairsAttention),
-        lambda: models.TokenAttention(models.SoftmaxProcessor()),
+        lambda: relu_attentions.TokenAttention(relu_attentions.SoftmaxProcessor()),
         lambda: nn.MultiheadAttention(8, 2),
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
     ],
@@ -277,7 +280,7 @@ def test_ordinary_attention_is_passed_over_without_a_word(make: Callable[[], nn.
     assert type(model) is kind
 
 
-class SquaredFeatures(models.TokenProcessor):
+class SquaredFeatures(relu_attentions.TokenProcessor):
     """Linear attention of other features."""
 
     def features(self, x: Tensor) -> Tensor:
@@ -287,8 +290,8 @@ class SquaredFeatures(models.TokenProcessor):
 @pytest.mark.parametrize(
     "make",
     [
-        *(ScaledAttention, models.UnevenMultiScaleAttention),
-        lambda: models.TokenAttention(SquaredFeatures()),
+        *(ScaledAttention, relu_attentions.UnevenMultiScaleAttention),
+        lambda: relu_attentions.TokenAttention(SquaredFeatures()),
     ],
 )
 def test_linear_attention_that_computes_something_else_is_reported(make: Callable[[], nn.Module]) -> None:
@@ -300,16 +303,16 @@ def test_linear_attention_that_computes_something_else_is_reported(make: Callabl
     assert type(model) is kind
 
 
-class PostNormBlock(models.ImageBlock):
+class PostNormBlock(blocks.ImageBlock):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        x = models.image_to_tokens(x)
+        x = images.image_to_tokens(x)
         x = self.norm1(x + self.attn(x, height, width))
         x = self.norm2(x + self.mlp(x, height, width))
-        return models.tokens_to_image(x, height, width)
+        return images.tokens_to_image(x, height, width)
 
 
-class TensorBlock(models.TupleBlock):
+class TensorBlock(blocks.TupleBlock):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
         return super().forward(x, height, width)[0]
 
@@ -319,14 +322,14 @@ def test_of_another_block_only_the_feed_forward_layer_is_replaced() -> None:
     assert [r.name for r in report.replaced] == ["mlp"]
 
 
-@pytest.mark.parametrize("make", [models.TupleBlock, TensorBlock])
+@pytest.mark.parametrize("make", [blocks.TupleBlock, TensorBlock])
 def test_a_block_returns_what_it_did(make: type[nn.Module]) -> None:
     """A tuple of one is no tensor."""
     model = make().eval()
     kernels.patch(model, min_gain=0)
     assert "norm" in repr(model)
     assert "block with mix_ffn" in model.extra_repr()
-    assert isinstance(call_forward(model, HW), tuple if make is models.TupleBlock else Tensor)
+    assert isinstance(call_forward(model, HW), tuple if make is blocks.TupleBlock else Tensor)
 
 
 def test_weights_of_zero_prove_nothing() -> None:
@@ -338,20 +341,20 @@ def test_weights_of_zero_prove_nothing() -> None:
         kernels.patch(model)
 
 
-class StraightThrough(models.FlatMixFFN):
+class StraightThrough(mix_ffns.FlatMixFFN):
     """The same output, another gradient."""
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         return x + (super().forward(x, feat_size) - x).detach()
 
 
-class HalfFrozen(models.FlatMixFFN):
+class HalfFrozen(mix_ffns.FlatMixFFN):
     """The same output, no gradient of the first layer."""
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         weight, bias = self.fc1.weight.detach(), self.fc1.bias.detach()
-        hidden = models.tokens_to_image(nn.functional.linear(x, weight, bias), *feat_size)
-        return self.fc2(self.act(models.image_to_tokens(self.dwconv(hidden))))
+        hidden = images.tokens_to_image(nn.functional.linear(x, weight, bias), *feat_size)
+        return self.fc2(self.act(images.image_to_tokens(self.dwconv(hidden))))
 
 
 @pytest.mark.parametrize("make", [StraightThrough, HalfFrozen])
@@ -360,7 +363,7 @@ def test_the_same_output_with_another_gradient_is_something_else(make: type[nn.M
         kernels.patch(make())
 
 
-class SeldomDropped(models.FlatMixFFN):
+class SeldomDropped(mix_ffns.FlatMixFFN):
     """Drops an output once in a million times; no probe would see it."""
 
     def __init__(self, of_python: bool) -> None:
@@ -385,8 +388,8 @@ def test_what_draws_random_numbers_keeps_its_forward_in_training(of_python: bool
 @pytest.mark.parametrize(
     ("make", "size", "called"),
     [
-        (lambda: models.TupleBlock(drop_path=0.5), HW, "drop_path called"),
-        (lambda: models.ConvMixFFN(drop_path=0.5), SIZE, "dropout_layer called"),
+        (lambda: blocks.TupleBlock(drop_path=0.5), HW, "drop_path called"),
+        (lambda: mix_ffns.ConvMixFFN(drop_path=0.5), SIZE, "dropout_layer called"),
     ],
 )
 def test_stochastic_depth_is_called_and_draws_what_it_did(
@@ -412,7 +415,7 @@ def test_stochastic_depth_is_called_and_draws_what_it_did(
 def test_the_eps_of_either_norm_counts(changed: str) -> None:
     """The operator has one for both."""
     x = torch.randn(1, 24, 8) * 1e-3
-    late, early, original = (models.EfficientBlock().eval() for _ in range(3))
+    late, early, original = (blocks.EfficientBlock().eval() for _ in range(3))
     late.load_state_dict(original.state_dict())
     early.load_state_dict(original.state_dict())
     kernels.patch(late)
@@ -427,7 +430,7 @@ def test_the_eps_of_either_norm_counts(changed: str) -> None:
 def test_two_images_of_another_height_and_width_are_compared() -> None:
     """A module that works on squares of the height only is something else."""
 
-    class Square(models.FlatMixFFN):
+    class Square(mix_ffns.FlatMixFFN):
         def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
             return super().forward(x, (feat_size[1], feat_size[0]))
 
@@ -436,7 +439,7 @@ def test_two_images_of_another_height_and_width_are_compared() -> None:
 
 
 def test_a_module_that_fails_on_the_probe_is_left_alone() -> None:
-    class Fixed(models.FlatMixFFN):
+    class Fixed(mix_ffns.FlatMixFFN):
         def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
             assert feat_size == (16, 16), "only 16 x 16"
             return super().forward(x, feat_size)
@@ -447,7 +450,7 @@ def test_a_module_that_fails_on_the_probe_is_left_alone() -> None:
 
 def test_the_meta_device_is_refused_with_the_reason() -> None:
     with torch.device("meta"):
-        model = models.FlatMixFFN()
+        model = mix_ffns.FlatMixFFN()
     with pytest.warns(UserWarning, match="on the meta device"):
         report = kernels.patch(model)
     assert "meta device" in report.refused[0].reason

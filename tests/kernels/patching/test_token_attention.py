@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from tests.kernels.patching import models
+from tests.kernels.patching.models import relu_attentions
 
 X = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Scaled(models.TokenProcessor):
+class Scaled(relu_attentions.TokenProcessor):
     """Has a number of its own, and the forward of its base class."""
 
     def __init__(self, scale: Any = 1.0) -> None:
@@ -34,8 +34,8 @@ class ModuleProcessor(nn.Module):
         super().__init__()
         self.shift = nn.Parameter(torch.ones(8))
 
-    def forward(self, attn: models.TokenAttention, x: Tensor, **named: Any) -> Tensor:
-        return models.TokenProcessor()(attn, x, **named) + self.shift
+    def forward(self, attn: relu_attentions.TokenAttention, x: Tensor, **named: Any) -> Tensor:
+        return relu_attentions.TokenProcessor()(attn, x, **named) + self.shift
 
 
 def results(model: nn.Module, *given: Any, **named: Any) -> list[Tensor]:
@@ -51,10 +51,12 @@ def operators(model: nn.Module, *given: Any, **named: Any) -> int:
     return sum(e.name == "msformer::efficient_attention" for e in profile.events())
 
 
-def pair(processor: object = None, norm: bool = False) -> tuple[models.TokenAttention, models.TokenAttention]:
+def pair(
+    processor: object = None, norm: bool = False
+) -> tuple[relu_attentions.TokenAttention, relu_attentions.TokenAttention]:
     """A patched module and one like it that is not."""
     torch.manual_seed(0)
-    original = models.TokenAttention(processor, norm).eval()
+    original = relu_attentions.TokenAttention(processor, norm).eval()
     patched = copy.deepcopy(original)
     assert [r.by for r in kernels.patch(patched, min_gain=0).replaced] == ["efficient_attention"]
     return patched, original
@@ -68,8 +70,8 @@ def test_output_and_gradients_are_those_of_the_original(norm: bool) -> None:
     assert operators(patched, X) == 1
 
 
-CHANGES: dict[str, Callable[[models.TokenAttention], object]] = {
-    "ordinary attention": lambda m: m.set_processor(models.SoftmaxProcessor()),
+CHANGES: dict[str, Callable[[relu_attentions.TokenAttention], object]] = {
+    "ordinary attention": lambda m: m.set_processor(relu_attentions.SoftmaxProcessor()),
     "of a class below": lambda m: m.set_processor(Scaled(3.0)),
     "a module": lambda m: m.set_processor(ModuleProcessor()),
     "a function": lambda m: m.set_processor(lambda attn, x, **named: x + 1),
@@ -102,12 +104,12 @@ def test_a_setting_of_the_processor_is_watched() -> None:
 
 def test_a_replaced_call_of_the_processors_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     patched, _ = pair()
-    monkeypatch.setattr(models.TokenProcessor, "__call__", lambda self, attn, x, **named: x + 1)
+    monkeypatch.setattr(relu_attentions.TokenProcessor, "__call__", lambda self, attn, x, **named: x + 1)
     assert torch.equal(patched(X), X + 1)
 
 
 def test_a_processor_that_holds_more_than_numbers_is_left_alone() -> None:
-    model = models.TokenAttention(Scaled(torch.tensor(1.0)))
+    model = relu_attentions.TokenAttention(Scaled(torch.tensor(1.0)))
     with pytest.warns(UserWarning, match="processor holds a Tensor, whose changes would not be seen"):
         kernels.patch(model, min_gain=0)
 
@@ -140,7 +142,7 @@ def test_copies_and_pickles_keep_the_patch() -> None:
     patched, _ = pair()
     for copied in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
         assert operators(copied, X) == 1
-        copied.set_processor(models.SoftmaxProcessor())
+        copied.set_processor(relu_attentions.SoftmaxProcessor())
         assert operators(copied, X) == 0
 
 
@@ -149,6 +151,6 @@ def test_it_compiles_as_one_graph() -> None:
     torch.compiler.reset()  # of other tests, whose modules share a forward
     compiled = torch.compile(patched, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)
-    patched.set_processor(models.SoftmaxProcessor())
-    original.set_processor(models.SoftmaxProcessor())
+    patched.set_processor(relu_attentions.SoftmaxProcessor())
+    original.set_processor(relu_attentions.SoftmaxProcessor())
     torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)

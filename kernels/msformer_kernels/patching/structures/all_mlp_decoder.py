@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
 from msformer_kernels.patching.structures.common import (
+    CHANNELS_LAST,
     NOTHING,
     Found,
     Plan,
@@ -45,9 +46,6 @@ class AllMLPDecoderPlan(Plan):
     image_first: bool
     """Whether the list begins with the image, whose size says that of the result, and the features come last."""
 
-    channels_last: bool = False
-    """Whether the result for several images lies so, as that of linear layers does; that of one is contiguous."""
-
     title: ClassVar[str] = "all-MLP decoder"
 
     @property
@@ -73,7 +71,7 @@ class AllMLPDecoderPlan(Plan):
     def _fused_maps(self, module: nn.Module, images: Any, size: tuple[int, int]) -> Tensor:
         """``[B, out, *size]``; sums of 16-bit maps are kept in float32."""
         sums: dict[tuple[int, ...], Tensor] = {}
-        last = self.channels_last and images[0].shape[0] > 1
+        last = self.layout == CHANNELS_LAST and images[0].shape[0] > 1  # the result for one image is contiguous
         weights = self._weights(module, images[0])
         maps = [_mapped(image, *of_scale, last) for image, of_scale in zip(images, weights, strict=True)]
         for found in maps:
@@ -125,10 +123,6 @@ class AllMLPDecoderPlan(Plan):
 
     def as_argument(self, tensors: list[Tensor]) -> Any:
         return tensors
-
-    def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
-        """Dropout draws in the order of memory."""
-        return (replace(self, channels_last=not self.channels_last),)
 
     def options(self) -> str:
         return f"{self.fuse} before upsampling, of {len(self.projections)} scales"

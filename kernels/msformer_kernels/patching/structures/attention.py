@@ -14,7 +14,6 @@ from msformer_kernels.patching.structures.common import (
     Found,
     Plan,
     arguments_of,
-    as_given,
     as_tokens,
     features,
     head_counts,
@@ -40,7 +39,7 @@ class AttentionPlan(Plan):
         convention = self.arguments.convention
         assert convention is not None
         tokens, height, width = as_tokens(convention, x, rest)
-        return as_given(convention, self.compute(module, tokens), height, width)
+        return self.as_given(self.compute(module, tokens), height, width, x)
 
     def compute(self, module: nn.Module, tokens: Tensor, *, norm: Any = None, residual: bool = False) -> Tensor:
         """Of tokens ``[B, N, C]``, with a LayerNorm before and x added."""

@@ -18,7 +18,7 @@ from msformer_kernels.patching.structures.common import (
     Found,
     Plan,
     arguments_of,
-    as_given,
+    as_image,
     as_tokens,
     is_norm,
     joined,
@@ -72,7 +72,7 @@ class BlockPlan(Plan):
         output = self.inner.compute(feed_forward, attended, height, width, norm=norm, residual=drops is None)
         if drops is not None:
             output = attended + module.get_submodule(drops[1])(output)
-        output = as_given(convention, output, height, width, x)
+        output = self.as_given(output, height, width, x)
         return (output, *returned) if self.returns_rest else output
 
     def _attend(
@@ -86,7 +86,7 @@ class BlockPlan(Plan):
             return (found if drop is None else x + drop(found)), ()
         tokens = norm(x)
         if self.attention_call == "image":
-            found = attention(as_given("image", tokens, height, width), **keywords)
+            found = attention(as_image(tokens, height, width), **keywords)
         else:
             size = {"hw": (height, width), "size": ((height, width),), "tokens": ()}[self.attention_call]
             found = attention(tokens, *size, **({IDENTITY: x} if self.attention_adds else {}), **keywords)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,8 @@ from msformer_kernels.nn.activations import known_name
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, _BatchNorm)
 SCALARS = (bool, int, float, str, type(None))
+LIKE, CHANNELS_FIRST, CHANNELS_LAST = "like x", "channels first", "channels last"
+"""How an image lies in memory: as x does, which is channels first or last, or always in the same way."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Plan:
     """What a module's forward may compute. Subclasses add the names of the layers and the options."""
 
     arguments: Arguments
+    layout: str = field(default=LIKE, kw_only=True)
+    """How what an operator returns lies in memory; layers that are called on it, dropout, and views of it depend on
+    that."""
 
     title: ClassVar[str]
     """What is put in place, for the report."""
@@ -151,6 +156,24 @@ class Plan:
         """The first argument of the forward."""
         return tensors[0]
 
+    def layouts(self) -> tuple[Plan, ...]:
+        """Plans that compute the same, and whose outputs lie in memory in each of the ways."""
+        return tuple(replace(self, layout=layout) for layout in (LIKE, CHANNELS_FIRST, CHANNELS_LAST))
+
+    def laid(self, image: Tensor, x: Tensor) -> Tensor:
+        """An image with the layout of the plan, copied where it lies otherwise."""
+        if self.layout == CHANNELS_LAST:
+            return image.contiguous(memory_format=torch.channels_last)
+        return image.contiguous() if self.layout == CHANNELS_FIRST or x.is_contiguous() else image
+
+    def as_given(self, tokens: Tensor, height: int, width: int, x: Tensor) -> Tensor:
+        """Tokens as the module returns them, in the layout of the plan."""
+        is_image = self.arguments.convention == "image"
+        if self.layout == LIKE and not is_image:
+            return tokens
+        image = self.laid(as_image(tokens, height, width), x)
+        return image if is_image else image.flatten(2).transpose(1, 2)
+
     def for_training(self, module: nn.Module) -> tuple[Plan, ...]:
         """Plans that compute the same in evaluation mode and draw other random numbers in training."""
         return ()
@@ -222,13 +245,9 @@ def as_tokens(convention: str, x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor
     return x, height, width
 
 
-def as_given(convention: str, tokens: Tensor, height: int, width: int, like: Tensor | None = None) -> Tensor:
-    """Tokens in the layout that the module takes. An image lies in memory as `like` does, where that is contiguous: the
-    model may take a view of it."""
-    if convention != "image":
-        return tokens
-    image = tokens.transpose(1, 2).unflatten(2, (height, width))
-    return image.contiguous() if like is not None and like.is_contiguous() else image
+def as_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """A view of tokens."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 def may_drop(module: nn.Module) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from msformer_kernels.core.precision import arithmetic_dtype, autocast_enabled
 from msformer_kernels.ops.efficient_attention import efficient_attention
 from msformer_kernels.ops.efficient_self_attention import efficient_self_attention
 from msformer_kernels.patching.structures.common import (
@@ -22,6 +23,7 @@ from msformer_kernels.patching.structures.common import (
     Found,
     Plan,
     arguments_of,
+    as_image,
     features,
     head_counts,
     is_pointwise,
@@ -89,7 +91,7 @@ class LinearAttentionPlan(Plan):
         output, _ = efficient_attention(
             query, key, value, memory_key=memory[0], memory_value=memory[1], output_scale=self.scale
         )
-        return output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
+        return self.laid(output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)), x)
 
     def fused(self) -> tuple[str, ...]:
         return ()
@@ -114,19 +116,22 @@ class LinearAttentionPlan(Plan):
 
 @dataclass(frozen=True)
 class LinearAttentionWithLayersPlan(LinearAttentionPlan):
-    """The same with the layers that make query, key and value, the one behind the attention, and the norm before it.
+    """The same with the layers that make query, key and value, the one behind the attention, and the norms before and
+    behind all of these.
 
     They are fused in images with more tokens than channels: there the folded form takes fewer multiplications than the
-    layers do one by one. In smaller images it measures slower than they do.
+    layers do one by one. In smaller images it measures slower than they do. The norms are never called: see `_normed`.
     """
 
     output: str = ""
     """The layer behind the attention."""
     image_channels: int = 0
     rest: tuple[str, ...] = ()
-    """What comes after it."""
+    """What comes after it, and is called."""
     norm: str = ""
-    """The parameter of the norm over channels that `before` consists of, where it is fused as well."""
+    """The parameter of the norm over channels that `before` consists of."""
+    last_norm: str = ""
+    """That of the norm behind the last layer, before `rest`."""
     norm_kind: str = "layer"
     norm_eps: float = 0.0
 
@@ -139,18 +144,29 @@ class LinearAttentionWithLayersPlan(LinearAttentionPlan):
         return (1, 3), (side, side + 1)
 
     def _of_images(self, module: nn.Module, x: Tensor) -> Tensor:
-        fuses = x.device.type == "cpu" and x.shape[1] < x.shape[2:].numel()
-        if not (fuses and self.norm):
+        if not self.norm:
             for name in self.before:
                 x = module.get_submodule(name)(x)
-        image = (
-            self._attended_with_layers(module, x)
-            if fuses
-            else module.get_submodule(self.output)(self._attended(module, x))
-        )
+        if x.device.type == "cpu" and x.shape[1] < x.shape[2:].numel():
+            image = self._attended_with_layers(module, x)
+        else:
+            x = self._normed(module, self.norm, x) if self.norm else x
+            image = module.get_submodule(self.output)(self._attended(module, x))
+        if self.last_norm:
+            image = self._normed(module, self.last_norm, image)
         for name in self.rest:
             image = module.get_submodule(name)(image)
         return image
+
+    def _normed(self, module: nn.Module, weight: str, image: Tensor) -> Any:
+        """Of an image, over its channels. On a CPU PyTorch's norm of a dimension that is not the last takes 20 times as
+        long as the sum of squares."""
+        wide = image.to(arithmetic_dtype(image.dtype))
+        if self.norm_kind == "layer":
+            wide = wide - wide.mean(1, keepdim=True)
+        scale = (wide.square().mean(1, keepdim=True) + self.norm_eps).rsqrt()
+        found = wide * (scale * module.get_parameter(weight).view(-1, 1, 1))  # a pass less on the way back
+        return found if autocast_enabled(image.device.type) else found.to(image.dtype)
 
     def _attended_with_layers(self, module: nn.Module, x: Tensor) -> Any:
         parts = [weight_and_bias(module, name) for name in self.makers]
@@ -180,7 +196,7 @@ class LinearAttentionWithLayersPlan(LinearAttentionPlan):
             memory_key=memory_key,
             memory_value=memory_value,
         )
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.laid(as_image(tokens, *x.shape[2:]), x)
 
     def fused(self) -> tuple[str, ...]:
         return (*self.makers, self.output)
@@ -189,7 +205,8 @@ class LinearAttentionWithLayersPlan(LinearAttentionPlan):
         return self.rest if self.norm else (*self.before, *self.rest)
 
     def options(self) -> str:
-        return ", ".join((super().options(), *[f"{self.norm_kind} norm {self.norm}"] * bool(self.norm)))
+        norms = [f"{self.norm_kind} norm {name}" for name in (self.norm, self.last_norm) if name]
+        return ", ".join((super().options(), *norms))
 
 
 def _with_layers(module: nn.Module, plan: LinearAttentionPlan) -> Iterator[LinearAttentionWithLayersPlan]:
@@ -203,17 +220,35 @@ def _with_layers(module: nn.Module, plan: LinearAttentionPlan) -> Iterator[Linea
         output, rest, after = first, tuple(others), after[0]
     if not is_pointwise(after):
         return
-    into = features(module.get_submodule(plan.makers[0]))[1]
+    out, into = features(after)[0], features(module.get_submodule(plan.makers[0]))[1]
     whole = LinearAttentionWithLayersPlan(**vars(plan), output=output, image_channels=into, rest=rest)
-    if len(plan.before) == 1:
-        norm = module.get_submodule(plan.before[0])
-        inner = list(norm.named_parameters(plan.before[0]))
-        if not is_pointwise(norm) and len(inner) == 1 and inner[0][1].numel() == into:
-            given = getattr(norm, "eps", None)
-            eps = float(given) if isinstance(given, float) else LEAST_LENGTH**2 / into
-            for kind in ("rms", "layer"):
-                yield replace(whole, norm=inner[0][0], norm_kind=kind, norm_eps=eps)
+    before = _norm(module, plan.before[0], into) if len(plan.before) == 1 else None
+    behind = _norm(module, rest[0], out) if rest else None
+    for norms in dict.fromkeys(((before, behind), (before, None), (None, behind))):
+        each_eps = {norm.eps for norm in norms if norm is not None}
+        if len(each_eps) != 1:
+            continue
+        (eps,) = each_eps
+        norm, last_norm = ("" if norm is None else norm.weight for norm in norms)
+        for kind in ("rms", "layer"):
+            fused = replace(whole, norm=norm, last_norm=last_norm, norm_kind=kind, norm_eps=eps)
+            yield replace(fused, rest=rest[1:]) if last_norm else fused
     yield whole
+
+
+class _Norm(NamedTuple):
+    weight: str
+    eps: float
+
+
+def _norm(module: nn.Module, name: str, channels: int) -> _Norm | None:
+    """What a submodule has if it is a norm over so many channels, with one parameter."""
+    submodule = module.get_submodule(name)
+    inner = list(submodule.named_parameters(name))
+    if is_pointwise(submodule) or len(inner) != 1 or inner[0][1].numel() != channels:
+        return None
+    given = getattr(submodule, "eps", None)
+    return _Norm(inner[0][0], given if isinstance(given, float) else LEAST_LENGTH**2 / channels)
 
 
 def linear_attention_plans(module: nn.Module, children: dict[str, Plan]) -> Found:

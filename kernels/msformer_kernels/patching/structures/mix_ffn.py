@@ -17,7 +17,6 @@ from msformer_kernels.patching.structures.common import (
     Found,
     Plan,
     arguments_of,
-    as_given,
     as_tokens,
     features,
     is_depthwise,
@@ -64,7 +63,7 @@ class MixFFNPlan(Plan):
         norm = None if self.norm is None else module.get_submodule(self.norm)
         fused_sum = self.adds is not None and identity is None and self.dropped_by is None
         output = self.compute(module, tokens, height, width, norm=norm, residual=fused_sum)
-        output = as_given(convention, output, height, width, x)
+        output = self.as_given(output, height, width, x)
         if self.dropped_by is not None:
             output = module.get_submodule(self.dropped_by)(output)
         if fused_sum or self.adds is None:

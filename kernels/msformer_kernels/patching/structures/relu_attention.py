@@ -56,7 +56,7 @@ class ReluAttentionPlan(Plan):
         parts = torch.cat(scales, 1).unflatten(1, (-1, 3, self.head_channels)).flatten(4)  # [B, heads, 3, D, N]
         query, key, value = (part.transpose(2, 3) for part in parts.unbind(2))  # gradients are put together as they lie
         output, _ = efficient_attention(query, key, value, normalization="relu", eps=self.eps)
-        image = output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
+        image = self.laid(output.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)), x)
         for name in self.after:
             layer = module.get_submodule(name)
             image = _called(layer, image, self.norm_takes_tokens and name != self.after[0])
