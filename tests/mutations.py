@@ -46,6 +46,8 @@ class Mutation:
     tests: str
     """The file of tests that must notice it."""
     expression: str = "native and (bf16 or not f16)"
+    variant: str | None = None
+    """Of the CPU kernels; the best one of this machine without it."""
 
     @property
     def module(self) -> str | None:
@@ -57,6 +59,8 @@ SELF, PLAIN, FFN = "efficient_self_attention", "efficient_attention", "mix_ffn"
 FOLDED = "csrc/cpu/self_attention/folded_backward.cpp"
 TRITON = "triton and f32"
 CUDA = "csrc/cuda"
+ENGINE = "csrc/cpu/engine"
+TILES = ("native and f32", "emulated_tiles")
 MUTATIONS = [
     Mutation(
         "nothing (the tests pass)", "csrc/cpu/base/sums.h", "Vector<T> sums[4] = {};", "Vector<T> sums[4] = {};", SELF
@@ -64,8 +68,7 @@ MUTATIONS = [
     Mutation(
         "a term of dX dropped: S dA",
         FOLDED,
-        "multiply_add<E>(tokens, keys, width, s.keys, key_width, m.grad_key_tokens_right + batch * rows_right_size,"
-        " s.grad_x,\n                    width);",
+        "multiply_add(this->engine, tokens, keys, width, s.keys, key_width,\n                 m.grad_key_tokens_right + batch * rows_right_size, s.grad_x, width);",
         "",
         SELF,
     ),
@@ -79,8 +82,8 @@ MUTATIONS = [
     Mutation(
         "one token of a block of 50 left out of the context",
         "csrc/cpu/attention/softmax.h",
-        "multiply_transposed_add<E>(keys, tokens, leading,",
-        "multiply_transposed_add<E>(keys, tokens - (tokens > 40), leading,",
+        "multiply_transposed_add(engine, keys, tokens, leading,",
+        "multiply_transposed_add(engine, keys, tokens - (tokens > 40), leading,",
         SELF,
     ),
     Mutation(
@@ -202,6 +205,38 @@ MUTATIONS = [
         "difference * other_count / total;",
         "(count ? difference / 2 : difference);",
         "batch_norm",
+    ),
+    Mutation(
+        "tiles: x3 y1 left out of six products",
+        f"{ENGINE}/tiles.h",
+        "sum_products<ROWS, COLUMNS>(0, small);",
+        "sum_products<ROWS, COLUMNS>(0, layout_.parts == 3 ? small - 1 : small);",
+        FFN,
+        *TILES,
+    ),
+    Mutation(
+        "tiles: the last pair along k left out where k is no whole number of steps",
+        f"{ENGINE}/parts.h",
+        "for (std::int64_t i = 0; i < layout.rest; i += 2)",
+        "for (std::int64_t i = 0; i + 2 < layout.rest; i += 2)",
+        FFN,
+        *TILES,
+    ),
+    Mutation(
+        "tiles: the rest of one row along k rounded to two parts",
+        f"{ENGINE}/parts.h",
+        "for_parts(layout_.parts, load(from + c),",
+        "for_parts(row == 5 ? 2 : layout_.parts, load(from + c),",
+        FFN,
+        *TILES,
+    ),
+    Mutation(
+        "tiles: one of the three products of two parts twice",
+        f"{ENGINE}/parts.h",
+        "kTwo[] = {{0, 1}, {0, 0}, {1, 0}}",
+        "kTwo[] = {{0, 1}, {0, 0}, {0, 1}}",
+        "precision",
+        *TILES,
     ),
     Mutation(
         "Triton: sums of the context in bfloat16",
@@ -337,7 +372,12 @@ def prepare(folder: Path) -> None:
 
 def build(folder: Path, module: str, variant: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, module, variant], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", BUILD, module, variant],
+        cwd=folder,
+        env=os.environ | {"MSFORMER_EMULATE_TILES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise SystemExit(f"the mutant does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -351,6 +391,8 @@ def verdict(folder: Path, mutation: Mutation) -> str:
         "MSFORMER_CUDA_EMULATE": "1",
         "TRITON_INTERPRET": "1",
     }
+    if mutation.variant:
+        environment["MSFORMER_CPU_ISA"] = mutation.variant
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "accuracy"]
     command += ["-k", mutation.expression, f"tests/kernels/ops/test_{mutation.tests}.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -383,7 +425,7 @@ def main() -> int:
                 )
             path.write_text(original.replace(mutation.old, mutation.new))
             if mutation.module:
-                build(folder, mutation.module, variant)
+                build(folder, mutation.module, mutation.variant or variant)
             found = verdict(folder, mutation)
             path.write_text(original)
             if mutation.module:
