@@ -60,7 +60,7 @@ FOLDED = "csrc/cpu/self_attention/folded_backward.cpp"
 TRITON = "triton and f32"
 CUDA = "csrc/cuda"
 ENGINE = "csrc/cpu/engine"
-TILES = ("native and f32", "emulated_tiles")
+TILES = ("native and f32", "emulated_tiles")  # which tests, and which variant
 MUTATIONS = [
     Mutation(
         "nothing (the tests pass)", "csrc/cpu/base/sums.h", "Vector<T> sums[4] = {};", "Vector<T> sums[4] = {};", SELF
@@ -68,7 +68,8 @@ MUTATIONS = [
     Mutation(
         "a term of dX dropped: S dA",
         FOLDED,
-        "multiply_add(this->engine, tokens, keys, width, s.keys, key_width,\n                 m.grad_key_tokens_right + batch * rows_right_size, s.grad_x, width);",
+        "multiply_add(this->engine, tokens, keys, width, s.keys, key_width,\n"
+        "                 m.grad_key_tokens_right + batch * rows_right_size, s.grad_x, width);",
         "",
         SELF,
     ),
