@@ -209,7 +209,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tiles: x3 y1 left out of six products",
-        f"{ENGINE}/tiles.h",
+        f"{ENGINE}/tile_product.h",
         "sum_products<ROWS, COLUMNS>(0, small);",
         "sum_products<ROWS, COLUMNS>(0, layout_.parts == 3 ? small - 1 : small);",
         FFN,

@@ -27,16 +27,12 @@ void dense(const E& engine, int num_threads, std::int64_t rows, std::int64_t k, 
   engine.dense(num_threads, rows, {0, panels.count}, k, panels, a, b, start, bias, c);
 }
 
-// Y [tokens, n] (+)= X W + bias; X row-major
+// Y [tokens, n] (+)= X W + bias; X row-major, W packed by the engine
 template <class E>
 void dense_tokens(const E& engine, int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded,
-                  const Value<E>* x, std::int64_t ldx, const Value<E>* packed, const Value<E>* bias,
-                  const Output<Value<E>>& y, bool add = false) {
-  dense<E>(engine, num_threads, tokens, k, n_padded, {x, ldx, 1}, {packed, 0},
-           add    ? Start::output
-           : bias ? Start::bias
-                  : Start::zero,
-           bias, y);
+                  const Value<E>* x, std::int64_t ldx, const typename E::Element* packed, const Value<E>* bias,
+                  const Output<Value<E>>& y) {
+  engine.dense_packed(num_threads, tokens, k, n_padded, x, ldx, packed, bias ? Start::bias : Start::zero, bias, y);
 }
 
 // dW [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B [tokens, n]

@@ -60,6 +60,22 @@ struct Pairs {
     gemm<Pairs>(rows, depth(tokens), n_padded, {left, 1, leading}, {right, n_padded}, Start::output, nullptr, c);
   }
 
+  // as Values::dense_packed
+  static void dense_packed(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const float* a,
+                           std::int64_t lda, const Element* packed, Start start, const float* bias,
+                           const Output<float>& c) {
+    const Panels panels(n_padded / 16);
+    const std::int64_t size = depth(k) * rows + 16;
+    const auto run = [&](Element* left) {
+      fill_left(num_threads, left, rows, k, {a, lda, 1});
+      dense_parts<Pairs>(num_threads, rows, {0, panels.count}, depth(k), panels, {left, depth(k), 1}, {packed, 0},
+                         start, bias, c);
+    };
+    if (num_threads == 1) return run(scratch(size));
+    Workspace memory(sizeof(Element) * static_cast<std::size_t>(size));
+    run(static_cast<Element*>(memory.data()));
+  }
+
   // as Values::dense; both operands are rewritten
   static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
                     const Operand<float>& a, const Matrix<float>& b, Start start, const float* bias,
@@ -77,19 +93,25 @@ struct Pairs {
   }
 
  private:
-  static void dense_in(Element* right, Element* left, int num_threads, std::int64_t rows, Range panel_range,
-                       std::int64_t k, const Panels& panels, const Operand<float>& a, const Matrix<float>& b,
-                       Start start, const float* bias, const Output<float>& c) {
+  // row-major, or, where A lies transposed, transposed
+  static void fill_left(int num_threads, Element* left, std::int64_t rows, std::int64_t k, const Operand<float>& a) {
     constexpr std::int64_t kRows = 32;
-    const std::int64_t leading = depth(k), width = padded<float>(rows), first = panels.begin(panel_range.begin);
-    const bool by_rows = a.k_stride == 1;
+    const std::int64_t leading = depth(k), width = padded<float>(rows);
     parallel_for((rows + kRows - 1) / kRows, num_threads, 0, [&](std::int64_t block, void*) {
       const std::int64_t begin = kRows * block, end = min_of(rows, begin + kRows);
-      if (by_rows)
+      if (a.k_stride == 1)
         pairs_along_rows(end - begin, k, a.data + begin * a.row_stride, a.row_stride, left + begin * leading, leading);
       else
         pairs_of_rows(k, padded<float>(end - begin), a.data + begin, a.k_stride, left + begin, width);
     });
+  }
+
+  static void dense_in(Element* right, Element* left, int num_threads, std::int64_t rows, Range panel_range,
+                       std::int64_t k, const Panels& panels, const Operand<float>& a, const Matrix<float>& b,
+                       Start start, const float* bias, const Output<float>& c) {
+    const std::int64_t leading = depth(k), width = padded<float>(rows), first = panels.begin(panel_range.begin);
+    const bool by_rows = a.k_stride == 1;
+    fill_left(num_threads, left, rows, k, a);
     Element* const of_all = right - 16 * first * leading;  // where those of the first panel would be
     parallel_for(panel_range.end - panel_range.begin, num_threads, 0, [&](std::int64_t i, void*) {
       const std::int64_t begin = 16 * panels.begin(panel_range.begin + i);

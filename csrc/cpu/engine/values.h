@@ -96,7 +96,14 @@ struct Values {
     gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
   }
 
-  // The panels of C = start + A B that are asked for, all threads on tiles of it.
+  // C = start + A B, A row-major and B packed, all threads on parts of it
+  static void dense_packed(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a,
+                           std::int64_t lda, const T* packed, Start start, const T* bias, const Output<T>& c) {
+    const Panels panels(n_padded / kWidth<T>);
+    dense_parts<Values>(num_threads, rows, {0, panels.count}, k, panels, {a, lda, 1}, {packed, 0}, start, bias, c);
+  }
+
+  // The panels of C = start + A B that are asked for, B of values, all threads on parts of it.
   static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
                     const Operand<T>& a, const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
     dense_parts<Values>(num_threads, rows, panel_range, k, panels, a, b, start, bias, c);

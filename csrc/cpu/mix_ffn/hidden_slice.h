@@ -58,22 +58,20 @@ inline MixFFNArguments with_hidden(const MixFFNArguments& a, std::int64_t begin,
   return out;
 }
 
-// E: the engine of the products between activations; small matrices are packed as values.
 template <class E>
-struct HiddenSlice : MixFFN<Values<typename E::Value>> {
+struct HiddenSlice : MixFFN<E> {
   using T = typename E::Value;
-  using Base = MixFFN<Values<T>>;
+  using Base = MixFFN<E>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width;
   using Base::kernel_size, Base::radius, Base::activated, Base::activated_width;
 
-  const E products;
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
   const std::int64_t pitch = a.width + radius;
   const std::int64_t bordered_tokens = (group_images * (a.height + radius) + radius) * pitch + radius;
 
-  HiddenSlice(const MixFFNArguments& arguments, const E& products_) : Base(arguments), products(products_) {}
+  HiddenSlice(const MixFFNArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   // where row r of the group (image r / height) begins in a bordered tensor: the zero tokens left of its first
   std::int64_t bordered_row(std::int64_t row) const { return (row + (row / a.height + 1) * radius) * pitch; }
@@ -119,8 +117,8 @@ struct HiddenSlice : MixFFN<Values<typename E::Value>> {
 
   // U of a group of images, without its activation
   void make_hidden(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u) const {
-    dense_tokens<E>(products, a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1, w.fc1_bias,
-                    {u, 0, offsets});
+    dense_tokens(this->engine, a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1,
+                 w.fc1_bias, {u, 0, offsets});
   }
 
   void keep_hidden_row(std::int64_t first_image, std::int64_t row, const T* u) const {

@@ -128,7 +128,7 @@ struct MixFFN {
   const std::int64_t pieces = a.batch * strips * bands;
   const std::int64_t strip_columns = (a.width + strips - 1) / strips;  // the widest strip
 
-  explicit MixFFN(const MixFFNArguments& arguments, const E& engine_ = E()) : a(arguments), engine(engine_) {}
+  MixFFN(const MixFFNArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
   // bands of at most kBandRows; more of them where a few small images would leave cores idle, but not so low that the
   // rows around them, which are made twice, weigh

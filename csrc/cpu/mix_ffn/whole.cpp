@@ -9,16 +9,15 @@
 namespace msformer::MSFORMER_VARIANT {
 namespace {
 
-// E: the engine of the products between activations
 template <class E>
-struct Whole : MixFFN<Values<typename E::Value>> {
+struct Whole : MixFFN<E> {
   using T = typename E::Value;
-  using Base = MixFFN<Values<T>>;
+  using Element = typename E::Element;
+  using Base = MixFFN<E>;
   using Slice = HiddenSlice<E>;
   using Weights = typename Base::Weights;
   using Base::a, Base::channels, Base::hidden, Base::width, Base::hidden_width, Base::activated, Base::activated_width;
 
-  const E products;
   const std::int64_t image_tokens = a.height * a.width;
   const std::int64_t group_images = images_at_once(a.batch, image_tokens), group_tokens = group_images * image_tokens;
   const HiddenSlices<T> slices{hidden_width, hidden, a.gated || a.parameters.hidden_norm.weight};
@@ -26,7 +25,7 @@ struct Whole : MixFFN<Values<typename E::Value>> {
   const MixFFNArguments widest = widest_slice();
   const std::size_t weight_bytes = bytes_of<Weights>(), vector_bytes = bytes_of_vectors();
 
-  Whole(const MixFFNArguments& arguments, const E& products_) : Base(arguments), products(products_) {}
+  Whole(const MixFFNArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
   MixFFNArguments slice_arguments(std::int64_t i) const {
     return with_hidden<T>(a, slices.begin(i), slices.end(i), slice_threads);
@@ -41,12 +40,12 @@ struct Whole : MixFFN<Values<typename E::Value>> {
   template <class Pieces>
   std::size_t bytes_of() const {
     Arena counter(nullptr);
-    Pieces(counter, Slice(widest, products));
+    Pieces(counter, Slice(widest, this->engine));
     return counter.used();
   }
   std::size_t bytes_of_vectors() const {
     Arena counter(nullptr);
-    take_vectors(counter, Slice(widest, products));
+    take_vectors(counter, Slice(widest, this->engine));
     return counter.used();
   }
   static VectorGradients<T> take_vectors(Arena& arena, const Slice& slice) {
@@ -58,7 +57,7 @@ struct Whole : MixFFN<Values<typename E::Value>> {
   void for_slices(char* weights, std::size_t scratch_bytes, bool packs, const Task& task) const {
     parallel_for(slices.count, a.num_threads, scratch_bytes, [&](std::int64_t i, void* scratch) {
       const MixFFNArguments arguments = slice_arguments(i);
-      const Slice slice(arguments, products);
+      const Slice slice(arguments, this->engine);
       Arena arena(weights + static_cast<std::size_t>(i) * weight_bytes);
       Weights w(arena, slice);
       w.fill_in(slice, packs);
@@ -95,11 +94,12 @@ struct Whole : MixFFN<Values<typename E::Value>> {
   struct ForwardBuffers {
     TokenNorm norm;
     char* slice_weights;
-    T *fc2, *fc2_bias, *x, *t, *y;
+    Element* fc2;
+    T *fc2_bias, *x, *t, *y;
     ForwardBuffers(Arena& arena, const Whole& m)
         : norm(arena, m),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
-          fc2(arena.take<T>(m.activated * m.width)),
+          fc2(arena.take<Element>(m.engine.packed_size(m.activated, m.width))),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
           t(arena.take<T>(m.group_tokens * m.hidden_width)),
@@ -113,7 +113,7 @@ struct Whole : MixFFN<Values<typename E::Value>> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.norm.fill_in(*this);
-    pack(Values<T>(), a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
+    pack(this->engine, a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
          channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     for_groups([&](std::int64_t first, std::int64_t images) {
@@ -126,8 +126,8 @@ struct Whole : MixFFN<Values<typename E::Value>> {
                    slice.forward(w, b, first, images, s.x);
                    gather(i, tokens, slice, b.z, s.t);
                  });
-      dense_tokens<E>(products, a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias,
-                      {s.y, width});
+      dense_tokens(this->engine, a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias,
+                   {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
@@ -165,11 +165,11 @@ struct Whole : MixFFN<Values<typename E::Value>> {
                    const Matrix<T>& fc2_transposed, const typename Slice::BackwardBuffers& b) const {
     const Operand<T> rows{grad_output, width, 1};
     if (slices.count == 1)
-      return dense<E>(products, slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed,
-                      Start::zero, nullptr, {b.grad_z, 0, b.offsets});
+      return dense(this->engine, slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed,
+                   Start::zero, nullptr, {b.grad_z, 0, b.offsets});
     // columns are counted from the first of all hidden features
-    products.dense(slice_threads, tokens, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
-                   Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
+    this->engine.dense(slice_threads, tokens, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
+                       Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
   }
 
   void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,
@@ -183,11 +183,11 @@ struct Whole : MixFFN<Values<typename E::Value>> {
     slice.load_hidden(w, b, first, images, s.x);
     make_grad_t(i, tokens, slice, s.grad_output, fc2_transposed, b);
     slice.activation_gradients(w, b, images);
-    dense_weights<E>(products, slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
-                     slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
+    dense_weights(this->engine, slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
+                  slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
     slice.convolution_gradients(w, b, vectors, images);
-    dense_weights<E>(products, slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
-                     fc1.data() + begin * fc1.leading(), fc1.leading(), first > 0);
+    dense_weights(this->engine, slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
+                  fc1.data() + begin * fc1.leading(), fc1.leading(), first > 0);
     gather(i, tokens, slice, b.z, s.grad_u);
     if (first + images == a.batch) vectors.write(slice.a);
   }
@@ -212,8 +212,8 @@ struct Whole : MixFFN<Values<typename E::Value>> {
                    backward_slice(s, slice, w, i, fc2_transposed, first, images, scratch);
                  });
       add_column_sums(tokens, width, s.grad_output, width, s.fc2_bias);
-      dense<E>(products, a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed, Start::zero,
-               nullptr, {s.grad_x, width});
+      dense(this->engine, a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed,
+            Start::zero, nullptr, {s.grad_x, width});
       store_image_gradients(a.num_threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images,
                             image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
                             s.norm_bias);

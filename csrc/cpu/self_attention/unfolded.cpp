@@ -24,22 +24,24 @@ struct UnfoldedProducts {
 template <class E>
 struct Unfolded {
   using T = typename E::Value;
+  using Element = typename E::Element;
   const SelfAttentionArguments& a;
-  const E products;
+  const E engine;
   const std::int64_t channels = a.channels, keys = a.key_channels, values = a.value_channels;
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys), value_width = padded<T>(values);
   const std::int64_t group_images = images_at_once(a.batch, a.tokens), group_tokens = group_images * a.tokens;
 
-  Unfolded(const SelfAttentionArguments& arguments, const E& products_) : a(arguments), products(products_) {}
+  Unfolded(const SelfAttentionArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
   // weights packed for products with tokens, biases and norm padded
   struct Weights {
-    T *query, *key, *value, *query_bias, *value_bias, *norm_weight, *norm_bias;
+    Element *query, *key, *value;
+    T *query_bias, *value_bias, *norm_weight, *norm_bias;
     Norm<T> norm;
     Weights(Arena& arena, const Unfolded& u)
-        : query(arena.take<T>(u.channels * u.key_width)),
-          key(arena.take<T>(u.channels * u.key_width)),
-          value(arena.take<T>(u.channels * u.value_width)),
+        : query(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
+          key(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
+          value(arena.take<Element>(u.engine.packed_size(u.channels, u.value_width))),
           query_bias(arena.take<T>(u.key_width)),
           value_bias(arena.take<T>(u.value_width)),
           norm_weight(arena.take<T>(u.width)),
@@ -59,8 +61,8 @@ struct Unfolded {
   };
 
   // weight [out, in] of a linear layer, packed for tokens times its transpose, or for gradients times itself
-  void pack_linear(T* to, const void* weight, std::int64_t in, std::int64_t out) const {
-    pack(Values<T>(), a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
+  void pack_linear(Element* to, const void* weight, std::int64_t in, std::int64_t out) const {
+    pack(engine, a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
   }
 
   struct Tokens {  // of a group of images
@@ -92,11 +94,10 @@ struct Unfolded {
 
   void project(const Weights& w, std::int64_t tokens, const Tokens& t) const {
     const int threads = a.num_threads;
-    dense_tokens<E>(products, threads, tokens, channels, key_width, t.x, width, w.query, w.query_bias,
-                    {t.query, key_width});
-    dense_tokens<E>(products, threads, tokens, channels, key_width, t.x, width, w.key, nullptr, {t.key, key_width});
-    dense_tokens<E>(products, threads, tokens, channels, value_width, t.x, width, w.value, w.value_bias,
-                    {t.value, value_width});
+    dense_tokens(engine, threads, tokens, channels, key_width, t.x, width, w.query, w.query_bias, {t.query, key_width});
+    dense_tokens(engine, threads, tokens, channels, key_width, t.x, width, w.key, nullptr, {t.key, key_width});
+    dense_tokens(engine, threads, tokens, channels, value_width, t.x, width, w.value, w.value_bias,
+                 {t.value, value_width});
   }
 
   // a matrix [tokens, channels] of a group as heads
@@ -171,12 +172,13 @@ struct Unfolded {
 
   struct ForwardBuffers {
     Weights weights;
-    T *output_weight, *output_bias;
+    Element* output_weight;
+    T* output_bias;
     Tokens tokens;
     T* y;
     ForwardBuffers(Arena& arena, const Unfolded& u)
         : weights(arena, u),
-          output_weight(arena.take<T>(u.values * u.width)),
+          output_weight(arena.take<Element>(u.engine.packed_size(u.values, u.width))),
           output_bias(arena.take<T>(u.width)),
           tokens(arena, u),
           y(arena.take<T>(u.group_tokens * u.width)) {}
@@ -198,8 +200,8 @@ struct Unfolded {
       project(s.weights, tokens, s.tokens);
       attention_forward(attention(s.tokens, first, images, at(a.context, first * context_size()),
                                   at(a.key_max, first * keys), at(a.key_sum, first * keys)));
-      dense_tokens<E>(products, a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
-                      s.output_bias, {s.y, width});
+      dense_tokens(engine, a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
+                   s.output_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.tokens.x,
                    s.y);
     });
@@ -259,8 +261,8 @@ struct Unfolded {
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
     project(s.weights, tokens, t);
     attention_forward(attention(t, first, images, s.context, s.key_max, s.key_sum));
-    dense<E>(products, threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero,
-             nullptr, {s.grad_attended, value_width});
+    dense(engine, threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero, nullptr,
+          {s.grad_attended, value_width});
 
     AttentionArguments arguments = attention(t, first, images, s.context, s.key_max, s.key_sum);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
@@ -282,8 +284,8 @@ struct Unfolded {
 
     const auto weight = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width,
                             const T* in, std::int64_t in_width) {
-      dense_weights<E>(products, threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(),
-                       add);
+      dense_weights(engine, threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(),
+                    add);
     };
     weight(s.query_gradient, keys, s.grad_query, key_width, t.x, width);
     weight(s.key_gradient, keys, s.grad_key, key_width, t.x, width);
@@ -295,8 +297,7 @@ struct Unfolded {
 
     const auto to_x = [&](std::int64_t features, const T* grad, std::int64_t grad_width, const Matrix<T>& weight,
                           Start start) {
-      dense<E>(products, threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr,
-               {s.grad_x, width});
+      dense(engine, threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr, {s.grad_x, width});
     };
     to_x(keys, s.grad_query, key_width, w.query, Start::zero);
     to_x(keys, s.grad_key, key_width, w.key, Start::output);

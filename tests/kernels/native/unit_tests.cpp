@@ -197,6 +197,11 @@ void test_dense(const E& engine, const char* name, double precision = kEps<typen
         for (std::int64_t i = 0; i < rows; ++i)
           for (std::int64_t p = 0; p < k; ++p) transposed[p * ldt + i] = a[i * lda + p];
         pack(Values<T>(), 1, packed.get(), b.get(), ldc, 1, k, n);
+        Buffer<typename E::Element> of_engine(engine.packed_size(k, ldc));
+        Buffer<T> again(rows * ldc);
+        pack(engine, 1, of_engine.get(), b.get(), ldc, 1, k, n);
+        engine.dense_packed(2, rows, k, ldc, a.get(), lda, of_engine.get(), Start::bias, bias.get(),
+                            Output<T>{again.get(), ldc});
         const Panels panels(ldc / kWidth<T>);
         const std::int64_t first = panels.count / 2;  // the last panels come first
         for (const int threads : {1, 2}) {
@@ -212,6 +217,8 @@ void test_dense(const E& engine, const char* name, double precision = kEps<typen
                 sum += term;
                 size += std::fabs(term);
               }
+              check(std::fabs(static_cast<double>(again[i * ldc + j]) - sum) <= 8 * precision * size,
+                    "%s: packed product %ld x %ld x %ld", name, long(rows), long(k), long(n));
               check(std::fabs(static_cast<double>(c[i * ldc + j]) - sum) <= 8 * precision * size,
                     "%s: dense product %ld x %ld x %ld at %ld, %ld", name, long(rows), long(k), long(n), long(i),
                     long(j));
