@@ -24,10 +24,17 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
+def paths(*more: Path) -> dict[str, str]:
+    """The environment in which these folders and the packages are found."""
+    folders = [*more, ROOT, ROOT / "kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
 def test_checks_run_in_the_interpreter(tmp_path: Path) -> None:
     require("triton")
     out = tmp_path / "new" / "check.json"
-    done = run("--device", "cpu", "--out", str(out))
+    (tmp_path / "sitecustomize.py").write_text("import tests.kernels\n")  # which hastens the interpreter
+    done = run("--device", "cpu", "--out", str(out), **paths(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All checks that were run passed" in done.stdout
     found = json.loads(out.read_text())
@@ -105,9 +112,8 @@ def children(process: int) -> list[int]:
 )
 def test_a_signal_leaves_a_partial_result_and_no_process(tmp_path: Path, number: signal.Signals, way: str) -> None:
     out = tmp_path / "check.json"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", INTERRUPTED, str(out), way]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT, text=True) as process:
+    with subprocess.Popen(command, env=os.environ | paths(), cwd=ROOT, text=True) as process:
         wanted, count = ("half", 1) if way == "one after the other" else ("kept", 3)
         until = time.monotonic() + 90
         while not (out.exists() and wanted in out.read_text() and len(children(process.pid)) >= count):
