@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import msformer_kernels as kernels
+from benchmarks.gpu_check import main
 from tests.kernels.cases import require
 
 ROOT = Path(__file__).parents[2]
@@ -70,10 +71,11 @@ def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
         (["--out", "check.md"], "expected one such as gpu-check.json"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str) -> None:
-    done = run("--device", "cpu", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 INTERRUPTED = """
