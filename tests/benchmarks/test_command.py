@@ -102,15 +102,12 @@ def test_an_output_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     assert "cannot make the folder" in found.output
 
 
-def test_pytest_benchmark_collects_every_operation_and_plain_pytest_none() -> None:
+def test_pytest_benchmark_collects_every_operation_and_plain_pytest_none(pytestconfig: pytest.Config) -> None:
     root = Path(__file__).parents[2]
-
-    def collect(*arguments: str) -> str:
-        called = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
-        return subprocess.run(called, cwd=root, env=os.environ, capture_output=True, text=True, check=False).stdout
-
-    benches = collect("benchmarks")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks"]
+    benches = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=False).stdout
     for name in ("attention", "mix_ffn", "block", "step", "image"):
         assert f"bench_rivals.py::test_rival[{name}-" in benches
     assert benches.count("-eager]") == 6
-    assert "bench_" not in collect("tests/benchmarks")
+    assert pytestconfig.getini("testpaths") == ["tests"]
+    assert not list((root / "tests").rglob("bench_*.py"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import msformer_kernels as kernels
+from benchmarks.gpu_check import main
 from tests.kernels.cases import require
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +25,17 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
+def paths(*more: Path) -> dict[str, str]:
+    """The environment in which these folders and the packages are found."""
+    folders = [*more, ROOT, ROOT / "kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
 def test_checks_run_in_the_interpreter(tmp_path: Path) -> None:
     require("triton")
     out = tmp_path / "new" / "check.json"
-    done = run("--device", "cpu", "--out", str(out))
+    (tmp_path / "sitecustomize.py").write_text("import tests.kernels\n")  # which hastens the interpreter
+    done = run("--device", "cpu", "--out", str(out), **paths(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All checks that were run passed" in done.stdout
     found = json.loads(out.read_text())
@@ -63,10 +71,11 @@ def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
         (["--out", "check.md"], "expected one such as gpu-check.json"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str) -> None:
-    done = run("--device", "cpu", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 INTERRUPTED = """
@@ -105,9 +114,8 @@ def children(process: int) -> list[int]:
 )
 def test_a_signal_leaves_a_partial_result_and_no_process(tmp_path: Path, number: signal.Signals, way: str) -> None:
     out = tmp_path / "check.json"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", INTERRUPTED, str(out), way]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT, text=True) as process:
+    with subprocess.Popen(command, env=os.environ | paths(), cwd=ROOT, text=True) as process:
         wanted, count = ("half", 1) if way == "one after the other" else ("kept", 3)
         until = time.monotonic() + 90
         while not (out.exists() and wanted in out.read_text() and len(children(process.pid)) >= count):

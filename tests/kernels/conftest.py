@@ -10,9 +10,7 @@ import torch
 
 from msformer_kernels.core.operator import OPERATORS
 from tests.kernels.cases import require
-from tests.kernels.interpreter import hasten
 
-hasten()
 COMPILED = {"native": ("many_tokens", "few_tokens"), "cuda": (), "triton": ("folded",)}
 """Backends, and the forms of those that work on images of many and of few tokens in different ways."""
 WITH_FORMS = ("efficient_self_attention", "mix_ffn")

@@ -37,7 +37,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -45,6 +45,7 @@ from msformer_kernels.core.precision import cpu_float32_precision
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
@@ -106,7 +107,14 @@ def _why_not_cuda(device_type: str, index: int | None, dtype: torch.dtype) -> st
     return None if dtype in _GPU_DTYPES else f"it has no kernels for {dtype}"
 
 
-@torch.compiler.assume_constant_result
+def _constant_in_graphs(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would import TorchDynamo: a second for every process that compiles
+    nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_graphs
 def _why_not_this_gpu(device_type: str, index: int | None) -> str:
     """Why the compiled kernels do not run with the driver or on the GPU that is here, the current one without an index;
     empty if they do. A compiler that traces a call takes the answer, and does not look into this."""
@@ -138,7 +146,7 @@ def cuda_library(device_type: str) -> ModuleType:
     return import_module(f"msformer_kernels.{_CUDA_LIBRARIES[device_type]}")
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def cuda_shared_memory(device_type: str, index: int | None) -> int:
     """Bytes of shared memory that a block may have on a device that the CUDA kernels serve."""
     library = cuda_library(device_type)

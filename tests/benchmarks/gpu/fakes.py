@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import stat
 import time
 from collections.abc import Sequence
@@ -15,38 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.items import Item, Skip
+from benchmarks.gpu.items import Item
 from benchmarks.gpu.processes import Outcome
 from benchmarks.gpu.results import Results, StageResult, new_results
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.stages import NAMES
 
-HERE = "tests.benchmarks.gpu.fakes"
-
-
-def echo(**arguments: Any) -> dict[str, Any]:
-    return arguments | {"variable": os.environ.get("GPU_CHECK_TEST", "")}
-
-
-def slow(seconds: float) -> dict[str, Any]:
-    time.sleep(seconds)
-    return {"slept": seconds}
-
-
-def wrong() -> None:
-    raise ValueError("of no use")
-
-
-def unfit() -> None:
-    raise Skip("not on this machine")
-
-
-def crash() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
+CALLS = "tests.benchmarks.gpu.calls"
 
 
 def item(function: str, limit: float = 60, fresh: bool = False, **arguments: Any) -> Item:
-    return Item(f"{function} item", f"{HERE}:{function}", arguments, limit=limit, fresh=fresh)
+    return Item(f"{function} item", f"{CALLS}:{function}", arguments, limit=limit, fresh=fresh)
 
 
 def executable(path: Path, script: str) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +26,7 @@ from tests.kernels.cases import (
     run,
     self_attention_case,
 )
+from tests.processes import run_in_processes
 
 CASES = {
     "efficient_attention": [
@@ -374,7 +374,7 @@ def _train_one_step(rank: int, world_size: int, backends: list[str], store: str,
 def test_ddp_averages_the_gradients_of_two_processes(tmp_path: Path) -> None:
     require("native")
     backends = [name for name in ("native", "cuda", "triton") if name in kernels.available_backends()]
-    torch.multiprocessing.spawn(_train_one_step, (2, backends, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_in_processes(_train_one_step, 2, backends, str(tmp_path / "store"), str(tmp_path))
     block, _ = block_and_tokens()
     expected = []
     for rank in range(2):

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 
 import msformer_kernels as kernels
+from tests.processes import run_in_processes
 
 
 def leaves(block: nn.Module) -> list[nn.Module]:
@@ -95,4 +95,4 @@ def _run(rank: int, store: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes(tmp_path: Path) -> None:
     """Outputs and gradients are those of one."""
-    torch.multiprocessing.spawn(_run, (str(tmp_path / "store"),), nprocs=2)
+    run_in_processes(_run, str(tmp_path / "store"))

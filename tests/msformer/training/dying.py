@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which takes a second, and every training imports
 
 import msformer.training.run
 from msformer.cli import main

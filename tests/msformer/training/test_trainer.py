@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from msformer.training import checkpoint
@@ -20,6 +19,7 @@ from msformer.training.objectives import find_objective
 from msformer.training.settings import Settings
 from msformer.training.trainer import AGREEMENT, Trainer, make_network
 from tests.msformer.training.small import small_batches, small_settings
+from tests.processes import run_in_processes
 
 RECORD: dict[str, Any] = {"some": "settings"}
 
@@ -171,7 +171,7 @@ def spread_training(rank: int, count: int, folder: Path) -> None:
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(spread_training, (2, tmp_path), nprocs=2)
+    run_in_processes(spread_training, 2, tmp_path)
     for objective in SPREAD:
         history, weights = torch.load(tmp_path / f"{objective}.pt", weights_only=True)
         settings = small_settings(objective=objective, steps=STEPS)
