@@ -103,12 +103,12 @@ def segment(
         executor = make_executor(cluster, threads, way.device, at_once, images_at_once(way.device))
         sources = find_images(paths, exclude=[out])
         jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
-        doubt = way.doubt(jobs, reading)
-        if doubt is not None:
+        doubts = way.doubts(jobs, reading)
+        for doubt in doubts:
             click.echo(f"warning: {doubt}", err=True)
         finished, failures = run_all(jobs, out, plan, overwrite, executor)
         write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
-        drawn: dict[str, Any] = {} if doubt is None else {"warnings": [doubt]}
+        drawn: dict[str, Any] = {"warnings": doubts} if doubts else {}
         if mask:
             drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
         finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)

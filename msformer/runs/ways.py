@@ -64,9 +64,9 @@ class Way(ABC):
     def settings(self) -> Record:
         """What decides the result, as plain JSON."""
 
-    def doubt(self, jobs: Sequence[Job], reading: Reading) -> str | None:
-        """Why these images may not suit it, in a sentence; looks at a few of them."""
-        return None
+    def doubts(self, jobs: Sequence[Job], reading: Reading) -> list[str]:
+        """Why it may not do well on these images, in a sentence each; looks at a few of them."""
+        return []
 
     @abstractmethod
     def rule(self, asked: str | None) -> str | None:
@@ -173,10 +173,11 @@ class Model(Way):
         facts = {"model": self.model.digest, "domain": self.model.domain, "objective": self.model.objective}
         return facts | {"device": self.device, "backend": self.backend, "refine": refine}
 
-    def doubt(self, jobs: Sequence[Job], reading: Reading) -> str | None:
+    def doubts(self, jobs: Sequence[Job], reading: Reading) -> list[str]:
         from msformer.training.kinds import look_at, strangers
 
-        return strangers(look_at(jobs, reading, LOOKED_AT), self.model.training.get("kinds", {}))
+        strange = strangers(look_at(jobs, reading, LOOKED_AT), self.model.training.get("kinds", {}))
+        return [*([] if strange is None else [strange]), *self.model.doubts]
 
     def rule(self, asked: str | None) -> str | None:
         from msformer.training.domains import find_domain

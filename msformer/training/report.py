@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from msformer.model import MSFormer
 from msformer.output import complete_file
 from msformer.pictures import OKABE_ITO, outline, overlay, picture_url
+from msformer.training.following import some_of
 from msformer.training.lessons import Pool
 from msformer.training.settings import PREDICTION_SIZE
 from msformer.training.sight import Sight
@@ -73,8 +74,7 @@ def write_report(folder: Path, facts: Facts, history: Mapping[str, Sequence[floa
 
 def pictures(network: MSFormer, pool: Pool, sight: Sight) -> list[Picture]:
     """Some images of the pool: with the borders that teachers and network draw, or with the clusters of the network."""
-    places = np.unique(np.linspace(0, len(pool) - 1, min(SHOWN, len(pool))).astype(int))
-    return [_picture(network, pool, sight, int(place)) for place in places]
+    return [_picture(network, pool, sight, place) for place in some_of(pool, SHOWN)]
 
 
 def _picture(network: MSFormer, pool: Pool, sight: Sight, place: int) -> Picture:

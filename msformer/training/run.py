@@ -28,6 +28,7 @@ from msformer.training.batches import Batches
 from msformer.training.checkpoint import State
 from msformer.training.distributed import Processes, from_first, joined, started_again, wait_for_all
 from msformer.training.folder import TEACHERS, Material, gather
+from msformer.training.following import doubts, followed
 from msformer.training.lessons import Pool
 from msformer.training.objectives import Objective, find_objective
 from msformer.training.report import REPORT, Facts, pictures, write_report
@@ -155,7 +156,10 @@ def train(
         with msformer_kernels.use_backend(settings.backend), kept_memory(), stop_on_request() as wish:
             run.all_rounds(wish)
         wait_for_all()
-    return load(out, device=device)
+    model = load(out, device=device)
+    for doubt in model.doubts if shown else ():
+        click.echo(f"warning: {doubt}")
+    return model
 
 
 class _Run:
@@ -188,6 +192,8 @@ class _Run:
         if self.state.complete and self.state.round < settings.rounds:
             self._next_round()
         self.kept = self.reported = time.monotonic()
+        self.followed: float | None = None
+        """How well the network follows its teachers, once it is trained."""
 
     def all_rounds(self, wish: Wish) -> None:
         """Takes all steps that are left, and writes the model."""
@@ -251,6 +257,8 @@ class _Run:
 
     def _write_results(self, network: MSFormer, pool: Pool) -> None:
         if self.processes.first:
+            if self.objective.taught:
+                self.followed = followed(network, pool, self.material.domain.sight)
             self._save(network)
             self._report(network, pool)
 
@@ -266,6 +274,12 @@ class _Run:
         network = make_network(self.settings, self.objective, self.device)
         network.load_state_dict(self.state.network or {})
         return network
+
+    def _doubts(self) -> list[str]:
+        if self.followed is None:
+            return []
+        kinds = [lesson.kind for lesson in self.material.lessons.values()]
+        return list(doubts(self.followed, self.material.domain, kinds, self.settings.steps))
 
     def _next_round(self) -> None:
         self.state.complete = self.state.round >= self.settings.rounds
@@ -324,7 +338,7 @@ class _Run:
             "time": f"{state.seconds:.0f} s",
             "machine": f"{platform.platform()}, torch {torch.__version__}, {self.device}, {self._processes()}",
         }
-        facts = Facts(about, material.warnings, state.complete)
+        facts = Facts(about, [*material.warnings, *self._doubts()], state.complete)
         write_report(self.out, facts, state.history, pictures(network, pool, material.domain.sight))
         self.reported = time.monotonic()
 
@@ -338,6 +352,8 @@ class _Run:
             "processes": self.processes.count,
             "machine": f"{platform.platform()}, torch {torch.__version__}",
             "warnings": list(self.material.warnings),
+            "median agreement with the targets, whole images": self.followed,
+            "doubts": self._doubts(),
         }
         save_model(
             self.out,

@@ -83,6 +83,11 @@ class TrainedModel:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Warnings of what came of the training."""
+        return tuple(self.training.get("doubts", ()))
+
     def predict(self, image: Any, **options: Any) -> Prediction:
         """What the network says of an image of any kind that `msformer.segment` takes.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +112,48 @@ def test_models_that_are_not_there(methods: str, message: str, pairs: Path, tmp_
     result = evaluate("--data", pairs, "--out", tmp_path / "out", "--methods", methods)
     assert result.exit_code == 1
     assert message in result.output
+
+
+class Killed(BaseException):
+    """Nothing handles it."""
+
+
+def left(out: Path) -> dict[str, object]:
+    """All that an evaluation left, by file, but for seconds, and for the pages, which show them."""
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*.*")):
+        name = path.relative_to(out).as_posix()
+        if path.suffix == ".json":
+            found[name] = json.loads(path.read_text()) | {"seconds": None, "command": None}
+        elif path.suffix == ".csv":
+            found[name] = pd.read_csv(path).drop(columns="seconds").to_csv()
+        else:
+            found[name] = path.read_bytes() if path.suffix == ".png" else None
+    return found
+
+
+def test_killed_before_some_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on to the files of an evaluation that nobody stopped; also over those of another seed."""
+    model, pairs = save_dark_model(tmp_path / "moles"), data.make_pairs(tmp_path / "data", ("a",))
+    monkeypatch.setattr("msformer.evaluation.command.write_page", lambda *about: None)
+    arguments = ("--data", pairs, "--methods", f"kmeans-2,{model}/,{model}/:net")
+    assert evaluate(*arguments, "--out", tmp_path / "whole").exit_code == 0
+    expected = left(tmp_path / "whole")
+    replace = os.replace
+    for point in range(0, 16, 3):
+        out, after = tmp_path / str(point), iter(range(point, -1, -1))
+        if point % 2:
+            assert evaluate(*arguments, "--out", out, "--seed", "1").exit_code == 0
+
+        def stopped(*names: Path, after: Iterator[int] = after) -> None:
+            if next(after) == 0:
+                raise Killed
+            replace(*names)
+
+        with monkeypatch.context() as changed:
+            changed.setattr(os, "replace", stopped)
+            with pytest.raises(Killed):
+                evaluate(*arguments, "--out", out)
+        again = evaluate(*arguments, "--out", out)
+        assert again.exit_code == 0, again.output
+        assert left(out) == expected, point
