@@ -83,7 +83,7 @@ def evaluate_after_change(folder: Path) -> Result:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    data.make_pairs(tmp_path / "data", tuple(f"{i:02d}" for i in range(12)))
+    data.make_pairs(tmp_path / "data", tuple("abcde"))
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -102,12 +102,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(list(out.glob("maps/*/*.json")))
-    assert 0 < done < 36
+    assert 0 < done < 15
     done_by_runner = CliRunner().invoke(main, [*command[3:], "--out", str(out)])
     assert done_by_runner.exit_code == 0, done_by_runner.output
-    assert f"{done} of 36 label maps were already done" in done_by_runner.output
+    assert f"{done} of 15 label maps were already done" in done_by_runner.output
     assert not list(out.rglob(".msformer-*"))
-    assert len(pd.read_csv(out / "scores.csv")) == 36 * len(PROTOCOLS)
+    assert len(pd.read_csv(out / "scores.csv")) == 15 * len(PROTOCOLS)
 
 
 def test_a_run_killed_while_it_makes_a_map_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
