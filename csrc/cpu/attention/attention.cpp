@@ -13,12 +13,28 @@ namespace {
 
 constexpr auto kNothing = [](auto&, std::int64_t, std::int64_t, std::int64_t) {};
 
-template <class T>
-struct Attention : Problem<T> {
-  using Base = Problem<T>;
+// The products of a block of tokens, for the choice of the engine.
+struct AttentionProducts {
+  ProductShape shapes[3];
+  explicit AttentionProducts(const AttentionArguments& a) {
+    const std::int64_t tokens = min_of(a.key_tokens, kBlockTokens);
+    shapes[0] = {tokens, a.key_channels, a.value_channels, false};
+    shapes[1] = {tokens, a.value_channels, a.key_channels, false};
+    shapes[2] = {a.key_channels, tokens, a.value_channels, true};
+  }
+};
+
+template <class E>
+struct Attention : Problem<E> {
+  using T = typename E::Value;
+  using Element = typename E::Element;
+  using Base = Problem<E>;
   using Base::a, Base::pairs, Base::keys, Base::values, Base::key_width, Base::value_width, Base::context_size;
 
-  explicit Attention(const AttentionArguments& arguments) : Base(arguments) {}
+  Attention(const AttentionArguments& arguments, const E& engine) : Base(arguments, engine) {}
+
+  const std::int64_t packed_size = this->engine.packed_size(keys, value_width);
+  const std::int64_t transposed_size = this->engine.packed_size(values, key_width);
 
   // contexts and key sums with padding, from the user's contiguous [B, H, Dk, Dv] and [B, H, Dk]
   void load_context(T* out) const {
@@ -77,11 +93,16 @@ struct Attention : Problem<T> {
 
   template <class Blocks>
   void write_output(const T* contexts) const {
+    Workspace memory(sizeof(Element) * static_cast<std::size_t>(pairs * packed_size));
+    Element* packed = static_cast<Element*>(memory.data());
+    pack_contexts(contexts, packed);
     this->template for_chunks<Blocks>(this->query_split, a.query_tokens, kNothing,
                                       [&](Blocks& blocks, std::int64_t, std::int64_t batch, std::int64_t head,
                                           std::int64_t token, std::int64_t tokens) {
+                                        const std::int64_t pair = batch * a.heads + head;
                                         blocks.write_output(batch, head, token, tokens,
-                                                            contexts + (batch * a.heads + head) * context_size());
+                                                            contexts + pair * context_size(),
+                                                            packed + pair * packed_size);
                                       });
   }
 
@@ -89,10 +110,12 @@ struct Attention : Problem<T> {
   template <class Blocks>
   void backward_queries(const T* contexts, T* grad_contexts) const {
     const Split& split = this->query_split;
-    const std::int64_t size = context_size(), packed = values * key_width;
-    Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * (split.count * size + packed)));
-    T* partials = static_cast<T*>(memory.data());
-    T* transposed = partials + pairs * split.count * size;
+    const std::int64_t size = context_size(), partials_size = pairs * split.count * size;
+    Workspace memory(sizeof(T) * static_cast<std::size_t>(partials_size) + 64 +
+                     sizeof(Element) * static_cast<std::size_t>(pairs * transposed_size));
+    Arena arena(memory.data());
+    T* partials = arena.take<T>(partials_size);
+    Element* transposed = arena.take<Element>(pairs * transposed_size);
     pack_transposed(contexts, transposed);
     this->template for_chunks<Blocks>(
         split, a.query_tokens,
@@ -100,8 +123,8 @@ struct Attention : Problem<T> {
         [&](Blocks& blocks, std::int64_t i, std::int64_t batch, std::int64_t head, std::int64_t token,
             std::int64_t tokens) {
           const std::int64_t pair = batch * a.heads + head;
-          blocks.write_query_gradient(batch, head, token, tokens, contexts + pair * size, transposed + pair * packed,
-                                      partials + i * size);
+          blocks.write_query_gradient(batch, head, token, tokens, contexts + pair * size,
+                                      transposed + pair * transposed_size, partials + i * size);
         });
     double scales[64];  // split_tokens makes at most 64 chunks
     for (double& scale : scales) scale = a.output_scale;
@@ -110,19 +133,24 @@ struct Attention : Problem<T> {
       T* out = grad_contexts + pair * size;
       const std::int64_t begin = first * value_width, end = last == keys ? size : last * value_width;
       combine_partials<T>(chunks + begin, scales, split.count, size, end - begin, out + begin);
-      if (!a.grad_context) return;
-      const T* own = static_cast<const T*>(a.grad_context) + pair * keys * values;
-      for (std::int64_t row = first; row < last; ++row)
+      const T* own = a.grad_context ? static_cast<const T*>(a.grad_context) + pair * keys * values : nullptr;
+      for (std::int64_t row = first; own && row < last; ++row)
         for (std::int64_t c = 0; c < values; ++c) out[row * value_width + c] += own[row * values + c];
+      // delta is subtracted from products with these rows, most of which it cancels: both must see the same rounding
+      this->engine.round_operands(out + begin, (last - first) * value_width);
     });
   }
 
   template <class Blocks>
   void backward_keys(const T* contexts, const T* grad_contexts) const {
-    const std::int64_t size = context_size(), packed = values * key_width;
-    Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * (packed + 3 * key_width)));
-    T* transposed = static_cast<T*>(memory.data());
-    T* rows = transposed + pairs * packed;
+    const std::int64_t size = context_size();
+    Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * 3 * key_width) + 128 +
+                     sizeof(Element) * static_cast<std::size_t>(pairs * (packed_size + transposed_size)));
+    Arena arena(memory.data());
+    T* rows = arena.take<T>(pairs * 3 * key_width);
+    Element *packed = arena.take<Element>(pairs * packed_size),
+            *transposed = arena.take<Element>(pairs * transposed_size);
+    pack_contexts(grad_contexts, packed);
     pack_transposed(grad_contexts, transposed);
     parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
       const T *c = contexts + pair * size, *g = grad_contexts + pair * size;
@@ -138,7 +166,8 @@ struct Attention : Problem<T> {
                            std::int64_t token, std::int64_t tokens) {
       const std::int64_t pair = batch * a.heads + head;
       blocks.write_key_gradient(tensors, batch, head, token, tokens, grad_contexts + pair * size,
-                                transposed + pair * packed, KeyStatistics<T>(rows + pair * 3 * key_width, key_width));
+                                packed + pair * packed_size, transposed + pair * transposed_size,
+                                KeyStatistics<T>(rows + pair * 3 * key_width, key_width));
     };
     this->template for_chunks<Blocks>(
         this->key_split, a.key_tokens, kNothing,
@@ -176,8 +205,8 @@ struct Attention : Problem<T> {
   void forward() const {
     Workspace memory(sizeof(T) * static_cast<std::size_t>(pairs * context_size()));
     T* contexts = static_cast<T*>(memory.data());
-    is_by_columns(a.key) ? build_context<Columns<T>>(contexts) : build_context<Rows<T>>(contexts);
-    is_by_columns(a.query) ? write_output<Columns<T>>(contexts) : write_output<Rows<T>>(contexts);
+    is_by_columns(a.key) ? build_context<Columns<E>>(contexts) : build_context<Rows<E>>(contexts);
+    is_by_columns(a.query) ? write_output<Columns<E>>(contexts) : write_output<Rows<E>>(contexts);
   }
 
   void backward() const {
@@ -185,16 +214,24 @@ struct Attention : Problem<T> {
     Workspace memory(2 * sizeof(T) * static_cast<std::size_t>(size));
     T *contexts = static_cast<T*>(memory.data()), *grads = contexts + size;
     load_context(contexts);
-    is_by_columns(a.query) ? backward_queries<Columns<T>>(contexts, grads) : backward_queries<Rows<T>>(contexts, grads);
-    is_by_columns(a.key) ? backward_keys<Columns<T>>(contexts, grads) : backward_keys<Rows<T>>(contexts, grads);
+    is_by_columns(a.query) ? backward_queries<Columns<E>>(contexts, grads) : backward_queries<Rows<E>>(contexts, grads);
+    is_by_columns(a.key) ? backward_keys<Columns<E>>(contexts, grads) : backward_keys<Rows<E>>(contexts, grads);
   }
 
  private:
-  // of every pair, as a right-hand side [values, keys]
-  void pack_transposed(const T* matrices, T* out) const {
+  // of every pair, as a right-hand side [keys, values]
+  void pack_contexts(const T* matrices, Element* out) const {
     parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
-      pack(Values<T>(), a.num_threads, out + pair * values * key_width, matrices + pair * context_size(), 1,
-           value_width, values, keys);
+      pack(this->engine, a.num_threads, out + pair * packed_size, matrices + pair * context_size(), value_width, 1,
+           keys, values);
+    });
+  }
+
+  // the same as [values, keys]
+  void pack_transposed(const T* matrices, Element* out) const {
+    parallel_for(pairs, a.num_threads, 64, [&](std::int64_t pair, void*) {
+      pack(this->engine, a.num_threads, out + pair * transposed_size, matrices + pair * context_size(), 1, value_width,
+           values, keys);
     });
   }
 };
@@ -202,11 +239,13 @@ struct Attention : Problem<T> {
 }  // namespace
 
 void attention_forward(const AttentionArguments& a) {
-  with_arithmetic(a.key.dtype, [&](auto value) { Attention<decltype(value)>(a).forward(); });
+  with_engine(a.key.dtype, a.precision, AttentionProducts(a).shapes,
+              [&](auto engine) { Attention<decltype(engine)>(a, engine).forward(); });
 }
 
 void attention_backward(const AttentionArguments& a) {
-  with_arithmetic(a.key.dtype, [&](auto value) { Attention<decltype(value)>(a).backward(); });
+  with_engine(a.key.dtype, a.precision, AttentionProducts(a).shapes,
+              [&](auto engine) { Attention<decltype(engine)>(a, engine).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

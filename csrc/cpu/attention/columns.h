@@ -18,12 +18,15 @@ inline Activation turned(const Activation& x, std::int64_t token) {
   return out;
 }
 
-template <class T>
+template <class E>
 class Columns {
+  using T = typename E::Value;
+  using Element = typename E::Element;
+
  public:
   static constexpr std::int64_t kTokens = 128;  // of a block; longer rows spend less on the sums at their ends
 
-  Columns(Arena& arena, const Problem<T>& problem)
+  Columns(Arena& arena, const Problem<E>& problem)
       : p_(problem),
         keys_(arena.take<T>(kTokens * p_.keys)),
         values_(arena.take<T>(kTokens * p_.values)),
@@ -50,7 +53,8 @@ class Columns {
                     {sums.values, p_.value_width});
   }
 
-  void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
+  void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context,
+                    const Element*) {
     const std::int64_t width = padded<T>(tokens);
     load_queries(batch, head, token, tokens, context);
     ask_for(p_.a.query, batch, head, token + tokens, p_.a.query_tokens, p_.keys);
@@ -62,7 +66,7 @@ class Columns {
   }
 
   void write_query_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
-                            const T* context, const T*, T* grad_context) {
+                            const T* context, const Element*, T* grad_context) {
     const std::int64_t width = padded<T>(tokens);
     load_queries(batch, head, token, tokens, context);
     scale_columns(keys_, p_.keys, width, T(1));
@@ -89,7 +93,8 @@ class Columns {
   }
 
   void write_key_gradient(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
-                          std::int64_t tokens, const T* grad_context, const T*, KeyStatistics<T> statistics) {
+                          std::int64_t tokens, const T* grad_context, const Element*, const Element*,
+                          KeyStatistics<T> statistics) {
     const std::int64_t width = padded<T>(tokens);
     load_keys(from, batch, head, token, tokens);
     load(from.value, batch, head, token, tokens, p_.values, values_);
@@ -303,7 +308,7 @@ class Columns {
     }
   }
 
-  const Problem<T>& p_;
+  const Problem<E>& p_;
   T *keys_, *values_, *grad_keys_, *grad_values_, *rows_, *factors_, *totals_;
 };
 

@@ -14,15 +14,17 @@ struct KeyTensors {
 
 // Of one pair, in scratch memory: the context [keys, value_width], then the sum of the keys [key_width] that ReLU
 // attention divides by. Padding is zero. Gradients of both lie in the same way.
-template <class T>
+template <class E>
 struct Problem {
+  using T = typename E::Value;
   const AttentionArguments& a;
+  const E engine;
   const std::int64_t pairs = a.batch * a.heads;
   const std::int64_t keys = a.key_channels, values = a.value_channels;
   const std::int64_t key_width = padded<T>(keys), value_width = padded<T>(values);
   const Split key_split = split_tokens(a.key_tokens, pairs), query_split = split_tokens(a.query_tokens, pairs);
 
-  explicit Problem(const AttentionArguments& arguments) : a(arguments) {}
+  Problem(const AttentionArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
   bool softmax() const { return a.normalization == Normalization::softmax; }
   bool relu() const { return a.normalization == Normalization::relu; }

@@ -5,12 +5,15 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-template <class T>
+template <class E>
 class Rows {
+  using T = typename E::Value;
+  using Element = typename E::Element;
+
  public:
   static constexpr std::int64_t kTokens = kBlockTokens;
 
-  Rows(Arena& arena, const Problem<T>& problem)
+  Rows(Arena& arena, const Problem<E>& problem)
       : p_(problem),
         keys_(arena.take<T>(kTokens * p_.key_width)),
         values_(arena.take<T>(kTokens * p_.value_width)),
@@ -21,31 +24,29 @@ class Rows {
   // adds keys and values of one block to the sums
   void add_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
                 KeySums<T> sums) {
-    load_keys(from, batch, head, token, tokens);
-    if (p_.softmax()) return accumulate_keys(Values<T>(), tokens, p_.keys, keys_, values_, p_.value_width, sums);
-    if (p_.relu()) add_column_sums(tokens, p_.key_width, keys_, p_.key_width, sums.sum);
-    multiply_transposed_add(Values<T>(), p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
-                            sums.values, p_.value_width);
+    // the context is returned with all bits of the arithmetic type
+    p_.engine.is_exact() ? add_keys_by(p_.engine, from, batch, head, token, tokens, sums)
+                         : add_keys_by(Values<T>(), from, batch, head, token, tokens, sums);
   }
 
-  void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context) {
+  // packed: the context as a right-hand side
+  void write_output(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens, const T* context,
+                    const Element* packed) {
     load_queries(batch, head, token, tokens, context);
-    multiply_rows(tokens, p_.keys, p_.value_width, keys_, p_.key_width, context, p_.value_width, values_,
-                  p_.value_width);
+    multiply(p_.engine, tokens, p_.keys, p_.value_width, keys_, p_.key_width, packed, values_, p_.value_width);
     scale_rows(values_, tokens * p_.value_width, static_cast<T>(p_.a.output_scale));
     store_tokens(p_.a.output, batch, head, token, tokens, p_.values, values_, p_.value_width);
   }
 
   // of one block: grad_query, and its part of the gradient of context and key sum, without output_scale
   void write_query_gradient(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
-                            const T* context, const T* context_transposed, T* grad_context) {
+                            const T* context, const Element* context_transposed, T* grad_context) {
     const std::int64_t width = p_.key_width;
     load_queries(batch, head, token, tokens, context);
     load_tokens(p_.a.grad_output, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
-    multiply_transposed_add(Values<T>(), p_.keys, tokens, p_.value_width, keys_, width, grad_values_, p_.value_width,
+    multiply_transposed_add(p_.engine, p_.keys, tokens, p_.value_width, keys_, width, grad_values_, p_.value_width,
                             grad_context, p_.value_width);
-    multiply(Values<T>(), tokens, p_.values, width, grad_values_, p_.value_width, context_transposed, grad_keys_,
-             width);
+    multiply(p_.engine, tokens, p_.values, width, grad_values_, p_.value_width, context_transposed, grad_keys_, width);
     const T scale = p_.query_factor(batch) * static_cast<T>(p_.a.output_scale);
     if (p_.query_softmax()) {
       softmax_rows_backward(keys_, grad_keys_, tokens, 1, width, scale);
@@ -60,15 +61,14 @@ class Rows {
   }
 
   void write_key_gradient(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
-                          std::int64_t tokens, const T* grad_context, const T* grad_transposed,
-                          KeyStatistics<T> statistics) {
+                          std::int64_t tokens, const T* grad_context, const Element* grad_packed,
+                          const Element* grad_transposed, KeyStatistics<T> statistics) {
     const std::int64_t width = p_.key_width;
     load_keys(from, batch, head, token, tokens);
     if (p_.softmax()) key_softmax(tokens, width, keys_, statistics.max, statistics.inverse_sum);
-    multiply_rows(tokens, p_.keys, p_.value_width, keys_, width, grad_context, p_.value_width, grad_values_,
-                  p_.value_width);
+    multiply(p_.engine, tokens, p_.keys, p_.value_width, keys_, width, grad_packed, grad_values_, p_.value_width);
     store_tokens(from.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
-    multiply(Values<T>(), tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
+    multiply(p_.engine, tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
              p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
     const T scale = p_.key_factor(batch);
     if (p_.softmax()) {
@@ -84,6 +84,16 @@ class Rows {
   }
 
  private:
+  template <class Exact>
+  void add_keys_by(const Exact& engine, const KeyTensors& from, std::int64_t batch, std::int64_t head,
+                   std::int64_t token, std::int64_t tokens, KeySums<T> sums) {
+    load_keys(from, batch, head, token, tokens);
+    if (p_.softmax()) return accumulate_keys(engine, tokens, p_.keys, keys_, values_, p_.value_width, sums);
+    if (p_.relu()) add_column_sums(tokens, p_.key_width, keys_, p_.key_width, sums.sum);
+    multiply_transposed_add(engine, p_.keys, tokens, p_.value_width, keys_, p_.key_width, values_, p_.value_width,
+                            sums.values, p_.value_width);
+  }
+
   void load_keys(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token,
                  std::int64_t tokens) {
     load_tokens(from.key, batch, head, token, tokens, p_.keys, keys_, p_.key_width);
@@ -122,7 +132,7 @@ class Rows {
     }
   }
 
-  const Problem<T>& p_;
+  const Problem<E>& p_;
   T *keys_, *values_, *grad_keys_, *grad_values_, *factors_;
 };
 

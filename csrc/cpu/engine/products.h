@@ -93,13 +93,6 @@ void multiply_add(const E& engine, std::int64_t rows, std::int64_t k, std::int64
   engine.multiply(rows, k, n_padded, a, lda, b, Start::output, nullptr, {c, ldc});
 }
 
-// C = A B with B row-major, of values
-template <class T>
-void multiply_rows(std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a, std::int64_t lda, const T* b,
-                   std::int64_t ldb, T* c, std::int64_t ldc) {
-  gemm<Values<T>>(rows, k, n_padded, {a, lda, 1}, {b, ldb}, Start::zero, nullptr, {c, ldc});
-}
-
 // C += A^T B, the reduction over tokens: A [tokens, rows], B [tokens, n]
 template <class E>
 void multiply_transposed_add(const E& engine, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded,

@@ -25,6 +25,8 @@ struct Tiles {
     }
   }
 
+  bool is_exact() const { return parts == 3; }
+
   std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) const { return layout(k).right_size(n_padded); }
 
   void pack(int num_threads, Element* out, const float* data, std::int64_t k_stride, std::int64_t n_stride,

@@ -75,7 +75,8 @@ struct Values {
   static void multiply_add(Vector<T>& sum, T a, Vector<T> b) { sum += splat(a) * b; }
   static Vector<T> load_right(const T* p) { return load(p); }
 
-  static void round_operands(T*, std::int64_t) {}  // values as the products take them
+  static void round_operands(T*, std::int64_t) {}    // values as the products take them
+  static constexpr bool is_exact() { return true; }  // whether those are the values as they are
 
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return k * n_padded; }
 
