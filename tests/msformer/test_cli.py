@@ -274,7 +274,7 @@ def test_ctrl_c_keeps_what_is_done(images: Path, tmp_path: Path, monkeypatch: py
 def test_a_killed_process_can_be_resumed(how: signal.Signals, at_once: int, tmp_path: Path, picture: Picture) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
-    for number in range(30):
+    for number in range(13):
         PILImage.fromarray(picture).save(images / f"{number:02d}.png")
     command = [sys.executable, "-m", "msformer", "segment", str(images), "--out", str(out), *QUICK_OPTIONS]
     command += ["--at-once", str(at_once)]
@@ -286,22 +286,22 @@ def test_a_killed_process_can_be_resumed(how: signal.Signals, at_once: int, tmp_
         # tests that run in the background of a shell ignore it, and so would the process
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not list(out.glob("0*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -how), output
     done = len(list(out.glob("*.json")))
-    assert 0 < done < 30
+    assert 0 < done < 13
     for path in out.glob("[0-9]*.png"):
         with PILImage.open(path) as image:
             image.load()
     result = run("segment", images, "--out", out, *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
-    assert f"{done} of 30 images were already done" in result.output
+    assert f"{done} of 13 images were already done" in result.output
     assert not [name for name in files(out) if Path(name).name.startswith(".")]
-    assert len([name for name in files(out) if name.startswith("contact-sheet-")]) == 5
+    assert len([name for name in files(out) if name.startswith("contact-sheet-")]) == 3
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_signal_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_second_round_is_taught_by_the_first(tmp_path: Path) -> None:
     save_lesions(tmp_path / "images", 4)
-    options = {**QUICK, "steps": 60, "learning_rate": 1e-2, "embed_dim": 8, "batch": 4}
+    options = {**QUICK, "steps": 30, "learning_rate": 1e-2, "embed_dim": 8, "batch": 4}
     once = msformer.train(tmp_path / "images", tmp_path / "model", **options)
     twice = msformer.train(tmp_path / "images", tmp_path / "model", rounds=2, **options)
     assert once.digest != twice.digest
