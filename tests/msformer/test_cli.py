@@ -286,7 +286,7 @@ def test_a_killed_process_can_be_resumed(how: signal.Signals, at_once: int, tmp_
         # tests that run in the background of a shell ignore it, and so would the process
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not list(out.glob("0*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)

@@ -17,8 +17,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 from extensions import build_emulation  # noqa: E402
 from toolchain import BuildFailed, find_compiler  # noqa: E402
 
-# without optimisation compiled in a quarter of the time
-FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0", "-g1")
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0", "-g1")  # compiled in less time
 pytestmark = pytest.mark.slow(90)
 
 
