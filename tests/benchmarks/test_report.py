@@ -56,7 +56,7 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     assert read_results(paths[0]) == written
     assert json.loads(paths[0].read_text())["rows"][1]["seconds"] == 2.0
     names = [path.name for path in paths]
-    assert names == ["results.json", "report.md", "block-float32-training.png", "roofline-float32.png"]
+    assert names == ["results.json", "report.md", "block-float32-highest-training.png", "roofline-float32-highest.png"]
     for path in paths[2:]:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
@@ -71,7 +71,7 @@ def test_every_point_is_within_its_plot(seconds: float) -> None:
     larger = replace(BLOCK, shape=Shape(8, 30, 20, 8))
     rows = [row("eager", seconds), row("native", 2 * seconds), row("native", 3 * seconds, case=larger)]
     names = ["eager", "native"]
-    roof = roofline(rows, names, Ceilings(2e12, "", 3e10, ""), "float32")
+    roof = roofline(rows, names, Ceilings(2e12, "", 3e10, ""), "float32 highest")
     figures = [against_tokens(rows, names, "block"), roof]
     for panel in (axes for figure in figures for axes in figure.axes):
         (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
