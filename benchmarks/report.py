@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.cases import LAYERS, MODELS
 from benchmarks.machine import Ceilings, Machine
-from benchmarks.rivals import PLAIN
+from benchmarks.rivals import PLAIN, variant_of
 from benchmarks.rows import MEASURED, Row, gain, groups
 from benchmarks.tables import duration, markdown_row
 from msformer.output import complete_file, write_json
@@ -81,8 +81,10 @@ def problems(group: Sequence[Row]) -> list[str]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The rivals that there are, the plain forms first."""
+    """What others are compared with: the plain forms first; of several variants of the kernels, the first."""
     names = list(dict.fromkeys(row.rival for row in rows))
+    others = [name for name in names if variant_of(name)][1:]
+    names = [name for name in names if name not in others]
     return [name for name in PLAIN if name in names] + [name for name in names if name not in PLAIN]
 
 
@@ -110,20 +112,21 @@ def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory
 
 LEGEND = (
     "Times are medians of interleaved rounds, with the caches flushed before each sample; the spread is the distance "
-    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster. GF/s "
-    "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes"
-    " allow on this machine, by the ceilings measured in the same run, divided by the time. That of float32 'highest'"
-    " is multiply-adds; our kernels can exceed it with AMX, so above 100 % is possible. That of bfloat16 and 'medium'"
-    " is the best of AMX tiles, AVX-512 BF16 and multiply-adds that the variant of the kernels has, for other rivals "
-    "that the machine has. That of 'high' is a third of the tiles for our kernels with AMX, else multiply-adds. "
-    "Precisions are those of torch.set_float32_matmul_precision, and every rival of a case has the same. Peak memory "
-    "is what a call adds. The error is the worst of all results and gradients, against float64, and after it, the "
-    "same divided by that of eager PyTorch. Nothing is timed whose error is above what benchmarks/measure.py allows."
+    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster; of "
+    "several variants of the kernels, X is the first. GF/s count the products of the folded form, whatever a rival "
+    "does. 'of ceiling' is the least time that flop and bytes allow on this machine, by the ceilings measured in the "
+    "same run, divided by the time. That of float32 'highest' is multiply-adds; our kernels can exceed it with AMX, so "
+    "above 100 % is possible. That of bfloat16 and 'medium' is the best of AMX tiles, AVX-512 BF16 and multiply-adds "
+    "that the variant of the kernels has, for other rivals that the machine has. That of 'high' is a third of the "
+    "tiles for our kernels with AMX, else multiply-adds. Precisions are those of torch.set_float32_matmul_precision, "
+    "and every rival of a case has the same. Peak memory is what a call adds. The error is the worst of all results "
+    "and gradients, against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose "
+    "error is above what benchmarks/measure.py allows."
 )
 
 
 _COLOURS = {"published": "#888888", "eager": "#1f77b4", "compile": "#ff7f0e", "native": "#2ca02c"}
-_MORE_COLOURS = ("#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+_MORE_COLOURS = ("#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 _MARKERS = {"attention": "o", "mix_ffn": "s", "mix_ffn_skip": "D", "block": "^"}
 
 
@@ -218,7 +221,7 @@ def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, kin
     peaks = sorted({ceilings.flop_rate(kind, row.rival) / 1e9 for row in rows})
     peak = peaks[-1]
     intensities = [row.flop / row.bytes for row in rows]
-    left, right = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
+    left, right = min(*intensities, peaks[0] / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
     labels = [(f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4))]
     for rate in peaks:
         axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,43 @@ def test_small_gradients_are_measured_against_the_largest() -> None:
     assert off.error == pytest.approx(0.05)
     joined = deviation(exact | {"grad.a": torch.tensor([70.0])}, exact, "bfloat16", joined=True)
     assert (joined.where, joined.error, joined.is_right) == ("parameter gradients", pytest.approx(0.3), False)
+
+
+def test_every_rival_runs_under_the_precision_of_its_case() -> None:
+    seen = []
+
+    class Asking(Fake):
+        def run(self) -> None:
+            super().run()
+            seen.append(torch.get_float32_matmul_precision())
+
+    def make(case: Case, rival: str) -> Asking:
+        seen.append(torch.get_float32_matmul_precision())
+        return Asking(rival, [])
+
+    case = replace(CASE, precision="medium")
+    measure_case(case, ["a", "b"], Settings(1), CEILINGS, lambda: None, lambda what: None, make)
+    assert set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rival", "rate"),
+    [
+        ("float32 highest", "native (amx)", 2.0),
+        ("float32 high", "native (amx)", 8.0),
+        ("float32 medium", "native (amx)", 24.0),
+        ("bfloat16", "native (amx)", 24.0),
+        ("bfloat16", "native (avx512_bf16)", 4.0),
+        ("float32 high", "native (avx512_bf16)", 2.0),
+        ("float32 medium", "native (avx2)", 2.0),
+        ("float32 high", "compile", 2.0),
+        ("bfloat16", "compile", 24.0),
+    ],
+)
+def test_the_ceiling_is_that_of_what_does_the_products(kind: str, rival: str, rate: float) -> None:
+    assert Ceilings(2.0, "", 1.0, "", 4.0, 24.0).flop_rate(kind, rival) == rate
+    assert Ceilings(2.0, "", 1.0, "").flop_rate(kind, rival) == 2.0
 
 
 def test_missing_results_are_an_error() -> None:
