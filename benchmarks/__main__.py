@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.cases import (
     Shape,
     full_cases,
     full_shapes,
+    in_precisions,
     make_cases,
     order_rivals,
     parse_shape,
@@ -29,7 +31,7 @@ from benchmarks.cases import (
     why_not,
 )
 from benchmarks.compare import compare, print_comparison
-from benchmarks.machine import cache_flusher, describe, measure_ceilings
+from benchmarks.machine import cache_flusher, describe, measure_ceilings, usable_variants
 from benchmarks.measure import Settings, measure_case
 from benchmarks.report import (
     Results,
@@ -40,6 +42,7 @@ from benchmarks.report import (
     write_json_file,
     write_results,
 )
+from benchmarks.variants import in_variants, make_anywhere
 from msformer.output import OutputError, prepare_folder
 
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
@@ -66,6 +69,21 @@ class ShapeType(click.ParamType):
 @click.option("--op", "operations", multiple=True, type=click.Choice(OPERATIONS), help="Operation; may be repeated.")
 @click.option("--shape", "shapes", multiple=True, type=ShapeType(), help="Such as 1x257x257x100h1; may be repeated.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(tuple(rival_names.DTYPES)), help="May be repeated.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("highest",),
+    type=click.Choice(rival_names.PRECISIONS),
+    help="Of float32 products, for every rival; may be repeated.  [default: highest]",
+)
+@click.option(
+    "--isa",
+    "variants",
+    multiple=True,
+    type=click.Choice(("all", *usable_variants())),
+    help="Variant of the CPU kernels, side by side in place of native; may be repeated.  [default: the best]",
+)
 @click.option(
     "--rival",
     "rivals",
@@ -103,6 +121,8 @@ def main(
     operations: tuple[str, ...],
     shapes: tuple[Shape, ...],
     dtypes: tuple[str, ...],
+    precisions: tuple[str, ...],
+    variants: tuple[str, ...],
     rivals: tuple[str, ...],
     passes: tuple[str, ...],
     rounds: int | None,
@@ -125,7 +145,16 @@ def main(
         return
     if threads:
         torch.set_num_threads(threads)
-    plan = make_plan(full, operations, shapes, dtypes, order_rivals(rivals or rival_names.all_rivals()), passes)
+    chosen = order_rivals(rivals or rival_names.all_rivals())
+    if variants:
+        if "native" not in chosen:
+            raise click.UsageError("--isa needs the native kernels among the rivals")
+        chosen = in_variants(chosen, variants)
+    plan = [
+        (case, rivals)
+        for planned, rivals in make_plan(full, operations, shapes, dtypes, chosen, passes)
+        for case in in_precisions(planned, dict.fromkeys(precisions))
+    ]
     try:
         prepare_folder(out)
         settings = Settings(rounds or (FULL_ROUNDS if full else QUICK_ROUNDS), keep_memory=not default_allocator)
@@ -204,7 +233,8 @@ def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, re
             if not console.is_terminal:
                 console.print(f"[{number} of {len(plan)}] {case}: {', '.join(rivals)}", markup=False, soft_wrap=True)
             report = _reporter(bars, task, str(case))
-            rows = measure_case(case, rivals, settings, results.ceilings, flush, report)
+            make = partial(make_anywhere, keep_memory=settings.keep_memory)
+            rows = measure_case(case, rivals, settings, results.ceilings, flush, report, make)
             done += _parts(rivals, settings.rounds)
             bars.update(task, completed=done)
             results.rows += rows

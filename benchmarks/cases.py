@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from benchmarks.rivals import DTYPES, PLAIN, STORAGE
+from benchmarks.rivals import DTYPES, PLAIN, STORAGE, type_name
 from msformer.model import MINIMUM_SIZE
 
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:h(\d+))?(?:m(\d+))?")
@@ -175,9 +175,15 @@ class Case:
     shape: Shape
     dtype: str
     passes: str
+    precision: str = field(default="highest", kw_only=True)
+    """PyTorch's setting for products of float32 tensors, for every rival; matters in float32 only."""
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.shape} {self.dtype} {self.passes}"
+        return f"{self.operation} {self.shape} {self.type} {self.passes}"
+
+    @property
+    def type(self) -> str:
+        return type_name(self.dtype, self.precision)
 
     @property
     def is_model(self) -> bool:
@@ -185,8 +191,8 @@ class Case:
 
     @property
     def joins_gradients(self) -> bool:
-        """Whether results are compared with the gradients of all parameters as one vector; see `correctness`."""
-        return self.is_model or self.dtype == "bfloat16"
+        """Whether results are compared with the gradients of all parameters as one vector; see `measure`."""
+        return self.is_model or self.type in ("bfloat16", "float32 medium")
 
     @property
     def training(self) -> bool:
@@ -237,6 +243,11 @@ def make_cases(
                 kinds = [kind for kind in passes if operation not in MODELS or kind == "training"]
                 found += [Case(operation, shape, dtype, kind) for kind in kinds]
     return found
+
+
+def in_precisions(case: Case, precisions: Iterable[str]) -> list[Case]:
+    """A case of float32 in each of these; another as it is."""
+    return [replace(case, precision=name) for name in precisions] if case.dtype == "float32" else [case]
 
 
 QUICK_CASES = (

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 import msformer_kernels
+from benchmarks.rivals import is_ours, type_name, variant_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,33 @@ class Ceilings:
     flop_source: str
     bytes_per_second: float
     bytes_source: str
+    pair_flop_per_second: float | None = None
+    """Of bfloat16 products by AVX-512 BF16; None where there is none."""
+    tile_flop_per_second: float | None = None
+    """Of bfloat16 products on AMX tiles; None where this process has none."""
+
+    def bfloat16_rates(self) -> list[tuple[float | None, str]]:
+        """With what they are."""
+        return [
+            (self.pair_flop_per_second, "bfloat16 products by AVX-512 BF16"),
+            (self.tile_flop_per_second, "bfloat16 products on AMX tiles"),
+        ]
+
+    def flop_rate(self, kind: str, rival: str) -> float:
+        """Flop a second of the unit that does a rival's products of a type such as "float32 high".
+
+        In bfloat16, which "medium" rounds to, that is the best that a variant of the kernels has; PyTorch has all.
+        "high" is three products on the tiles, and only our kernels do that. "highest" counts as multiply-adds, also on
+        the tiles, which do six products for each in less time.
+        """
+        variant = (variant_of(rival) or instruction_set()) if is_ours(rival) else "amx"
+        tiles = self.tile_flop_per_second if variant == "amx" else None
+        if kind == type_name("float32", "high"):
+            return tiles / 3 if tiles and is_ours(rival) else self.flop_per_second
+        if kind not in ("bfloat16", type_name("float32", "medium")):
+            return self.flop_per_second
+        pairs = self.pair_flop_per_second if variant in ("amx", "avx512_bf16") else None
+        return tiles or pairs or self.flop_per_second
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,6 @@ def describe() -> Machine:
 
     import msformer
 
-    backends = msformer_kernels.available_backends()
     return Machine(
         processor=_processor(),
         cores=psutil.cpu_count() or 0,
@@ -75,8 +102,8 @@ def describe() -> Machine:
         torch=torch.__version__,
         msformer=msformer.__version__,
         threads=torch.get_num_threads(),
-        instruction_set=_instruction_set(backends),
-        backends=backends,
+        instruction_set=instruction_set(),
+        backends=msformer_kernels.available_backends(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
@@ -93,12 +120,22 @@ def _processor() -> str:
     return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
-def _instruction_set(backends: tuple[str, ...]) -> str:
-    if "native" not in backends:
+def instruction_set() -> str:
+    """The variant of the CPU kernels that this process uses."""
+    if "native" not in msformer_kernels.available_backends():
         return f"{torch.backends.cpu.get_cpu_capability()} (of PyTorch)"
     from msformer_kernels import _native
 
     return _native.isa()
+
+
+def usable_variants() -> tuple[str, ...]:
+    """Of the CPU kernels, what this machine can use, the best first."""
+    if "native" not in msformer_kernels.available_backends():
+        return ()
+    from msformer_kernels import _native
+
+    return tuple(_native.available_isas())
 
 
 def last_level_cache() -> int:
@@ -111,49 +148,65 @@ def last_level_cache() -> int:
 
 
 def measure_ceilings(attempts: int = 3, size: int = 256 * 2**20, steps: int = 30_000_000) -> Ceilings:
-    """Float32 multiply-adds in registers, and a copy of `size` bytes; the best of several attempts on all threads."""
-    flop, source = _multiply_adds(attempts, steps)
+    """Products in registers, and a copy of `size` bytes; the best of several attempts on all threads."""
+    flop, source = _rate("multiply_adds", attempts, steps), "float32 multiply-adds in registers"
+    if flop is None:
+        matrix = torch.ones(2048, 2048)
+        flop = 2 * 2048**3 / min(_seconds(lambda: matrix @ matrix) for _ in range(attempts + 2))
+        source = "float32 product of 2048 x 2048 matrices (no C++ compiler found)"
     origin = torch.ones(size // 4)
     copy = torch.empty_like(origin)
     copied = 2 * size / min(_seconds(lambda: copy.copy_(origin)) for _ in range(attempts + 2))
-    return Ceilings(flop, source, copied, f"copy of {size / 2**20:.0f} MiB, reads and writes counted")
+    return Ceilings(
+        flop,
+        source,
+        copied,
+        f"copy of {size / 2**20:.0f} MiB, reads and writes counted",
+        _rate("pair_products", attempts, steps),
+        # asking for the list of variants has asked for the permission to use tiles
+        _rate("tile_products", attempts, steps // 8) if "amx" in usable_variants() else None,
+    )
 
 
-def _multiply_adds(attempts: int, steps: int) -> tuple[float, str]:
-    threads, run = torch.get_num_threads(), _compiled_multiply_adds()
-    if run is not None:
-
-        def attempt() -> float:
-            started = time.perf_counter()
-            flop = run(threads, steps, ctypes.byref(ctypes.c_float()))
-            return float(flop) / (time.perf_counter() - started)
-
-        return max(attempt() for _ in range(attempts)), "float32 multiply-adds in registers"
-    matrix = torch.ones(2048, 2048)
-    seconds = min(_seconds(lambda: matrix @ matrix) for _ in range(attempts + 2))
-    return 2 * 2048**3 / seconds, "float32 product of 2048 x 2048 matrices (no C++ compiler found)"
+_SOURCES = {
+    "multiply_adds": "multiply_adds.cpp",
+    "pair_products": "bfloat16_products.cpp",
+    "tile_products": "bfloat16_products.cpp",
+}
 
 
-@lru_cache(maxsize=1)
-def _compiled_multiply_adds() -> Callable[..., float] | None:
-    """The function of multiply_adds.cpp, compiled for this processor; None without a compiler."""
+def _rate(name: str, attempts: int, steps: int) -> float | None:
+    """Flop a second that a function of a C++ file beside this one reaches; None without compiler or instructions."""
+    library = _compiled(_SOURCES[name])
+    if library is None:
+        return None
+    function = getattr(library, name)
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+
+    def attempt() -> float:
+        started = time.perf_counter()
+        flop = function(torch.get_num_threads(), steps, ctypes.byref(ctypes.c_float()))
+        return float(flop) / (time.perf_counter() - started)
+
+    return max(attempt() for _ in range(attempts)) or None
+
+
+@lru_cache
+def _compiled(source: str) -> ctypes.CDLL | None:
+    """A C++ file beside this one, compiled for this processor; None without a compiler."""
     compiler = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "multiply_adds.so"
+        library = Path(folder) / "ceilings.so"
         command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"]
-        source = Path(__file__).with_name("multiply_adds.cpp")
+        path = str(Path(__file__).with_name(source))
         # on processors other than x86-64 there is no width to prefer
         for flags in (command, [flag for flag in command if "vector-width" not in flag]):
-            if (
-                subprocess.run([*flags, str(source), "-o", str(library)], capture_output=True, check=False).returncode
-                == 0
-            ):
-                function = ctypes.CDLL(str(library)).multiply_adds
-                function.restype = ctypes.c_double
-                function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
-                return cast(Callable[..., float], function)
+            done = subprocess.run([*flags, path, "-o", str(library)], capture_output=True, check=False)
+            if done.returncode == 0:
+                return ctypes.CDLL(str(library))
     return None
 
 
@@ -164,13 +217,13 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class OtherPrograms:
-    """How busy the machine is with anything but this process, since this was made."""
+    """How busy the machine is with anything but this process and those it started, since this was made."""
 
     SHORTEST = 0.5
     """Seconds; the system counts in hundredths, so less than this says little."""
 
     def __init__(self) -> None:
-        self._started, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+        self._started, self._busy, self._own = time.perf_counter(), _busy_seconds(), _own_seconds()
 
     def seconds(self) -> float:
         """Since this was made."""
@@ -181,7 +234,7 @@ class OtherPrograms:
         seconds = self.seconds()
         if seconds < self.SHORTEST:
             return None
-        busy, own = _busy_seconds() - self._busy, time.process_time() - self._own
+        busy, own = _busy_seconds() - self._busy, _own_seconds() - self._own
         return max(0.0, (busy - own) / seconds)
 
 
@@ -191,6 +244,18 @@ def _busy_seconds() -> float:
 
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice")))
+
+
+def _own_seconds() -> float:
+    """Of all cores together, since this process and those that it started began."""
+    import psutil
+
+    found = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            found += times.user + times.system
+    return found
 
 
 def cache_flusher() -> Callable[[], object]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.cases import LAYERS, MODELS
 from benchmarks.machine import Ceilings, Machine
-from benchmarks.rivals import PLAIN
+from benchmarks.rivals import PLAIN, variant_of
 from benchmarks.rows import MEASURED, Row, gain, groups
 from benchmarks.tables import duration, markdown_row
 from msformer.output import complete_file, write_json
@@ -30,7 +30,7 @@ def size(count: float) -> str:
 
 def title(row: Row) -> str:
     passes = "" if row.operation in MODELS else ", forward" if row.passes == "forward" else ", forward + backward"
-    return f"{row.operation} {row.shape}, {row.dtype}{passes}"
+    return f"{row.operation} {row.shape}, {row.type}{passes}"
 
 
 def columns(rivals: Sequence[str]) -> list[str]:
@@ -81,8 +81,10 @@ def problems(group: Sequence[Row]) -> list[str]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The rivals that there are, the plain forms first."""
+    """What others are compared with: the plain forms first; of several variants of the kernels, the first."""
     names = list(dict.fromkeys(row.rival for row in rows))
+    others = [name for name in names if variant_of(name)][1:]
+    names = [name for name in names if name not in others]
     return [name for name in PLAIN if name in names] + [name for name in names if name not in PLAIN]
 
 
@@ -97,28 +99,34 @@ def where_lines(machine: Machine) -> list[str]:
 
 def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory: bool) -> list[str]:
     """Where this was measured, and what that machine can do."""
+    rates = [(ceilings.flop_per_second, ceilings.flop_source)]
+    rates += [(rate, source) for rate, source in ceilings.bfloat16_rates() if rate]
     return [
         *where_lines(machine),
         f"{machine.threads} threads, at most {rounds} rounds; {machine.date}; between fitting steps freed memory "
         f"{'stays with the process, for every rival' if keep_memory else 'goes back to the system, for every rival'}",
-        f"ceilings: {ceilings.flop_per_second / 1e9:.0f} GF/s ({ceilings.flop_source}), "
+        f"ceilings: {', '.join(f'{rate / 1e9:.0f} GF/s ({source})' for rate, source in rates)}, "
         f"{ceilings.bytes_per_second / 1e9:.1f} GB/s ({ceilings.bytes_source})",
     ]
 
 
 LEGEND = (
     "Times are medians of interleaved rounds, with the caches flushed before each sample; the spread is the distance "
-    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster. GF/s "
-    "count the products of the folded form, whatever a rival does. 'of ceiling' is the least time that flop and bytes "
-    "allow on this machine, by the ceilings measured in the same run (float32 multiply-adds, also for bfloat16), "
-    "divided by the time. Peak memory is what a call adds. The error is the worst of all results and gradients, "
-    "against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose error is above "
-    "what benchmarks/correctness.py allows."
+    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster; of "
+    "several variants of the kernels, X is the first. GF/s count the products of the folded form, whatever a rival "
+    "does. 'of ceiling' is the least time that flop and bytes allow on this machine, by the ceilings measured in the "
+    "same run, divided by the time. That of float32 'highest' is multiply-adds; our kernels can exceed it with AMX, so "
+    "above 100 % is possible. That of bfloat16 and 'medium' is the best of AMX tiles, AVX-512 BF16 and multiply-adds "
+    "that the variant of the kernels has, for other rivals that the machine has. That of 'high' is a third of the "
+    "tiles for our kernels with AMX, else multiply-adds. Precisions are those of torch.set_float32_matmul_precision, "
+    "and every rival of a case has the same. Peak memory is what a call adds. The error is the worst of all results "
+    "and gradients, against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose "
+    "error is above what benchmarks/measure.py allows."
 )
 
 
 _COLOURS = {"published": "#888888", "eager": "#1f77b4", "compile": "#ff7f0e", "native": "#2ca02c"}
-_MORE_COLOURS = ("#d62728", "#9467bd", "#8c564b")
+_MORE_COLOURS = ("#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 _MARKERS = {"attention": "o", "mix_ffn": "s", "mix_ffn_skip": "D", "block": "^"}
 
 
@@ -133,14 +141,18 @@ def draw_plots(folder: Path, rows: Sequence[Row], ceilings: Ceilings) -> list[Pa
     timed = [row for row in rows if row.seconds is not None]
     rivals = list(dict.fromkeys(row.rival for row in timed))
     paths = []
-    for kind in dict.fromkeys((row.operation, row.dtype, row.passes) for row in timed):
-        chosen = [row for row in timed if (row.operation, row.dtype, row.passes) == kind]
-        paths.append(_save(folder / f"{'-'.join(kind)}.png", against_tokens(chosen, rivals, " ".join(kind))))
+    for kind in dict.fromkeys((row.operation, row.type, row.passes) for row in timed):
+        chosen = [row for row in timed if (row.operation, row.type, row.passes) == kind]
+        paths.append(_save(folder / f"{_file_name(*kind)}.png", against_tokens(chosen, rivals, " ".join(kind))))
     layers = [row for row in timed if row.operation in LAYERS]
-    for dtype in dict.fromkeys(row.dtype for row in layers):
-        chosen = [row for row in layers if row.dtype == dtype]
-        paths.append(_save(folder / f"roofline-{dtype}.png", roofline(chosen, rivals, ceilings, dtype)))
+    for name in dict.fromkeys(row.type for row in layers):
+        chosen = [row for row in layers if row.type == name]
+        paths.append(_save(folder / f"{_file_name('roofline', name)}.png", roofline(chosen, rivals, ceilings, name)))
     return paths
+
+
+def _file_name(*words: str) -> str:
+    return "-".join(words).replace(" ", "-")
 
 
 def _save(path: Path, figure: Figure) -> Path:
@@ -201,18 +213,20 @@ def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.3)
 
 
-def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dtype: str) -> Figure:
-    """Rate against flop a byte, both of the folded form, under the two ceilings."""
+def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, kind: str) -> Figure:
+    """Rate against flop a byte, both of the folded form, under the ceilings of memory and of products of this type."""
     figure = _figure(8, 5.5)
     axes = figure.subplots()
-    peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
+    bandwidth = ceilings.bytes_per_second / 1e9
+    peaks = sorted({ceilings.flop_rate(kind, row.rival) / 1e9 for row in rows})
+    peak = peaks[-1]
     intensities = [row.flop / row.bytes for row in rows]
-    left, right = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
-    axes.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], color="black")
-    for label, point, offset in (
-        (f"{peak:.0f} GF/s", (right, peak), (-60, 4)),
-        (f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4)),
-    ):
+    left, right = min(*intensities, peaks[0] / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
+    labels = [(f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4))]
+    for rate in peaks:
+        axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black")
+        labels.append((f"{rate:.0f} GF/s", (right, rate), (-60, 4)))
+    for label, point, offset in labels:
         axes.annotate(label, point, xytext=offset, textcoords="offset points")
     for row, intensity in zip(rows, intensities, strict=True):
         filled = colour(row.rival, rivals) if row.passes == "training" else "none"
@@ -224,8 +238,9 @@ def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, dty
             markerfacecolor=filled,
         )
     lowest = min(row.flop / (row.seconds or 1) / 1e9 for row in rows)
-    axes.set_ylim(min(lowest, left * bandwidth) / 1.5, 2 * peak)
-    axes.set(xscale="log", yscale="log", xlabel="flop a byte that must move", ylabel="GF/s", title=f"roofline, {dtype}")
+    highest = max(row.flop / (row.seconds or 1) / 1e9 for row in rows)
+    axes.set_ylim(min(lowest, left * bandwidth) / 1.5, 2 * max(highest, peak))
+    axes.set(xscale="log", yscale="log", xlabel="flop a byte that must move", ylabel="GF/s", title=f"roofline, {kind}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(handles=_keys(rows, rivals), fontsize=8, loc="lower left")
     return figure

@@ -4,7 +4,8 @@
 - ``eager``: the layers of `msformer_kernels` on backend "reference": each product once, Linear in place of 1x1
   convolutions, channels-last depthwise convolution.
 - ``compile``: `torch.compile` of ``eager``, one graph, for this shape alone.
-- ``native`` and whatever other backends there are: the layers on that backend.
+- ``native`` and whatever other backends there are: the layers on that backend. ``native (avx2)``: with that variant of
+  its code, in a process of its own (`benchmarks.variants`).
 
 In bfloat16 the backends get weights and inputs in bfloat16. The others run as PyTorch recommends, under autocast with
 weights and inputs in float32. All of them get the same numbers, which bfloat16 can hold.
@@ -28,7 +29,14 @@ EXACT = "exact"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORAGE = DTYPES | {"float16": torch.float16, "tf32": torch.float32}
 """By the name of a dtype, what values are stored in; the last two are measured on a GPU."""
+PRECISIONS = ("highest", "high", "medium")
+"""Of float32 products, as `torch.set_float32_matmul_precision` takes them."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def type_name(dtype: str, precision: str) -> str:
+    """The dtype, and with float32 the precision of products, such as "float32 high"."""
+    return f"{dtype} {precision}" if dtype == "float32" else dtype
 
 
 def backends() -> tuple[str, ...]:
@@ -48,6 +56,11 @@ def is_exact(rival: str) -> bool:
 def backend_of(rival: str) -> str:
     """The backend that the layers of a rival run on."""
     return "reference" if rival in (*PLAIN, EXACT) else rival.split()[0]
+
+
+def variant_of(rival: str) -> str | None:
+    """The variant of the CPU kernels that a rival such as ``native (avx2)`` names."""
+    return rival.partition("(")[2].rstrip(")") or None
 
 
 def is_ours(rival: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.rivals import type_name
 
 MEASURED, WRONG, FAILED = "measured", "wrong", "failed"
 Key = tuple[str, str, str, str, str]
@@ -28,6 +29,8 @@ class Row:
     """Of the folded form, whatever the rival does."""
     bytes: float
     """That must move at the least."""
+    precision: str = "highest"
+    """Of float32 products, as `Case.precision`."""
     mode: str = ""
     status: str = FAILED
     reason: str = ""
@@ -46,7 +49,11 @@ class Row:
 
     @property
     def key(self) -> Key:
-        return self.operation, self.shape, self.dtype, self.passes, self.rival
+        return self.operation, self.shape, self.type, self.passes, self.rival
+
+    @property
+    def type(self) -> str:
+        return type_name(self.dtype, self.precision)
 
     @property
     def seconds(self) -> float | None:
@@ -82,6 +89,7 @@ def new_row(case: Case, rival: str) -> Row:
         tokens=case.shape.tokens,
         flop=work.flop,
         bytes=work.bytes,
+        precision=case.precision,
     )
 
 

@@ -6,8 +6,11 @@ All rivals of a case get the same weights and inputs, and so does the exact form
 
 from __future__ import annotations
 
+import gc
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 import msformer_kernels as kernels
 from benchmarks import published
 from benchmarks.cases import DEPTH, IMAGE_STEPS, Case, Shape
+from benchmarks.machine import peak_memory
 from benchmarks.published import PublishedMSFormer
 from benchmarks.rivals import backend_of, compiled, is_exact, mode, running, storage_dtype
 from msformer import segmentation
@@ -28,19 +32,45 @@ from msformer.synthetic import synthetic_lesion
 SEED = 0
 
 
-class Candidate(Protocol):
+class Candidate(ABC):
     """One rival in one case."""
 
     mode: str
 
+    @abstractmethod
     def run(self) -> None:
         """What is timed."""
 
+    @abstractmethod
     def results(self) -> dict[str, Tensor]:
         """Of the first run; names of parameters' gradients begin with ``grad.``"""
 
+    @abstractmethod
     def clear(self) -> None:
         """Lets go of what the last run left: outputs and gradients."""
+
+    def sample(self, calls: int) -> float:
+        """Seconds a call."""
+        gc.disable()
+        try:
+            started = time.perf_counter()
+            for _ in range(calls):
+                self.run()
+            return (time.perf_counter() - started) / calls
+        finally:
+            gc.enable()
+            self.clear()
+
+    def peak(self) -> int | None:
+        """Bytes that a call adds; None where that is not known."""
+        self.clear()
+        gc.collect()
+        try:
+            return peak_memory(self.run)
+        except (RuntimeError, MemoryError):
+            return None
+        finally:
+            self.clear()
 
 
 class AttentionLayer(nn.Module):
@@ -123,7 +153,7 @@ def _representable(x: Tensor, dtype: str) -> Tensor:
     return x.bfloat16().float() if dtype == "bfloat16" else x
 
 
-class Layer:
+class Layer(Candidate):
     """Forward, or forward and backward, of a layer."""
 
     def __init__(self, case: Case, rival: str) -> None:
@@ -202,7 +232,7 @@ def seeded_model(case: Case, rival: str) -> MSFormer | PublishedMSFormer:
     return ours.double() if is_exact(rival) else ours
 
 
-class Step:
+class Step(Candidate):
     """Forward, losses, backward and optimiser; weights and momentum go on from run to run."""
 
     def __init__(self, case: Case, rival: str) -> None:
@@ -243,7 +273,7 @@ def _picture(case: Case) -> Any:
     return synthetic_lesion(SEED, max(64, case.shape.height), max(64, case.shape.width)).image
 
 
-class Image:
+class Image(Candidate):
     """`msformer.segment` with a fixed number of steps; the model that it fits is the rival's.
 
     Compiled once, the model gets new weights for each image, as somebody would do it who has many images.
@@ -294,7 +324,7 @@ class Image:
         return {"loss": torch.tensor(self.result.losses[0])}
 
 
-class FirstLoss:
+class FirstLoss(Candidate):
     """The first loss of `Image`, in float64."""
 
     def __init__(self, case: Case, rival: str) -> None:

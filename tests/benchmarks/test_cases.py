@@ -12,6 +12,7 @@ from benchmarks.cases import (
     Shape,
     family,
     full_cases,
+    in_precisions,
     make_cases,
     parse_shape,
     quick_rivals,
@@ -75,6 +76,17 @@ def test_combinations_that_do_not_exist_are_left_out() -> None:
     assert make_cases(["image"], [image], ["float32", "bfloat16"], both) == [
         Case("image", image, "float32", "training")
     ]
+
+
+def test_precisions_are_those_of_float32_and_part_of_the_text() -> None:
+    shape = Shape(1, 7, 7, 8)
+    found = [
+        str(case)
+        for dtype in ("float32", "bfloat16")
+        for case in in_precisions(Case("block", shape, dtype, "forward"), ("highest", "medium"))
+    ]
+    text = "block 1x7x7x8h1"
+    assert found == [f"{text} float32 highest forward", f"{text} float32 medium forward", f"{text} bfloat16 forward"]
 
 
 def test_work_is_that_of_the_folded_form() -> None:

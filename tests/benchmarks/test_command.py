@@ -51,6 +51,17 @@ def test_a_tiny_run_writes_everything(tmp_path: Path) -> None:
     assert "too few samples" in again.output
 
 
+def test_every_precision_has_rows(tmp_path: Path) -> None:
+    chosen = ["--precision", "highest", "--precision", "medium", "--dtype", "float32", "--dtype", "bfloat16"]
+    found = run(*TINY, "--passes", "forward", *chosen, "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    kinds = [("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest")]
+    assert [(row["dtype"], row["precision"]) for row in rows if row["rival"] == "eager"] == kinds
+    assert "block 1x9x7x8h2, float32 medium, forward" in found.output
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_an_interruption_writes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = command.measure_case
 
@@ -75,6 +86,9 @@ def test_an_interruption_writes_what_was_measured(tmp_path: Path, monkeypatch: p
         (["--op", "conv"], "'--op': 'conv' is not one of"),
         (["--rival", "jax"], "'--rival': 'jax' is not one of 'published', 'eager', 'compile'"),
         (["--dtype", "int8"], "'--dtype': 'int8' is not one of"),
+        (["--precision", "low"], "'--precision': 'low' is not one of 'highest', 'high', 'medium'"),
+        (["--isa", "mmx"], "'--isa': 'mmx' is not one of 'all'"),
+        (["--isa", "all", "--rival", "eager"], "--isa needs the native kernels among the rivals"),
         (["--rounds", "0"], "'--rounds': 0 is not in the range x>=1"),
         (["--op", "step", "--shape", "1x9x9x8"], "step needs images of at least 33 x 33"),
         (["--op", "image", "--dtype", "bfloat16"], "nothing to measure"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from benchmarks.cases import Case, Shape
 from benchmarks.machine import Ceilings, OtherPrograms, describe, limited_memory, measure_ceilings, peak_memory
 from benchmarks.measure import Settings, calls_a_sample, deviation, in_turn, measure_case
 from benchmarks.rows import FAILED, MEASURED, WRONG, Row
+from benchmarks.workloads import Candidate
 
 CASE = Case("attention", Shape(1, 2, 2, 4), "float32", "forward")
 CEILINGS = Ceilings(1e9, "", 1e9, "")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-class Fake:
+class Fake(Candidate):
     """A rival that gives a fixed result and writes down when it is run."""
 
     mode = "fake"
@@ -45,7 +47,7 @@ class Fake:
 def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures time: running a `Fake` moves the clock."""
     if "machine" not in request.node.name:
-        monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: Fake.now)
+        monkeypatch.setattr("benchmarks.workloads.time.perf_counter", lambda: Fake.now)
 
 
 def measure(log: list[str], rounds: int = 3, **fakes: Fake) -> dict[str, Row]:
@@ -123,23 +125,59 @@ def test_short_calls_are_repeated() -> None:
 def test_small_gradients_are_measured_against_the_largest() -> None:
     exact = {"output": torch.tensor([2.0]), "grad.a": torch.tensor([100.0]), "grad.b": torch.tensor([1e-12])}
     rounding = exact | {"grad.b": torch.tensor([1e-5])}
-    found = deviation(rounding, exact, "float32", joined=False)
+    found = deviation(rounding, exact, "float32 highest", joined=False)
     assert found.is_right
     assert (found.error, found.where) == (pytest.approx(1e-5), "grad.b")
-    assert not deviation(exact | {"grad.b": torch.tensor([0.1])}, exact, "float32", joined=False).is_right
-    assert deviation(exact | {"output": torch.tensor([2.1])}, exact, "float32", joined=False).error == pytest.approx(
-        0.05
-    )
+    assert not deviation(exact | {"grad.b": torch.tensor([0.1])}, exact, "float32 highest", joined=False).is_right
+    off = deviation(exact | {"output": torch.tensor([2.1])}, exact, "float32 highest", joined=False)
+    assert off.error == pytest.approx(0.05)
     joined = deviation(exact | {"grad.a": torch.tensor([70.0])}, exact, "bfloat16", joined=True)
     assert (joined.where, joined.error, joined.is_right) == ("parameter gradients", pytest.approx(0.3), False)
+
+
+def test_every_rival_runs_under_the_precision_of_its_case() -> None:
+    seen = []
+
+    class Asking(Fake):
+        def run(self) -> None:
+            super().run()
+            seen.append(torch.get_float32_matmul_precision())
+
+    def make(case: Case, rival: str) -> Asking:
+        seen.append(torch.get_float32_matmul_precision())
+        return Asking(rival, [])
+
+    case = replace(CASE, precision="medium")
+    measure_case(case, ["a", "b"], Settings(1), CEILINGS, lambda: None, lambda what: None, make)
+    assert set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rival", "rate"),
+    [
+        ("float32 highest", "native (amx)", 2.0),
+        ("float32 high", "native (amx)", 8.0),
+        ("float32 medium", "native (amx)", 24.0),
+        ("bfloat16", "native (amx)", 24.0),
+        ("bfloat16", "native (avx512_bf16)", 4.0),
+        ("float32 high", "native (avx512_bf16)", 2.0),
+        ("float32 medium", "native (avx2)", 2.0),
+        ("float32 high", "compile", 2.0),
+        ("bfloat16", "compile", 24.0),
+    ],
+)
+def test_the_ceiling_is_that_of_what_does_the_products(kind: str, rival: str, rate: float) -> None:
+    assert Ceilings(2.0, "", 1.0, "", 4.0, 24.0).flop_rate(kind, rival) == rate
+    assert Ceilings(2.0, "", 1.0, "").flop_rate(kind, rival) == 2.0
 
 
 def test_missing_results_are_an_error() -> None:
     exact = {"output": torch.ones(2), "context": torch.ones(2)}
     with pytest.raises(ValueError, match="expected output, context, got output"):
-        deviation({"output": torch.ones(2)}, exact, "float32", joined=False)
+        deviation({"output": torch.ones(2)}, exact, "float32 highest", joined=False)
     with pytest.raises(ValueError, match=r"context: expected shape \(2,\), got \(3,\)"):
-        deviation(exact | {"context": torch.ones(3)}, exact, "float32", joined=False)
+        deviation(exact | {"context": torch.ones(3)}, exact, "float32 highest", joined=False)
 
 
 @LINUX
@@ -175,7 +213,7 @@ def test_the_machine_is_described_and_measured() -> None:
 def test_other_programs_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"seconds": 0.0, "busy": 0.0, "own": 0.0}
     monkeypatch.setattr("benchmarks.machine.time.perf_counter", lambda: clock["seconds"])
-    monkeypatch.setattr("benchmarks.machine.time.process_time", lambda: clock["own"])
+    monkeypatch.setattr("benchmarks.machine._own_seconds", lambda: clock["own"])
     monkeypatch.setattr("benchmarks.machine._busy_seconds", lambda: clock["busy"])
     others = OtherPrograms()
     clock.update(seconds=0.1, busy=0.1)

@@ -16,6 +16,8 @@ from benchmarks.machine import Ceilings, Machine
 from benchmarks.report import (
     Results,
     against_tokens,
+    columns_of,
+    machine_lines,
     markdown,
     print_group,
     read_results,
@@ -56,7 +58,7 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     assert read_results(paths[0]) == written
     assert json.loads(paths[0].read_text())["rows"][1]["seconds"] == 2.0
     names = [path.name for path in paths]
-    assert names == ["results.json", "report.md", "block-float32-training.png", "roofline-float32.png"]
+    assert names == ["results.json", "report.md", "block-float32-highest-training.png", "roofline-float32-highest.png"]
     for path in paths[2:]:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
@@ -71,7 +73,7 @@ def test_every_point_is_within_its_plot(seconds: float) -> None:
     larger = replace(BLOCK, shape=Shape(8, 30, 20, 8))
     rows = [row("eager", seconds), row("native", 2 * seconds), row("native", 3 * seconds, case=larger)]
     names = ["eager", "native"]
-    roof = roofline(rows, names, Ceilings(2e12, "", 3e10, ""), "float32")
+    roof = roofline(rows, names, Ceilings(2e12, "", 3e10, ""), "float32 highest")
     figures = [against_tokens(rows, names, "block"), roof]
     for panel in (axes for figure in figures for axes in figure.axes):
         (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
@@ -150,6 +152,39 @@ def test_rows_of_one_file_and_another_machine_are_named() -> None:
     assert found.machine == ["threads: 2 -> 1"]
     (broken,) = compare(results(row("native", 1.0)), results(wrong("native"))).changes
     assert broken.verdict == "measured -> wrong"
+
+
+def test_precisions_are_not_mixed(tmp_path: Path) -> None:
+    """A file from before there were any is of "highest"."""
+    old = results(row("native", 1.0))
+    content = old.to_json()
+    del content["rows"][0]["precision"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert read_results(tmp_path / "old.json") == old
+    high = results(row("native", 1.0), row("native", 2.0, case=replace(BLOCK, precision="high")))
+    found = compare(old, high)
+    assert [change.ratio for change in found.changes] == [1.0]
+    assert found.only_new == [("block", "1x9x7x8h1", "float32 high", "training", "native")]
+    page = markdown(high)
+    assert "## block 1x9x7x8h1, float32 highest, forward + backward" in page
+    assert "## block 1x9x7x8h1, float32 high, forward + backward" in page
+
+
+def test_variants_are_compared_with_the_first() -> None:
+    rows = [row("native (amx)", 1.0), row("native (avx2)", 3.0), row("native (plain)", 9.0), row("eager", 6.0)]
+    assert columns_of(rows) == ["eager", "native (amx)"]
+    lines = markdown(results(*rows)).splitlines()
+    (slow,) = (line for line in lines if line.startswith("| native (plain)"))
+    assert "| 0.67 x | 0.11 x |" in slow
+
+
+def test_ceilings_of_bfloat16_are_told_where_there_are_any() -> None:
+    assert "AMX tiles" not in "".join(machine_lines(MACHINE, Ceilings(2e12, "a", 3e10, "b"), 3, True))
+    (line,) = machine_lines(MACHINE, Ceilings(2e12, "a", 3e10, "b", 4e12, 3e13), 3, True)[-1:]
+    assert line == (
+        "ceilings: 2000 GF/s (a), 4000 GF/s (bfloat16 products by AVX-512 BF16), "
+        "30000 GF/s (bfloat16 products on AMX tiles), 30.0 GB/s (b)"
+    )
 
 
 def test_a_comparison_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
