@@ -2,7 +2,6 @@
 // AVX-512 BF16, and the tiles of AMX, a block of four sums as the kernels have it. machine.py compiles it with
 // -march=native when it is asked for.
 #include <cstdint>
-#include <initializer_list>  // for amx.h
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
