@@ -79,7 +79,8 @@ def build_native(output: Path, folder: Path) -> None:
     objects = [Object(f"{path.stem}.o", path, [*command, *includes, f"-I{folder}"]) for path in NATIVE_ONCE]
     # the plainest variant comes first: where the linker merges equal inline functions it keeps the first, which runs
     # anywhere
-    for variant in sorted(variants[::-1], key=lambda variant: variant.only_for_tests):
+    of_tests = [variant for variant in variants if variant.only_for_tests]
+    for variant in [*(variant for variant in reversed(variants) if variant not in of_tests), *of_tests]:
         own = [*command, *variant.flags, *variant.definitions()]
         objects += [Object(f"{variant.name}/{path.stem}.o", path, own) for path in NATIVE_KERNELS]
     run_ninja(output, folder, objects, [*compiler, *SHARED_LIBRARY, *openmp])
