@@ -1,5 +1,6 @@
 // Intel AMX: products of tiles of bfloat16, 16 x 32 times 32 x 16, summed in float. As instructions of its own: GCC's
-// intrinsics do not tell the compiler which memory they read.
+// intrinsics do not tell the compiler which memory they read. Here a block of sums, which begins with `clear` or
+// `load_sum`, does: all of it, as written by then. While a block is summed its operands stay as they are.
 //
 // The two rows and two columns of a block of four sums: tmm0 to tmm3 hold the sums (row by row), tmm4 and tmm5 the left
 // tiles, tmm6 and tmm7 the right ones.
@@ -35,10 +36,11 @@ class Amx {
 
   template <int SUM>
   void clear() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(SUM));
+    asm volatile("tilezero %%tmm%c0" ::"i"(SUM) : "memory");
   }
   template <int SUM>
   void load_sum(const float* from, std::int64_t leading) {
+    asm volatile("" ::: "memory");
     load<SUM>(from, leading * 4);
   }
   template <int SUM>
@@ -61,7 +63,7 @@ class Amx {
  private:
   template <int TILE>
   static void load(const void* from, std::int64_t stride) {
-    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride));
   }
 };
 
