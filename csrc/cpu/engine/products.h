@@ -24,9 +24,9 @@ struct ProductShape {
   bool of_tokens;  // both operands are: the right one is rewritten for every block, too
 };
 
-// How often a float is rounded to bfloat16 parts, by the precision that the user allows.
-inline int parts_of(DType dtype, Precision precision) {
-  if (dtype == DType::bfloat16 || precision == Precision::medium) return 1;
+// In how many bfloat16 parts a float is multiplied.
+inline int parts_of(Precision precision) {
+  if (precision == Precision::medium) return 1;
   return precision == Precision::high ? 2 : 3;
 }
 
@@ -55,12 +55,12 @@ inline bool tiles_pay(int parts, const ProductShape* shapes, int count) {
 template <int N, class Task>
 void with_engine(DType dtype, Precision precision, const ProductShape (&shapes)[N], const Task& task) {
 #ifdef MSFORMER_TILE_UNIT
-  const int parts = parts_of(dtype, precision);
+  const int parts = parts_of(precision);
   if ((dtype == DType::float32 || dtype == DType::bfloat16) && tiles_pay(parts, shapes, N)) return task(Tiles{parts});
 #endif
   (void)shapes;
   if (dtype == DType::float64) return task(Values<double>());
-  if (dtype != DType::float16 && parts_of(dtype, precision) == 1) return task(MSFORMER_BFLOAT16_ENGINE());
+  if (dtype != DType::float16 && parts_of(precision) == 1) return task(MSFORMER_BFLOAT16_ENGINE());
   task(Values<float>());
 }
 

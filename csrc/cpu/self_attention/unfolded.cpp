@@ -112,7 +112,8 @@ struct Unfolded {
                                void* key_max, void* key_sum) const {
     AttentionArguments attention{};
     attention.num_threads = a.num_threads;
-    attention.precision = a.precision;
+    // heads are small, and these products few
+    attention.precision = a.x.dtype == DType::bfloat16 ? Precision::highest : a.precision;
     attention.batch = images;
     attention.heads = a.heads;
     attention.query_tokens = attention.key_tokens = a.tokens;

@@ -22,9 +22,11 @@ FORM = BY_SHAPE
 NO_ACTIVATION = (0,) * 6
 
 
-def settings() -> tuple[int, int]:
-    """How many threads a kernel gets, and how exact its products of float32 are, as every entry point takes them."""
-    return torch.get_num_threads(), PRECISIONS[cpu_float32_precision()]
+def settings(x: Tensor, matrices: Iterable[Tensor] = ()) -> tuple[int, int]:
+    """How many threads a kernel gets, and how exact its products are, as every entry point takes them: of bfloat16
+    tensors alone "medium", which rounds to bfloat16; with float32 matrices as the user allows it for float32."""
+    is_bfloat16 = all(tensor.dtype is torch.bfloat16 for tensor in (x, *matrices))
+    return torch.get_num_threads(), PRECISIONS["medium" if is_bfloat16 else cpu_float32_precision()]
 
 
 def activation(x: Tensor) -> tuple[int, ...]:

@@ -132,7 +132,7 @@ double operand(const E& engine, typename E::Value x) {
 template <class E>
 void test_products(const E& engine, const char* name, double precision = kEps<typename E::Value>) {
   using T = typename E::Value;
-  for (std::int64_t rows : {1, 2, 5, 6, 7, 13, 49})
+  for (std::int64_t rows : {1, 5, 7, 13, 49})
     for (std::int64_t k : {1, 3, 16, 17, 68})
       for (std::int64_t n : {1, 15, 16, 17, 65, 130}) {
         const std::int64_t lda = padded<T>(k), ldc = padded<T>(n);

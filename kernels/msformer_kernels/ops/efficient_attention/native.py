@@ -27,7 +27,7 @@ def _inputs(call: Any) -> tuple[Any, ...]:
     """Sizes, options and inputs, as every entry point takes them first."""
     batch, heads, tokens, key_channels = call.key.shape
     return (
-        *settings(),
+        *settings(call.query),
         batch,
         heads,
         call.query.shape[2],

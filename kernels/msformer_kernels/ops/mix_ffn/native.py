@@ -34,7 +34,7 @@ def _options(call: Any) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
     batch, _, channels = call.x.shape
     return (
-        *settings(),
+        *settings(call.x, OPERATOR.matrices_of(call)),
         batch,
         call.height,
         call.width,
