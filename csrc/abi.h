@@ -23,8 +23,8 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
   std::int64_t batch_stride, token_stride;
 };
 
-// How exact products are: torch.get_float32_matmul_precision(), and medium if activations and matrices are bfloat16. It
-// does not hold for float64 and float16.
+// How exact products are: torch.get_float32_matmul_precision(), and medium for bfloat16 activations. It does not hold
+// for float64 and float16.
 enum class Precision : int { highest, high, medium };
 
 // How images are worked on: as measured to be the better way for the shape, or always as images of many or of few

@@ -22,11 +22,10 @@ FORM = BY_SHAPE
 NO_ACTIVATION = (0,) * 6
 
 
-def settings(x: Tensor, matrices: Iterable[Tensor] = ()) -> tuple[int, int]:
-    """How many threads a kernel gets, and how exact its products are, as every entry point takes them: of bfloat16
-    tensors alone "medium", which rounds to bfloat16; with float32 matrices as the user allows it for float32."""
-    is_bfloat16 = all(tensor.dtype is torch.bfloat16 for tensor in (x, *matrices))
-    return torch.get_num_threads(), PRECISIONS["medium" if is_bfloat16 else cpu_float32_precision()]
+def settings(x: Tensor) -> tuple[int, int]:
+    """How many threads a kernel gets, and how exact its products are, as every entry point takes them: for bfloat16
+    activations "medium", which rounds to bfloat16, else as the user allows it for float32."""
+    return torch.get_num_threads(), PRECISIONS["medium" if x.dtype is torch.bfloat16 else cpu_float32_precision()]
 
 
 def activation(x: Tensor) -> tuple[int, ...]:

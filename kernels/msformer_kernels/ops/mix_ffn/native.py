@@ -34,7 +34,7 @@ def _options(call: Any) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
     batch, _, channels = call.x.shape
     return (
-        *settings(call.x, OPERATOR.matrices_of(call)),
+        *settings(call.x),
         batch,
         call.height,
         call.width,

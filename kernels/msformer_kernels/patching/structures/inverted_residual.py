@@ -40,13 +40,11 @@ class InvertedResidualPlan(MixFFNPlan):
         return folded(module.get_submodule(name), module.get_submodule(norm))
 
     def compute(self, module: nn.Module, tokens: Tensor, *size: int, **options: Any) -> Tensor:
-        """See `MixFFNPlan`. Folded weights of bfloat16 layers stay float32, which operators take under autocast:
-        rounded once more they would shift whole gradients."""
-        kind = tokens.device.type
-        if tokens.dtype.itemsize >= 4 or autocast_enabled(kind):
+        """See `MixFFNPlan`. Folded weights of bfloat16 layers are float32, and so are the products with them: rounded
+        once more they would shift whole gradients."""
+        if tokens.dtype.itemsize >= 4 or autocast_enabled(tokens.device.type):
             return super().compute(module, tokens, *size, **options)
-        with torch.autocast(kind, tokens.dtype):
-            return super().compute(module, tokens, *size, **options)
+        return super().compute(module, tokens.float(), *size, **options).to(tokens.dtype)
 
     def fused(self) -> tuple[str, ...]:
         return (*super().fused(), *self.evaluated())
