@@ -27,9 +27,8 @@ struct Mask {  // [batch, token], one byte each, non-zero keeps the token
 // for float64 and float16.
 enum class Precision : int { highest, high, medium };
 
-// How images are worked on: as measured to be the better way for the shape, or always as images of many or of few
-// tokens.
-enum class Form : int { by_shape = 0, many_tokens = 1, few_tokens = 2 };
+// How images are worked on: as images of many or of few tokens. Python chooses, as the op's state follows from it.
+enum class Form : int { many_tokens = 1, few_tokens = 2 };
 
 // What queries and keys are weighed by: a softmax each; the square root of the number of kept tokens; ReLU, with the
 // sum of the keys dividing the output.
@@ -82,9 +81,11 @@ struct SelfAttentionArguments {
   std::int64_t memory_tokens;  // further keys and values, the same for every image, as those of AttentionArguments
   Activation memory_key, memory_value;
   SelfAttentionParameters<const void*> parameters;
-  void *context, *key_max, *key_sum, *key_tokens;  // [B, H, Dk/H, Dv/H], [B, Dk], [B, Dk], [B, Dk, C]
-  Activation output;                               // forward
-  Activation grad_output;                          // backward, from here on
+  void *context, *key_max, *key_sum;  // [B, H, Dk/H, Dv/H], [B, Dk], [B, Dk]
+  void* key_tokens;                   // of many tokens, [B, Dk, C]
+  Activation projected;               // of few tokens: see csrc/cpu/self_attention/unfolded.cpp
+  Activation output;                  // forward
+  Activation grad_output;             // backward, from here on
   const void* grad_context;
   Activation grad_x, grad_memory_key, grad_memory_value;
   SelfAttentionParameters<void*> gradients;

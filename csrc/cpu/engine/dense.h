@@ -76,6 +76,20 @@ void for_tokens_of_images(int num_threads, std::int64_t first_image, std::int64_
       });
 }
 
+// The norm of tokens, or none, with its parameters in whole vectors.
+template <class T>
+struct TokenNorm {
+  T *weight, *bias;
+  Norm<T> norm;
+  TokenNorm(Arena& arena, std::int64_t channels)
+      : weight(arena.take<T>(padded<T>(channels))), bias(arena.take<T>(padded<T>(channels))) {}
+  void fill_in(const AffineParameters<const void*>& given, std::int64_t channels, double eps, bool centred = true) {
+    if (given.weight)
+      norm = {copy_padded(weight, given.weight, channels), copy_padded(bias, given.bias, channels), static_cast<T>(eps),
+              centred};
+  }
+};
+
 // Tokens of a group of images -> rows of whole vectors, after the norm; normalized and rstd may be null.
 template <class T>
 void load_images(int num_threads, const Activation& source, const Norm<T>& norm, std::int64_t first_image,

@@ -79,25 +79,13 @@ struct Whole : MixFFN<E> {
         store(to + token * hidden_width + c, load(from + token * slice.hidden_width + c));
   }
 
-  // the norm of the tokens, padded
-  struct TokenNorm {
-    T *weight, *bias;
-    Norm<T> norm;
-    TokenNorm(Arena& arena, const Whole& m) : weight(arena.take<T>(m.width)), bias(arena.take<T>(m.width)) {}
-    void fill_in(const Whole& m) {
-      if (m.a.parameters.norm.weight)
-        norm = {copy_padded(weight, m.a.parameters.norm.weight, m.channels),
-                copy_padded(bias, m.a.parameters.norm.bias, m.channels), static_cast<T>(m.a.norm_eps)};
-    }
-  };
-
   struct ForwardBuffers {
-    TokenNorm norm;
+    TokenNorm<T> norm;
     char* slice_weights;
     Element* fc2;
     T *fc2_bias, *x, *t, *y;
     ForwardBuffers(Arena& arena, const Whole& m)
-        : norm(arena, m),
+        : norm(arena, m.channels),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
           fc2(arena.take<Element>(m.engine.packed_size(m.activated, m.width))),
           fc2_bias(arena.take<T>(m.width)),
@@ -112,7 +100,7 @@ struct Whole : MixFFN<E> {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
-    s.norm.fill_in(*this);
+    s.norm.fill_in(a.parameters.norm, channels, a.norm_eps);
     pack(this->engine, a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
          channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
@@ -134,14 +122,14 @@ struct Whole : MixFFN<E> {
   }
 
   struct BackwardBuffers {
-    TokenNorm norm;
+    TokenNorm<T> norm;
     char *slice_weights, *slice_vectors;
     RightSide<T> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
     WeightGradient<T> fc1_gradient, fc2_gradient;
     T *x, *normalized, *rstd, *grad_output, *grad_x, *grad_u;
     T *norm_partials, *norm_weight, *norm_bias, *fc2_bias;  // gradients; partials: of a token block each
     BackwardBuffers(Arena& arena, const Whole& m)
-        : norm(arena, m),
+        : norm(arena, m.channels),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
           slice_vectors(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.vector_bytes))),
           fc1_transposed(arena, m.a.parameters.fc1_weight, m.hidden, m.channels),
@@ -198,7 +186,7 @@ struct Whole : MixFFN<E> {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
-    s.norm.fill_in(*this);
+    s.norm.fill_in(a.parameters.norm, channels, a.norm_eps);
     const Matrix<T> fc1_transposed = s.fc1_transposed.fill_in(a.num_threads);
     const Matrix<T> fc2_transposed = s.fc2_transposed.fill_in(a.num_threads);
     for (T* sums : {s.norm_weight, s.norm_bias, s.fc2_bias}) fill(sums, width, T(0));

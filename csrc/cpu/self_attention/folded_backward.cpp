@@ -338,7 +338,7 @@ struct Backward : SelfAttention<E> {
 }  // namespace
 
 void self_attention_backward(const SelfAttentionArguments& a) {
-  if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_backward(a);
+  if (self_attention_is_unfolded(a)) return self_attention_unfolded_backward(a);
   with_engine(a.x.dtype, a.precision, FoldedProducts(a).shapes,
               [&](auto engine) { Backward<decltype(engine)>(a, engine).run(); });
 }

@@ -144,7 +144,7 @@ struct Forward : SelfAttention<E> {
 }  // namespace
 
 void self_attention_forward(const SelfAttentionArguments& a) {
-  if (self_attention_is_better_unfolded(a)) return self_attention_unfolded_forward(a);
+  if (self_attention_is_unfolded(a)) return self_attention_unfolded_forward(a);
   with_engine(a.x.dtype, a.precision, FoldedProducts(a).shapes,
               [&](auto engine) { Forward<decltype(engine)>(a, engine).run(); });
 }

@@ -5,8 +5,9 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-// whether an image has so few tokens that the form that is not folded takes fewer multiplications
-bool self_attention_is_better_unfolded(const SelfAttentionArguments& a);
+inline bool self_attention_is_unfolded(const SelfAttentionArguments& a) {
+  return a.form == Form::few_tokens && a.batch > 0;
+}
 void self_attention_unfolded_forward(const SelfAttentionArguments& a);
 void self_attention_unfolded_backward(const SelfAttentionArguments& a);
 

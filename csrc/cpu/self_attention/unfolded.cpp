@@ -4,6 +4,10 @@
 // output projections of every token. With few tokens that is the larger number, so here the published form is computed:
 // queries, keys and values of a group of images as whole matrices, all threads on one product at a time (dense.h), and
 // the attention of the heads by the kernels of attention.cpp. The bias of the keys has no effect and is left out.
+//
+// Nearly all of the time goes into the products with weights, so the backward makes none of the forward's again: the op
+// keeps queries, keys, values and what was attended, side by side in one row a token, each in whole blocks of 16
+// values.
 #include "../attention/attention.h"
 #include "../attention/softmax.h"
 #include "../engine/dense.h"
@@ -33,47 +37,50 @@ struct Unfolded {
 
   Unfolded(const SelfAttentionArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
-  // weights packed for products with tokens, biases and norm padded
+  // weights packed for products with tokens, and biases padded
   struct Weights {
-    Element *query, *key, *value;
-    T *query_bias, *value_bias, *norm_weight, *norm_bias;
-    Norm<T> norm;
+    Element *query, *key, *value, *output;
+    T *query_bias, *value_bias, *output_bias;
     Weights(Arena& arena, const Unfolded& u)
         : query(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
           key(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
           value(arena.take<Element>(u.engine.packed_size(u.channels, u.value_width))),
+          output(arena.take<Element>(u.engine.packed_size(u.values, u.width))),
           query_bias(arena.take<T>(u.key_width)),
           value_bias(arena.take<T>(u.value_width)),
-          norm_weight(arena.take<T>(u.width)),
-          norm_bias(arena.take<T>(u.width)) {}
+          output_bias(arena.take<T>(u.width)) {}
 
     void fill_in(const Unfolded& u) {
-      const SelfAttentionArguments& a = u.a;
-      u.pack_linear(query, a.parameters.query_weight, u.channels, u.keys);
-      u.pack_linear(key, a.parameters.key_weight, u.channels, u.keys);
-      u.pack_linear(value, a.parameters.value_weight, u.channels, u.values);
-      copy_padded(query_bias, a.parameters.query_bias, u.keys);
-      copy_padded(value_bias, a.parameters.value_bias, u.values);
-      if (a.parameters.norm.weight)
-        norm = {copy_padded(norm_weight, a.parameters.norm.weight, u.channels),
-                copy_padded(norm_bias, a.parameters.norm.bias, u.channels), static_cast<T>(a.norm_eps), a.norm_centred};
+      const SelfAttentionParameters<const void*>& p = u.a.parameters;
+      u.pack_linear(query, p.query_weight, u.channels, u.keys);
+      u.pack_linear(key, p.key_weight, u.channels, u.keys);
+      u.pack_linear(value, p.value_weight, u.channels, u.values);
+      u.pack_linear(output, p.output_weight, u.values, u.channels);
+      copy_padded(query_bias, p.query_bias, u.keys);
+      copy_padded(value_bias, p.value_bias, u.values);
+      copy_padded(output_bias, p.output_bias, u.channels);
     }
   };
 
-  // weight [out, in] of a linear layer, packed for tokens times its transpose, or for gradients times itself
+  // weight [out, in] of a linear layer, packed for tokens times its transpose
   void pack_linear(Element* to, const void* weight, std::int64_t in, std::int64_t out) const {
     pack(engine, a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
   }
 
-  struct Tokens {  // of a group of images
-    T *x, *query, *key, *value, *attended;
-    Tokens(Arena& arena, const Unfolded& u)
-        : x(arena.take<T>(u.group_tokens * u.width)),
-          query(arena.take<T>(u.group_tokens * u.key_width)),
-          key(arena.take<T>(u.group_tokens * u.key_width)),
-          value(arena.take<T>(u.group_tokens * u.value_width)),
-          attended(arena.take<T>(u.group_tokens * u.value_width)) {}
+  // what the op keeps of a group of images
+  struct Projected {
+    T *query, *key, *value, *attended;
+    std::int64_t leading;
   };
+
+  Projected projected(std::int64_t first_image) const {
+    constexpr std::int64_t kBlock = 16;
+    const std::int64_t of_keys = (keys + kBlock - 1) / kBlock * kBlock, leading = a.projected.token_stride;
+    const std::int64_t of_values = (values + kBlock - 1) / kBlock * kBlock;
+    T* query = static_cast<T*>(a.projected.data) + first_image * a.tokens * leading;
+    T *key = query + of_keys, *value = key + of_keys;
+    return {query, key, value, value + of_values, leading};
+  }
 
   template <class Task>
   void for_groups(const Task& task) const {
@@ -81,23 +88,23 @@ struct Unfolded {
       task(first, min_of(group_images, a.batch - first));
   }
 
-  // calls task(batch, token in the image, tokens, token in the group, block), in parallel
-  template <class Task>
-  void for_image_tokens(std::int64_t first_image, std::int64_t images, const Task& task) const {
-    for_tokens_of_images(a.num_threads, first_image, images, a.tokens, task);
+  void project(const Weights& w, std::int64_t tokens, const T* x, const Projected& p) const {
+    const auto linear = [&](std::int64_t features, const Element* weight, const T* bias, T* to) {
+      dense_tokens(engine, a.num_threads, tokens, channels, features, x, width, weight, bias, {to, p.leading});
+    };
+    linear(key_width, w.query, w.query_bias, p.query);
+    linear(key_width, w.key, nullptr, p.key);
+    linear(value_width, w.value, w.value_bias, p.value);
   }
 
-  void load_group(const Norm<T>& norm, std::int64_t first_image, std::int64_t images, T* x, T* normalized,
-                  T* rstd) const {
-    load_images(a.num_threads, a.x, norm, first_image, images, a.tokens, channels, x, normalized, rstd);
-  }
-
-  void project(const Weights& w, std::int64_t tokens, const Tokens& t) const {
-    const int threads = a.num_threads;
-    dense_tokens(engine, threads, tokens, channels, key_width, t.x, width, w.query, w.query_bias, {t.query, key_width});
-    dense_tokens(engine, threads, tokens, channels, key_width, t.x, width, w.key, nullptr, {t.key, key_width});
-    dense_tokens(engine, threads, tokens, channels, value_width, t.x, width, w.value, w.value_bias,
-                 {t.value, value_width});
+  void clear_padding(const Projected& p, std::int64_t tokens) const {
+    const auto clear = [&](T* begin, T* end) {
+      for (std::int64_t i = 0; i < tokens && begin < end; ++i) fill(begin + i * p.leading, end - begin, T(0));
+    };
+    clear(p.query + keys, p.key);
+    clear(p.key + keys, p.value);
+    clear(p.value + values, p.attended);
+    clear(p.attended + values, p.query + p.leading);
   }
 
   // a matrix [tokens, channels] of a group as heads
@@ -107,9 +114,9 @@ struct Unfolded {
         1};
   }
 
-  // the attention of a group of images; context, key_max and key_sum are those of its first image
-  AttentionArguments attention(const Tokens& t, std::int64_t first_image, std::int64_t images, void* context,
-                               void* key_max, void* key_sum) const {
+  // the attention of a group of images
+  AttentionArguments attention(std::int64_t first_image, std::int64_t images) const {
+    const Projected p = projected(first_image);
     AttentionArguments attention{};
     attention.num_threads = a.num_threads;
     // heads are small, and these products few
@@ -122,18 +129,18 @@ struct Unfolded {
     attention.query_scale = attention.key_scale = attention.output_scale = 1;
     attention.normalize_query = true;
     attention.normalization = Normalization::softmax;
-    attention.query = heads(t.query, key_width, keys);
-    attention.key = heads(t.key, key_width, keys);
-    attention.value = heads(t.value, value_width, values);
+    attention.query = heads(p.query, p.leading, keys);
+    attention.key = heads(p.key, p.leading, keys);
+    attention.value = heads(p.value, p.leading, values);
     attention.mask = a.mask;
     attention.memory_tokens = a.memory_tokens;
     attention.memory_key = a.memory_key;
     attention.memory_value = a.memory_value;
     if (a.mask.data) attention.mask.data += first_image * a.mask.batch_stride;
-    attention.context = context;
-    attention.key_max = key_max;
-    attention.key_sum = key_sum;
-    attention.output = heads(t.attended, value_width, values);
+    attention.context = at(a.context, first_image * keys * (values / a.heads));
+    attention.key_max = at(a.key_max, first_image * keys);
+    attention.key_sum = at(a.key_sum, first_image * keys);
+    attention.output = heads(p.attended, p.leading, values);
     return attention;
   }
 
@@ -165,23 +172,19 @@ struct Unfolded {
     }
   };
 
-  std::int64_t context_size() const { return keys * (values / a.heads); }
   static T* at(void* base, std::int64_t offset) { return base ? static_cast<T*>(base) + offset : nullptr; }
   static const T* at(const void* base, std::int64_t offset) {
     return base ? static_cast<const T*>(base) + offset : nullptr;
   }
 
   struct ForwardBuffers {
+    TokenNorm<T> norm;
     Weights weights;
-    Element* output_weight;
-    T* output_bias;
-    Tokens tokens;
-    T* y;
+    T *x, *y;
     ForwardBuffers(Arena& arena, const Unfolded& u)
-        : weights(arena, u),
-          output_weight(arena.take<Element>(u.engine.packed_size(u.values, u.width))),
-          output_bias(arena.take<T>(u.width)),
-          tokens(arena, u),
+        : norm(arena, u.channels),
+          weights(arena, u),
+          x(arena.take<T>(u.group_tokens * u.width)),
           y(arena.take<T>(u.group_tokens * u.width)) {}
   };
 
@@ -191,35 +194,31 @@ struct Unfolded {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
+    s.norm.fill_in(a.parameters.norm, channels, a.norm_eps, a.norm_centred);
     s.weights.fill_in(*this);
-    pack_linear(s.output_weight, a.parameters.output_weight, values, channels);
-    copy_padded(s.output_bias, a.parameters.output_bias, channels);
-    fill(static_cast<T*>(a.key_tokens), a.batch * keys * channels, T(0));  // of the folded form; not needed here
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * a.tokens;
-      load_group(s.weights.norm, first, images, s.tokens.x, nullptr, nullptr);
-      project(s.weights, tokens, s.tokens);
-      attention_forward(attention(s.tokens, first, images, at(a.context, first * context_size()),
-                                  at(a.key_max, first * keys), at(a.key_sum, first * keys)));
-      dense_tokens(engine, a.num_threads, tokens, values, width, s.tokens.attended, value_width, s.output_weight,
-                   s.output_bias, {s.y, width});
-      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.tokens.x,
-                   s.y);
+      const Projected p = projected(first);
+      load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, nullptr, nullptr);
+      project(s.weights, tokens, s.x, p);
+      attention_forward(attention(first, images));
+      clear_padding(p, tokens);
+      dense_tokens(engine, a.num_threads, tokens, values, width, p.attended, p.leading, s.weights.output,
+                   s.weights.output_bias, {s.y, width});
+      store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.x, s.y);
     });
   }
 
   struct BackwardBuffers {
-    Weights weights;
+    TokenNorm<T> norm;
     RightSide<T> query_weight, key_weight, value_weight, output_weight;  // for gradients of tokens
     WeightGradient<T> query_gradient, key_gradient, value_gradient, output_gradient;
     T *query_bias, *value_bias, *output_bias, *norm_weight, *norm_bias;  // gradients
-    Tokens tokens;
-    T *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
+    T *x, *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
     T *grad_query, *grad_key, *grad_value, *grad_attended;
     MemoryGradients memory;
-    T *context, *key_max, *key_sum;  // of the recomputed forward; the same as the saved ones, which stay as they are
     BackwardBuffers(Arena& arena, const Unfolded& u)
-        : weights(arena, u),
+        : norm(arena, u.channels),
           query_weight(arena, u.a.parameters.query_weight, u.keys, u.channels),
           key_weight(arena, u.a.parameters.key_weight, u.keys, u.channels),
           value_weight(arena, u.a.parameters.value_weight, u.values, u.channels),
@@ -233,7 +232,7 @@ struct Unfolded {
           output_bias(arena.take<T>(u.width)),
           norm_weight(arena.take<T>(u.width)),
           norm_bias(arena.take<T>(u.width)),
-          tokens(arena, u),
+          x(arena.take<T>(u.group_tokens * u.width)),
           normalized(arena.take<T>(u.group_tokens * u.width)),
           rstd(arena.take<T>(u.group_tokens)),
           grad_output(arena.take<T>(u.group_tokens * u.width)),
@@ -243,10 +242,7 @@ struct Unfolded {
           grad_key(arena.take<T>(u.group_tokens * u.key_width)),
           grad_value(arena.take<T>(u.group_tokens * u.value_width)),
           grad_attended(arena.take<T>(u.group_tokens * u.value_width)),
-          memory(arena, u),
-          context(arena.take<T>(u.group_images * u.context_size())),
-          key_max(arena.take<T>(u.group_images * u.keys)),
-          key_sum(arena.take<T>(u.group_images * u.keys)) {}
+          memory(arena, u) {}
   };
 
   struct RightSides {
@@ -256,18 +252,16 @@ struct Unfolded {
   void backward_group(const BackwardBuffers& s, const RightSides& w, std::int64_t first, std::int64_t images) const {
     const int threads = a.num_threads;
     const std::int64_t tokens = images * a.tokens;
-    const Tokens& t = s.tokens;
+    const Projected p = projected(first);
     const bool add = first > 0;
-    load_group(s.weights.norm, first, images, t.x, s.normalized, s.rstd);
+    load_images(threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, s.normalized, s.rstd);
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
-    project(s.weights, tokens, t);
-    attention_forward(attention(t, first, images, s.context, s.key_max, s.key_sum));
     dense(engine, threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero, nullptr,
           {s.grad_attended, value_width});
 
-    AttentionArguments arguments = attention(t, first, images, s.context, s.key_max, s.key_sum);
+    AttentionArguments arguments = attention(first, images);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
-    arguments.grad_context = at(a.grad_context, first * context_size());
+    arguments.grad_context = at(a.grad_context, first * keys * (values / a.heads));
     arguments.grad_query = heads(s.grad_query, key_width, keys);
     arguments.grad_key = heads(s.grad_key, key_width, keys);
     arguments.grad_value = heads(s.grad_value, value_width, values);
@@ -278,20 +272,18 @@ struct Unfolded {
     }
     attention_backward(arguments);
     add_rows(1, s.memory.size(), s.memory.of_group, s.memory.total);
-    set_padding(t.attended, tokens, values, value_width, T(0));
     set_padding(s.grad_query, tokens, keys, key_width, T(0));
     set_padding(s.grad_key, tokens, keys, key_width, T(0));
     set_padding(s.grad_value, tokens, values, value_width, T(0));
 
-    const auto weight = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width,
-                            const T* in, std::int64_t in_width) {
-      dense_weights(engine, threads, rows, tokens, in_width, grad, grad_width, in, in_width, w.data(), w.leading(),
-                    add);
+    const auto of_x = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width) {
+      dense_weights(engine, threads, rows, tokens, width, grad, grad_width, s.x, width, w.data(), w.leading(), add);
     };
-    weight(s.query_gradient, keys, s.grad_query, key_width, t.x, width);
-    weight(s.key_gradient, keys, s.grad_key, key_width, t.x, width);
-    weight(s.value_gradient, values, s.grad_value, value_width, t.x, width);
-    weight(s.output_gradient, channels, s.grad_output, width, t.attended, value_width);
+    of_x(s.query_gradient, keys, s.grad_query, key_width);
+    of_x(s.key_gradient, keys, s.grad_key, key_width);
+    of_x(s.value_gradient, values, s.grad_value, value_width);
+    dense_weights(engine, threads, channels, tokens, value_width, s.grad_output, width, p.attended, p.leading,
+                  s.output_gradient.data(), s.output_gradient.leading(), add);
     add_column_sums(tokens, key_width, s.grad_query, key_width, s.query_bias);
     add_column_sums(tokens, value_width, s.grad_value, value_width, s.value_bias);
     add_column_sums(tokens, width, s.grad_output, width, s.output_bias);
@@ -303,9 +295,8 @@ struct Unfolded {
     to_x(keys, s.grad_query, key_width, w.query, Start::zero);
     to_x(keys, s.grad_key, key_width, w.key, Start::output);
     to_x(values, s.grad_value, value_width, w.value, Start::output);
-    store_image_gradients(threads, a.grad_x, s.weights.norm, a.residual ? s.grad_output : nullptr, first, images,
-                          a.tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
-                          s.norm_bias);
+    store_image_gradients(threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images, a.tokens,
+                          channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight, s.norm_bias);
   }
 
   void backward() const {
@@ -314,7 +305,7 @@ struct Unfolded {
     Workspace memory(counter.used());
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
-    s.weights.fill_in(*this);
+    s.norm.fill_in(a.parameters.norm, channels, a.norm_eps, a.norm_centred);
     const RightSides right_sides{s.query_weight.fill_in(a.num_threads), s.key_weight.fill_in(a.num_threads),
                                  s.value_weight.fill_in(a.num_threads), s.output_weight.fill_in(a.num_threads)};
     fill(s.query_bias, key_width, T(0));
@@ -338,14 +329,6 @@ struct Unfolded {
 };
 
 }  // namespace
-
-bool self_attention_is_better_unfolded(const SelfAttentionArguments& a) {
-  const std::int64_t n = a.tokens, c = a.channels, dk = a.key_channels, dv = a.value_channels;
-  const std::int64_t unfolded = 4 * n * c * (dk + dv) + 4 * n * dk * dv / a.heads;
-  const std::int64_t folded = 8 * n * c * dk + 4 * c * dk * dv / a.heads;
-  if (a.batch * n == 0) return false;
-  return a.form == Form::by_shape ? unfolded < folded : a.form == Form::few_tokens;
-}
 
 void self_attention_unfolded_forward(const SelfAttentionArguments& a) {
   with_engine(a.x.dtype, a.precision, UnfoldedProducts(a).shapes,

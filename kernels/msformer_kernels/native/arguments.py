@@ -56,6 +56,12 @@ def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def aligned(x: Tensor) -> Tensor:
+    """A contiguous tensor on a cache line, as kernels want what they work on where it lies; memory that PyTorch
+    allocates is."""
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
 def contiguous(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """Parameters in the arithmetic dtype; the caller keeps the list alive while the kernel runs."""
     return [

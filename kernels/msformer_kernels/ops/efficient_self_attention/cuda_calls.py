@@ -27,7 +27,7 @@ from msformer_kernels.cuda.arguments import (
 )
 from msformer_kernels.ops.efficient_attention import cuda_calls as attention
 from msformer_kernels.ops.efficient_self_attention import unfolded
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters, nothing_of_memory
+from msformer_kernels.ops.efficient_self_attention.spec import kernel_parameters, nothing_of_memory, room
 from msformer_kernels.ops.layer_norm import layer_norm_backward
 
 MOST_FOLDED = 128
@@ -59,15 +59,15 @@ def _inputs(call: Any, parameters: list[Tensor | None]) -> tuple[Any, ...]:
 def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
     if x.numel() == 0:
-        return tuple(t.zero_() for t in OPERATOR.fake(call))
+        return tuple(t.zero_() for t in room(call))
     if not _folds(call):
         return unfolded.forward(call, attention)
-    output, *state = OPERATOR.fake(call)
+    output, *state = room(call)
     parameters, how, kernels = handed_over(kernel_parameters(call), x), engine(x.dtype), library(x)
     inputs = _inputs(call, parameters)
     memory = scratch(kernels.self_attention_forward_scratch(how, inputs), x)
     kernels.self_attention_forward(
-        how, stream(x), (*inputs, *(s.data_ptr() for s in state), *tokens(output), memory.data_ptr())
+        how, stream(x), (*inputs, *(s.data_ptr() for s in state[:-1]), *tokens(output), memory.data_ptr())
     )
     return output, *state
 
@@ -89,7 +89,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         stream(x),
         (
             *inputs,
-            *(s.data_ptr() for s in state),
+            *(s.data_ptr() for s in state[:-1]),
             *tokens(grads.output),
             address(grad_context),
             *tokens(grad_x),

@@ -5,6 +5,7 @@ Statistics and context are in the arithmetic dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from msformer_kernels.native import arguments
 from msformer_kernels.native.arguments import (
     activation,
     addresses,
+    aligned,
     arithmetic_dtype,
     contiguous,
     empty_gradients,
@@ -24,7 +26,7 @@ from msformer_kernels.native.arguments import (
     rounded,
     settings,
 )
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters
+from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, few_tokens, kernel_parameters
 
 
 def _inputs(call: Any) -> tuple[Any, ...]:
@@ -35,7 +37,7 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         call.query_weight.shape[0],
         call.value_weight.shape[0],
         call.num_heads,
-        arguments.FORM,
+        arguments.FEW_TOKENS if few_tokens(call) else arguments.MANY_TOKENS,
         call.norm_eps,
         call.norm_kind == "layer",
         call.residual,
@@ -45,10 +47,17 @@ def _inputs(call: Any) -> tuple[Any, ...]:
     )
 
 
+def _state(state: Sequence[Tensor]) -> tuple[int, ...]:
+    """What the backward needs besides the inputs, in the order of the declaration."""
+    return *addresses(state[:-1]), *activation(state[-1])
+
+
 def forward(call: Any) -> tuple[Tensor, ...]:
     parameters = contiguous(kernel_parameters(call), arithmetic_dtype(call.x.dtype))
     output, *state = OPERATOR.fake(call)
-    _native.self_attention_forward((*_inputs(call), *addresses(parameters), *addresses(state), *activation(output)))
+    _native.self_attention_forward(
+        (*_inputs(call), *addresses(parameters), *_state(state), *activation(output)),
+    )
     return output, *state
 
 
@@ -56,7 +65,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, kernel_parameters(call)
     parameters = contiguous(given, arithmetic_dtype(x.dtype))
     gradients = empty_gradients(given, x)
-    state = [s.contiguous() for s in saved]
+    state = [aligned(s.contiguous()) for s in saved]
     grad_x = room_like(x)
     of_memory = [None if m is None else room_like(m) for m in (call.memory_key, call.memory_value)]
     grad_context = grads.context
@@ -66,7 +75,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         (
             *_inputs(call),
             *addresses(parameters),
-            *addresses(state),
+            *_state(state),
             *activation(grads.output),
             *addresses((grad_context,)),
             *activation(grad_x),

@@ -20,7 +20,13 @@ from msformer_kernels.core.layout import laid_like, room_like
 from msformer_kernels.ops.efficient_attention import triton_calls as attention
 from msformer_kernels.ops.efficient_attention.triton_calls import combine, kept_tokens
 from msformer_kernels.ops.efficient_self_attention import unfolded
-from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, kernel_parameters, nothing_of_memory
+from msformer_kernels.ops.efficient_self_attention.spec import (
+    OPERATOR,
+    kernel_parameters,
+    nothing_of_memory,
+    nothing_projected,
+    room,
+)
 from msformer_kernels.ops.efficient_self_attention.triton_backward import (
     self_attention_fold_backward_kernel,
     self_attention_query_backward_kernel,
@@ -66,11 +72,11 @@ class State(NamedTuple):
 def forward(call: Any) -> tuple[Tensor, ...]:
     x = call.x
     if x.shape[0] == 0:
-        return _nothing(call)
+        return tuple(t.zero_() for t in room(call))
     if not _folds(call):
         return unfolded.forward(call, attention)
     output, state = _folded_forward(call, kept_tokens(call.mask, x.shape[0], x.shape[1], x.device))
-    return laid_like(output, x), *state
+    return laid_like(output, x), *state, nothing_projected(call)
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
@@ -81,7 +87,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     if not _folds(call):
         return unfolded.backward(call, saved, grads, attention, layer_norm_backward)
     lengths = kept_tokens(call.mask, x.shape[0], x.shape[1], x.device)
-    state = State(*(s.contiguous() for s in saved))
+    state = State(*(s.contiguous() for s in saved[:-1]))
     grad_context = grads.context
     if grad_context is not None:
         grad_context = grad_context.to(torch.float32).contiguous()
@@ -96,16 +102,6 @@ def _folds(call: Any) -> bool:
     keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
     most = MOST_FOLDED // 2 if x.element_size() == 4 and architecture() in SMALL_SHARED else MOST_FOLDED
     return max(x.shape[2], keys, values) <= most
-
-
-def _nothing(call: Any) -> tuple[Tensor, ...]:
-    """For a batch without images."""
-    x, heads = call.x, call.num_heads
-    batch, _, channels = x.shape
-    keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
-    zeros = x.new_zeros(batch, keys, channels, dtype=torch.float32)
-    context = zeros.new_zeros(batch, heads, keys // heads, values // heads)
-    return room_like(x).zero_(), context, zeros.new_zeros(batch, keys), zeros.new_zeros(batch, keys), zeros
 
 
 def _prepared(call: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msformer_kernels.core.gradients import placed
 from msformer_kernels.core.layout import laid_like
-from msformer_kernels.ops.efficient_self_attention.spec import kernel_parameters, nothing_of_memory
+from msformer_kernels.ops.efficient_self_attention.spec import kernel_parameters, nothing_of_memory, nothing_projected
 from msformer_kernels.ops.layer_norm import layer_norm
 
 
@@ -92,7 +92,8 @@ def forward(call: Any, attention: Attention) -> tuple[Tensor, ...]:
     if call.residual:
         output += x
     key_tokens = context.new_full((x.shape[0], call.query_weight.shape[0], x.shape[2]), float("nan"))
-    return laid_like(output, x), context, key_max.flatten(1), key_sum.flatten(1), key_tokens
+    state = context, key_max.flatten(1), key_sum.flatten(1), key_tokens, nothing_projected(call)
+    return laid_like(output, x), *state
 
 
 def backward(
