@@ -3,6 +3,8 @@
 //
 // "Parameters" (weights, biases), statistics and gradients of parameters are contiguous arrays of the arithmetic type:
 // double when the activations are float64, else float. Activations may have any strides and are converted on the way.
+// Where there is a matrix_dtype, weights of linear layers and their gradients may be bfloat16 instead: of few tokens,
+// where converting them would take longer than their products.
 // A null pointer stands for an absent optional argument.
 #pragma once
 
@@ -73,6 +75,7 @@ struct SelfAttentionArguments {
   Precision precision;
   std::int64_t batch, tokens, channels, key_channels, value_channels, heads;
   Form form;
+  DType matrix_dtype;
   double norm_eps;
   bool norm_centred;  // LayerNorm; else RMSNorm
   bool residual;
@@ -106,6 +109,7 @@ struct MixFFNArguments {
   std::int64_t batch, height, width, channels, hidden;
   std::int64_t kernel_size;  // 3, 5 or 7
   Form form;
+  DType matrix_dtype;
   double norm_eps;
   bool skip, residual;
   bool gated;  // the second half of Z, activated, gates the first; a half is a multiple of 16 and Z has no norm

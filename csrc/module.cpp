@@ -31,8 +31,8 @@ void read_arguments(Reader& r, AttentionArguments& a, bool backward) {
 
 void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
   r.fill(a.num_threads, a.precision, a.batch, a.tokens, a.channels, a.key_channels, a.value_channels, a.heads, a.form,
-         a.norm_eps, a.norm_centred, a.residual, a.x, a.mask, a.memory_tokens, a.memory_key, a.memory_value,
-         a.parameters, a.context, a.key_max, a.key_sum, a.key_tokens, a.projected);
+         a.matrix_dtype, a.norm_eps, a.norm_centred, a.residual, a.x, a.mask, a.memory_tokens, a.memory_key,
+         a.memory_value, a.parameters, a.context, a.key_max, a.key_sum, a.key_tokens, a.projected);
   if (backward)
     r.fill(a.grad_output, a.grad_context, a.grad_x, a.grad_memory_key, a.grad_memory_value, a.gradients);
   else
@@ -41,7 +41,8 @@ void read_arguments(Reader& r, SelfAttentionArguments& a, bool backward) {
 
 void read_arguments(Reader& r, MixFFNArguments& a, bool backward) {
   r.fill(a.num_threads, a.precision, a.batch, a.height, a.width, a.channels, a.hidden, a.kernel_size, a.form,
-         a.norm_eps, a.skip, a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters, a.kept_hidden);
+         a.matrix_dtype, a.norm_eps, a.skip, a.residual, a.gated, a.activation, a.inner_activation, a.x, a.parameters,
+         a.kept_hidden);
   if (backward)
     r.fill(a.grad_output, a.grad_x, a.gradients);
   else

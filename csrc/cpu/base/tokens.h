@@ -170,6 +170,20 @@ void store_tokens(const Activation& x, std::int64_t batch, std::int64_t head, st
   });
 }
 
+// The weight of a linear layer, contiguous, of the arithmetic type or of bfloat16.
+struct WeightMatrix {
+  const void* data;
+  DType dtype;
+
+  // calls visit with a pointer to its values
+  template <class T, class Visit>
+  void visit(const Visit& visit_values) const {
+    if constexpr (sizeof(T) == 4)
+      if (dtype == DType::bfloat16) return visit_values(static_cast<const BFloat16*>(data));
+    visit_values(static_cast<const T*>(data));
+  }
+};
+
 // out [padded(count)] = source, or zeros when it is null; zero padding
 template <class T>
 inline const T* copy_padded(T* out, const void* source, std::int64_t count) {

@@ -32,7 +32,9 @@ template <class E>
 void dense_tokens(const E& engine, int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded,
                   const Value<E>* x, std::int64_t ldx, const typename E::Element* packed, const Value<E>* bias,
                   const Output<Value<E>>& y) {
-  engine.dense_packed(num_threads, tokens, k, n_padded, x, ldx, packed, bias ? Start::bias : Start::zero, bias, y);
+  const Panels panels(n_padded / kWidth<Value<E>>);
+  engine.dense_packed(num_threads, tokens, {0, panels.count}, k, panels, x, ldx, packed,
+                      bias ? Start::bias : Start::zero, bias, y);
 }
 
 // dW [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B [tokens, n]
@@ -149,48 +151,85 @@ inline bool has_whole_rows(const void* data, std::int64_t columns) {
   return columns % kWidth<T> == 0 && reinterpret_cast<std::uintptr_t>(data) % 64 == 0;
 }
 
-// A weight [k, n] as the right-hand side of a product: where it lies if its rows are whole vectors, else packed.
-template <class T>
+// A weight [k, n] as the right-hand side of products: where it lies if they take it so, else packed.
+template <class E>
 class RightSide {
+  using T = Value<E>;
+
  public:
-  RightSide(Arena& arena, const void* source, std::int64_t k, std::int64_t n)
-      : source_(static_cast<const T*>(source)),
+  RightSide(Arena& arena, const E& engine, const WeightMatrix& source, std::int64_t k, std::int64_t n)
+      : engine_(engine),
+        source_(source),
         k_(k),
         n_(n),
-        packed_(has_whole_rows<T>(source, n) ? nullptr : arena.take<T>(k * padded<T>(n))) {}
-  Matrix<T> fill_in(int num_threads) const {
-    if (has_whole_rows<T>(source_, n_)) return {source_, n_};
-    pack(Values<T>(), num_threads, packed_, source_, n_, 1, k_, n_);
-    return {packed_, 0};
+        in_place_(std::is_same<E, Values<T>>::value && source.dtype != DType::bfloat16 &&
+                  has_whole_rows<T>(source.data, n)),
+        packed_(in_place_ ? nullptr : arena.take<typename E::Element>(engine.packed_size(k, padded<T>(n)))) {}
+
+  void fill_in(int num_threads) const {
+    if (!in_place_) pack(engine_, num_threads, packed_, source_, n_, 1, k_, n_);
+  }
+
+  // The panels of C = start + A B that are asked for, A row-major, all threads on parts of it.
+  void multiply(int num_threads, std::int64_t rows, Range panel_range, const Panels& panels, const T* a,
+                std::int64_t lda, Start start, const Output<T>& c) const {
+    if constexpr (std::is_same<E, Values<T>>::value)
+      if (in_place_)
+        return engine_.dense(num_threads, rows, panel_range, k_, panels, {a, lda, 1},
+                             {static_cast<const T*>(source_.data), n_}, start, nullptr, c);
+    engine_.dense_packed(num_threads, rows, panel_range, k_, panels, a, lda, packed_, start, nullptr, c);
+  }
+
+  void multiply(int num_threads, std::int64_t rows, const T* a, std::int64_t lda, Start start,
+                const Output<T>& c) const {
+    const Panels panels(padded<T>(n_) / kWidth<T>);
+    multiply(num_threads, rows, {0, panels.count}, panels, a, lda, start, c);
   }
 
  private:
-  const T* source_;
-  std::int64_t k_, n_;
-  T* packed_;
+  const E engine_;
+  const WeightMatrix source_;
+  const std::int64_t k_, n_;
+  const bool in_place_;
+  typename E::Element* packed_;
 };
 
-// A gradient [rows, columns] that products are summed into: the user's own memory where its rows are whole vectors,
-// else padded rows that are copied at the end.
+// A gradient [rows, columns] that products are summed into: the user's own memory where they may, else padded rows that
+// are copied at the end.
 template <class T>
 class WeightGradient {
  public:
-  WeightGradient(Arena& arena, void* target, std::int64_t rows, std::int64_t columns)
-      : target_(static_cast<T*>(target)),
+  WeightGradient(Arena& arena, void* target, DType dtype, std::int64_t rows, std::int64_t columns)
+      : target_(target),
+        dtype_(dtype),
         rows_(rows),
         columns_(columns),
-        data_(has_whole_rows<T>(target, columns) ? target_ : arena.take<T>(rows * padded<T>(columns))) {}
+        in_place_(dtype != DType::bfloat16 && has_whole_rows<T>(target, columns)),
+        data_(in_place_ ? static_cast<T*>(target) : arena.take<T>(rows * padded<T>(columns))) {}
   T* data() const { return data_; }
   std::int64_t leading() const { return padded<T>(columns_); }
-  void finish() const {
-    if (data_ == target_) return;
-    for (std::int64_t i = 0; i < rows_; ++i)
-      std::memcpy(target_ + i * columns_, data_ + i * leading(), sizeof(T) * static_cast<std::size_t>(columns_));
+
+  void finish(int num_threads) const {
+    if (in_place_) return;
+    if constexpr (sizeof(T) == 4)
+      if (dtype_ == DType::bfloat16) return copy_to(static_cast<BFloat16*>(target_), num_threads);
+    copy_to(static_cast<T*>(target_), num_threads);
   }
 
  private:
-  T* target_;
+  template <class S>
+  void copy_to(S* target, int num_threads) const {
+    constexpr std::int64_t kRows = 16;
+    parallel_for((rows_ + kRows - 1) / kRows, num_threads, 0, [&](std::int64_t block, void*) {
+      for (std::int64_t i = kRows * block; i < min_of(rows_, kRows * (block + 1)); ++i)
+        store_row<T>(data_ + i * leading(), columns_, target + i * columns_);
+    });
+  }
+
+  void* target_;
+  DType dtype_;
   std::int64_t rows_, columns_;
+  bool in_place_;
   T* data_;
 };
 

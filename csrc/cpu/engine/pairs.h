@@ -34,7 +34,8 @@ struct Pairs {
   static std::int64_t depth(std::int64_t k) { return (k + 1) / 2; }
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return depth(k) * n_padded; }
 
-  static void pack(int num_threads, Element* out, const float* data, std::int64_t k_stride, std::int64_t n_stride,
+  template <class S>
+  static void pack(int num_threads, Element* out, const S* data, std::int64_t k_stride, std::int64_t n_stride,
                    std::int64_t k, std::int64_t n) {
     for_panels<float>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
       float* panel = static_cast<float*>(operand_scratch(sizeof(float) * static_cast<std::size_t>(k * width)));
@@ -63,15 +64,14 @@ struct Pairs {
   }
 
   // as Values::dense_packed
-  static void dense_packed(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const float* a,
-                           std::int64_t lda, const Element* packed, Start start, const float* bias,
+  static void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                           const float* a, std::int64_t lda, const Element* packed, Start start, const float* bias,
                            const Output<float>& c) {
-    const Panels panels(n_padded / 16);
     const std::int64_t size = depth(k) * rows + 16;
     const auto run = [&](Element* left) {
       fill_left(num_threads, left, rows, k, {a, lda, 1});
-      dense_parts<Pairs>(num_threads, rows, {0, panels.count}, depth(k), panels, {left, depth(k), 1}, {packed, 0},
-                         start, bias, c);
+      dense_parts<Pairs>(num_threads, rows, panel_range, depth(k), panels, {left, depth(k), 1}, {packed, 0}, start,
+                         bias, c);
     };
     if (num_threads == 1) return run(scratch(size));
     Workspace memory(sizeof(Element) * static_cast<std::size_t>(size));

@@ -77,6 +77,12 @@ void pack(const E& engine, int num_threads, typename E::Element* out, const type
           std::int64_t k_stride, std::int64_t n_stride, std::int64_t k, std::int64_t n) {
   engine.pack(num_threads, out, data, k_stride, n_stride, k, n);
 }
+template <class E>
+void pack(const E& engine, int num_threads, typename E::Element* out, const WeightMatrix& weight, std::int64_t k_stride,
+          std::int64_t n_stride, std::int64_t k, std::int64_t n) {
+  weight.visit<typename E::Value>(
+      [&](const auto* data) { engine.pack(num_threads, out, data, k_stride, n_stride, k, n); });
+}
 
 // C = A B [+ bias], A [rows, k] row-major in scratch, B packed
 template <class E>

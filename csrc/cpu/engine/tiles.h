@@ -29,8 +29,9 @@ struct Tiles {
 
   std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) const { return layout(k).right_size(n_padded); }
 
-  void pack(int num_threads, Element* out, const float* data, std::int64_t k_stride, std::int64_t n_stride,
-            std::int64_t k, std::int64_t n) const {
+  template <class S>
+  void pack(int num_threads, Element* out, const S* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+            std::int64_t n) const {
     const PartLayout layout = this->layout(k);
     for_panels<float>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
       float* panel = static_cast<float*>(operand_scratch(sizeof(float) * static_cast<std::size_t>(k * width)));
@@ -60,14 +61,17 @@ struct Tiles {
   }
 
   // as Values::dense_packed
-  void dense_packed(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const float* a,
-                    std::int64_t lda, const Element* packed, Start start, const float* bias,
+  void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                    const float* a, std::int64_t lda, const Element* packed, Start start, const float* bias,
                     const Output<float>& c) const {
     const PartLayout layout = this->layout(k);
+    const std::int64_t first = panels.begin(panel_range.begin);
     const auto run = [&](Element* memory) {
       const LeftParts left(layout, rows, memory);
       fill_left(num_threads, left, rows, 0, {a, lda, 1});
-      multiply_parts(num_threads, layout, left, packed, rows, n_padded / 16, start, bias, c);
+      multiply_parts(num_threads, layout, left, packed + first * layout.right_stride(), rows,
+                     columns_of(panels, panel_range), start, bias ? bias + 16 * first : nullptr,
+                     {c.data + 16 * first, c.leading, c.offsets});
     };
     if (num_threads == 1) return run(scratch(layout.left_size(rows)));
     Workspace memory(sizeof(Element) * static_cast<std::size_t>(layout.left_size(rows)));

@@ -2,23 +2,24 @@
 #pragma once
 
 #include "../base/parallel.h"
+#include "../base/tokens.h"
 #include "gemm.h"
 
 namespace msformer::MSFORMER_VARIANT {
 
 // One panel of a packed right-hand side: columns [begin, begin + width), of which `filled` are in the source.
-template <class T>
-inline void pack_panel(T* to, const T* from, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+template <class T, class S>
+inline void pack_panel(T* to, const S* from, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
                        std::int64_t width, std::int64_t filled) {
   constexpr std::int64_t W = kWidth<T>;
   const std::int64_t whole = filled / W * W, whole_k = n_stride == 1 ? k : k / W * W;
   for (std::int64_t j = 0; j < whole; j += W) {
     if (n_stride == 1) {
-      for (std::int64_t i = 0; i < k; ++i) store(to + i * width + j, load_unaligned(from + i * k_stride + j));
+      for (std::int64_t i = 0; i < k; ++i) store(to + i * width + j, load_values<T>(from + i * k_stride + j));
     } else {
       for (std::int64_t i = 0; i < whole_k; i += W) {
         Vector<T> block[W];
-        for (std::int64_t row = 0; row < W; ++row) block[row] = load_unaligned(from + i + (j + row) * n_stride);
+        for (std::int64_t row = 0; row < W; ++row) block[row] = load_values<T>(from + i + (j + row) * n_stride);
         transpose<T>(block);
         for (std::int64_t row = 0; row < W; ++row) store(to + (i + row) * width + j, block[row]);
       }
@@ -26,9 +27,9 @@ inline void pack_panel(T* to, const T* from, std::int64_t k_stride, std::int64_t
   }
   // what is left: the last rows of the transposed blocks, and the columns of the last, incomplete vector
   for (std::int64_t i = whole_k; i < k; ++i)
-    for (std::int64_t j = 0; j < whole; ++j) to[i * width + j] = from[i * k_stride + j * n_stride];
+    for (std::int64_t j = 0; j < whole; ++j) to[i * width + j] = convert<T>(from[i * k_stride + j * n_stride]);
   for (std::int64_t j = whole; j < filled; ++j)
-    for (std::int64_t i = 0; i < k; ++i) to[i * width + j] = from[i * k_stride + j * n_stride];
+    for (std::int64_t i = 0; i < k; ++i) to[i * width + j] = convert<T>(from[i * k_stride + j * n_stride]);
   for (std::int64_t i = 0; i < k; ++i)
     for (std::int64_t j = filled; j < width; ++j) to[i * width + j] = T(0);
 }
@@ -80,7 +81,8 @@ struct Values {
 
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return k * n_padded; }
 
-  static void pack(int num_threads, T* out, const T* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
+  template <class S>
+  static void pack(int num_threads, T* out, const S* data, std::int64_t k_stride, std::int64_t n_stride, std::int64_t k,
                    std::int64_t n) {
     for_panels<T>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
       pack_panel(out + begin * k, data + begin * n_stride, k_stride, n_stride, k, width, filled);
@@ -97,11 +99,11 @@ struct Values {
     gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
   }
 
-  // C = start + A B, A row-major and B packed, all threads on parts of it
-  static void dense_packed(int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded, const T* a,
-                           std::int64_t lda, const T* packed, Start start, const T* bias, const Output<T>& c) {
-    const Panels panels(n_padded / kWidth<T>);
-    dense_parts<Values>(num_threads, rows, {0, panels.count}, k, panels, {a, lda, 1}, {packed, 0}, start, bias, c);
+  // The panels of C = start + A B that are asked for, A row-major and B packed, all threads on parts of it.
+  static void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                           const T* a, std::int64_t lda, const T* packed, Start start, const T* bias,
+                           const Output<T>& c) {
+    dense_parts<Values>(num_threads, rows, panel_range, k, panels, {a, lda, 1}, {packed, 0}, start, bias, c);
   }
 
   // The panels of C = start + A B that are asked for, B of values, all threads on parts of it.

@@ -37,13 +37,16 @@ inline MixFFNArguments with_hidden(const MixFFNArguments& a, std::int64_t begin,
   const auto from = [begin](const void* data, std::int64_t each) -> const void* {
     return data ? static_cast<const T*>(data) + begin * each : nullptr;
   };
+  const auto from_matrix = [&](const void* data, std::int64_t each) -> const void* {
+    return a.matrix_dtype == DType::bfloat16 ? static_cast<const BFloat16*>(data) + begin * each : from(data, each);
+  };
   const auto into = [begin](void* data, std::int64_t each) -> void* {
     return data ? static_cast<T*>(data) + begin * each : nullptr;
   };
   const std::int64_t taps = a.kernel_size * a.kernel_size;
   out.num_threads = num_threads;
   out.hidden = end - begin;
-  out.parameters.fc1_weight = from(a.parameters.fc1_weight, a.channels);
+  out.parameters.fc1_weight = from_matrix(a.parameters.fc1_weight, a.channels);
   out.parameters.fc1_bias = from(a.parameters.fc1_bias, 1);
   out.parameters.dw_weight = from(a.parameters.dw_weight, taps);
   out.parameters.dw_bias = from(a.parameters.dw_bias, 1);

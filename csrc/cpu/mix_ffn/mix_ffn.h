@@ -168,8 +168,8 @@ struct MixFFN {
     void fill_in(const MixFFN& m, bool packed_fc1 = true) {
       const MixFFNArguments& a = m.a;
       if (packed_fc1)
-        pack(m.engine, a.num_threads, fc1, static_cast<const T*>(a.parameters.fc1_weight), 1, m.channels, m.channels,
-             m.hidden);
+        pack(m.engine, a.num_threads, fc1, WeightMatrix{a.parameters.fc1_weight, a.matrix_dtype}, 1, m.channels,
+             m.channels, m.hidden);
       copy_padded(fc1_bias, a.parameters.fc1_bias, m.hidden);
       copy_padded(dw_bias, a.parameters.dw_bias, m.hidden);
       fill(taps, m.tap_count * m.hidden_width, T(0));

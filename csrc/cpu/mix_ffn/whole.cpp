@@ -101,8 +101,8 @@ struct Whole : MixFFN<E> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.norm.fill_in(a.parameters.norm, channels, a.norm_eps);
-    pack(this->engine, a.num_threads, s.fc2, static_cast<const T*>(a.parameters.fc2_weight), 1, activated, activated,
-         channels);
+    pack(this->engine, a.num_threads, s.fc2, WeightMatrix{a.parameters.fc2_weight, a.matrix_dtype}, 1, activated,
+         activated, channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
@@ -124,7 +124,7 @@ struct Whole : MixFFN<E> {
   struct BackwardBuffers {
     TokenNorm<T> norm;
     char *slice_weights, *slice_vectors;
-    RightSide<T> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
+    RightSide<E> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
     WeightGradient<T> fc1_gradient, fc2_gradient;
     T *x, *normalized, *rstd, *grad_output, *grad_x, *grad_u;
     T *norm_partials, *norm_weight, *norm_bias, *fc2_bias;  // gradients; partials: of a token block each
@@ -132,10 +132,10 @@ struct Whole : MixFFN<E> {
         : norm(arena, m.channels),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
           slice_vectors(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.vector_bytes))),
-          fc1_transposed(arena, m.a.parameters.fc1_weight, m.hidden, m.channels),
-          fc2_transposed(arena, m.a.parameters.fc2_weight, m.channels, m.activated),
-          fc1_gradient(arena, m.a.gradients.fc1_weight, m.hidden, m.channels),
-          fc2_gradient(arena, m.a.gradients.fc2_weight, m.channels, m.activated),
+          fc1_transposed(arena, m.engine, {m.a.parameters.fc1_weight, m.a.matrix_dtype}, m.hidden, m.channels),
+          fc2_transposed(arena, m.engine, {m.a.parameters.fc2_weight, m.a.matrix_dtype}, m.channels, m.activated),
+          fc1_gradient(arena, m.a.gradients.fc1_weight, m.a.matrix_dtype, m.hidden, m.channels),
+          fc2_gradient(arena, m.a.gradients.fc2_weight, m.a.matrix_dtype, m.channels, m.activated),
           x(arena.take<T>(m.group_tokens * m.width)),
           normalized(arena.take<T>(m.group_tokens * m.width)),
           rstd(arena.take<T>(m.group_tokens)),
@@ -149,19 +149,18 @@ struct Whole : MixFFN<E> {
   };
 
   // dT of a slice = grad_output W_2, into the rows that the slice keeps for dZ
-  void make_grad_t(std::int64_t i, std::int64_t tokens, const Slice& slice, const T* grad_output,
-                   const Matrix<T>& fc2_transposed, const typename Slice::BackwardBuffers& b) const {
-    const Operand<T> rows{grad_output, width, 1};
+  void make_grad_t(std::int64_t i, std::int64_t tokens, const BackwardBuffers& s,
+                   const typename Slice::BackwardBuffers& b) const {
     if (slices.count == 1)
-      return dense(this->engine, slice_threads, tokens, channels, slice.activated_width, rows, fc2_transposed,
-                   Start::zero, nullptr, {b.grad_z, 0, b.offsets});
+      return s.fc2_transposed.multiply(slice_threads, tokens, s.grad_output, width, Start::zero,
+                                       {b.grad_z, 0, b.offsets});
     // columns are counted from the first of all hidden features
-    this->engine.dense(slice_threads, tokens, slices.panel_range(i), channels, slices.panels, rows, fc2_transposed,
-                       Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
+    s.fc2_transposed.multiply(slice_threads, tokens, slices.panel_range(i), slices.panels, s.grad_output, width,
+                              Start::zero, {b.grad_z - slices.begin(i), 0, b.offsets});
   }
 
   void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,
-                      const Matrix<T>& fc2_transposed, std::int64_t first, std::int64_t images, void* scratch) const {
+                      std::int64_t first, std::int64_t images, void* scratch) const {
     const std::int64_t tokens = images * image_tokens, begin = slices.begin(i);
     const WeightGradient<T>&fc1 = s.fc1_gradient, &fc2 = s.fc2_gradient;
     Arena arena(scratch), vector_arena(s.slice_vectors + static_cast<std::size_t>(i) * vector_bytes);
@@ -169,7 +168,7 @@ struct Whole : MixFFN<E> {
     const VectorGradients<T> vectors = take_vectors(vector_arena, slice);
     if (first == 0) vectors.clear();
     slice.load_hidden(w, b, first, images, s.x);
-    make_grad_t(i, tokens, slice, s.grad_output, fc2_transposed, b);
+    make_grad_t(i, tokens, s, b);
     slice.activation_gradients(w, b, images);
     dense_weights(this->engine, slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
                   slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
@@ -187,8 +186,8 @@ struct Whole : MixFFN<E> {
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
     s.norm.fill_in(a.parameters.norm, channels, a.norm_eps);
-    const Matrix<T> fc1_transposed = s.fc1_transposed.fill_in(a.num_threads);
-    const Matrix<T> fc2_transposed = s.fc2_transposed.fill_in(a.num_threads);
+    s.fc1_transposed.fill_in(a.num_threads);
+    s.fc2_transposed.fill_in(a.num_threads);
     for (T* sums : {s.norm_weight, s.norm_bias, s.fc2_bias}) fill(sums, width, T(0));
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
@@ -197,17 +196,16 @@ struct Whole : MixFFN<E> {
                      nullptr);
       for_slices(s.slice_weights, bytes_of<typename Slice::BackwardBuffers>(), first == 0 && !a.kept_hidden.data,
                  [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
-                   backward_slice(s, slice, w, i, fc2_transposed, first, images, scratch);
+                   backward_slice(s, slice, w, i, first, images, scratch);
                  });
       add_column_sums(tokens, width, s.grad_output, width, s.fc2_bias);
-      dense(this->engine, a.num_threads, tokens, hidden, width, {s.grad_u, hidden_width, 1}, fc1_transposed,
-            Start::zero, nullptr, {s.grad_x, width});
+      s.fc1_transposed.multiply(a.num_threads, tokens, s.grad_u, hidden_width, Start::zero, {s.grad_x, width});
       store_image_gradients(a.num_threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images,
                             image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
                             s.norm_bias);
     });
-    s.fc1_gradient.finish();
-    s.fc2_gradient.finish();
+    s.fc1_gradient.finish(a.num_threads);
+    s.fc2_gradient.finish(a.num_threads);
     copy_out(s.fc2_bias, channels, a.gradients.fc2_bias);
     copy_out(s.norm_weight, channels, a.gradients.norm.weight);
     copy_out(s.norm_bias, channels, a.gradients.norm.bias);

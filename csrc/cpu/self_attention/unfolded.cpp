@@ -64,7 +64,11 @@ struct Unfolded {
 
   // weight [out, in] of a linear layer, packed for tokens times its transpose
   void pack_linear(Element* to, const void* weight, std::int64_t in, std::int64_t out) const {
-    pack(engine, a.num_threads, to, static_cast<const T*>(weight), 1, in, in, out);
+    pack(engine, a.num_threads, to, WeightMatrix{weight, a.matrix_dtype}, 1, in, in, out);
+  }
+
+  RightSide<E> right_side(Arena& arena, const void* weight, std::int64_t out, std::int64_t in) const {
+    return RightSide<E>(arena, engine, {weight, a.matrix_dtype}, out, in);
   }
 
   // what the op keeps of a group of images
@@ -211,7 +215,7 @@ struct Unfolded {
 
   struct BackwardBuffers {
     TokenNorm<T> norm;
-    RightSide<T> query_weight, key_weight, value_weight, output_weight;  // for gradients of tokens
+    RightSide<E> query_weight, key_weight, value_weight, output_weight;  // for gradients of tokens
     WeightGradient<T> query_gradient, key_gradient, value_gradient, output_gradient;
     T *query_bias, *value_bias, *output_bias, *norm_weight, *norm_bias;  // gradients
     T *x, *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
@@ -219,14 +223,14 @@ struct Unfolded {
     MemoryGradients memory;
     BackwardBuffers(Arena& arena, const Unfolded& u)
         : norm(arena, u.channels),
-          query_weight(arena, u.a.parameters.query_weight, u.keys, u.channels),
-          key_weight(arena, u.a.parameters.key_weight, u.keys, u.channels),
-          value_weight(arena, u.a.parameters.value_weight, u.values, u.channels),
-          output_weight(arena, u.a.parameters.output_weight, u.channels, u.values),
-          query_gradient(arena, u.a.gradients.query_weight, u.keys, u.channels),
-          key_gradient(arena, u.a.gradients.key_weight, u.keys, u.channels),
-          value_gradient(arena, u.a.gradients.value_weight, u.values, u.channels),
-          output_gradient(arena, u.a.gradients.output_weight, u.channels, u.values),
+          query_weight(u.right_side(arena, u.a.parameters.query_weight, u.keys, u.channels)),
+          key_weight(u.right_side(arena, u.a.parameters.key_weight, u.keys, u.channels)),
+          value_weight(u.right_side(arena, u.a.parameters.value_weight, u.values, u.channels)),
+          output_weight(u.right_side(arena, u.a.parameters.output_weight, u.channels, u.values)),
+          query_gradient(arena, u.a.gradients.query_weight, u.a.matrix_dtype, u.keys, u.channels),
+          key_gradient(arena, u.a.gradients.key_weight, u.a.matrix_dtype, u.keys, u.channels),
+          value_gradient(arena, u.a.gradients.value_weight, u.a.matrix_dtype, u.values, u.channels),
+          output_gradient(arena, u.a.gradients.output_weight, u.a.matrix_dtype, u.channels, u.values),
           query_bias(arena.take<T>(u.key_width)),
           value_bias(arena.take<T>(u.value_width)),
           output_bias(arena.take<T>(u.width)),
@@ -245,19 +249,14 @@ struct Unfolded {
           memory(arena, u) {}
   };
 
-  struct RightSides {
-    Matrix<T> query, key, value, output;
-  };
-
-  void backward_group(const BackwardBuffers& s, const RightSides& w, std::int64_t first, std::int64_t images) const {
+  void backward_group(const BackwardBuffers& s, std::int64_t first, std::int64_t images) const {
     const int threads = a.num_threads;
     const std::int64_t tokens = images * a.tokens;
     const Projected p = projected(first);
     const bool add = first > 0;
     load_images(threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, s.normalized, s.rstd);
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
-    dense(engine, threads, tokens, channels, value_width, {s.grad_output, width, 1}, w.output, Start::zero, nullptr,
-          {s.grad_attended, value_width});
+    s.output_weight.multiply(threads, tokens, s.grad_output, width, Start::zero, {s.grad_attended, value_width});
 
     AttentionArguments arguments = attention(first, images);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
@@ -288,13 +287,10 @@ struct Unfolded {
     add_column_sums(tokens, value_width, s.grad_value, value_width, s.value_bias);
     add_column_sums(tokens, width, s.grad_output, width, s.output_bias);
 
-    const auto to_x = [&](std::int64_t features, const T* grad, std::int64_t grad_width, const Matrix<T>& weight,
-                          Start start) {
-      dense(engine, threads, tokens, features, width, {grad, grad_width, 1}, weight, start, nullptr, {s.grad_x, width});
-    };
-    to_x(keys, s.grad_query, key_width, w.query, Start::zero);
-    to_x(keys, s.grad_key, key_width, w.key, Start::output);
-    to_x(values, s.grad_value, value_width, w.value, Start::output);
+    const Output<T> grad_x{s.grad_x, width};
+    s.query_weight.multiply(threads, tokens, s.grad_query, key_width, Start::zero, grad_x);
+    s.key_weight.multiply(threads, tokens, s.grad_key, key_width, Start::output, grad_x);
+    s.value_weight.multiply(threads, tokens, s.grad_value, value_width, Start::output, grad_x);
     store_image_gradients(threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images, a.tokens,
                           channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight, s.norm_bias);
   }
@@ -306,19 +302,19 @@ struct Unfolded {
     Arena arena(memory.data());
     BackwardBuffers s(arena, *this);
     s.norm.fill_in(a.parameters.norm, channels, a.norm_eps, a.norm_centred);
-    const RightSides right_sides{s.query_weight.fill_in(a.num_threads), s.key_weight.fill_in(a.num_threads),
-                                 s.value_weight.fill_in(a.num_threads), s.output_weight.fill_in(a.num_threads)};
+    for (const RightSide<E>* weight : {&s.query_weight, &s.key_weight, &s.value_weight, &s.output_weight})
+      weight->fill_in(a.num_threads);
     fill(s.query_bias, key_width, T(0));
     fill(s.value_bias, value_width, T(0));
     fill(s.output_bias, width, T(0));
     fill(s.norm_weight, width, T(0));
     fill(s.norm_bias, width, T(0));
     fill(s.memory.total, s.memory.size(), T(0));
-    for_groups([&](std::int64_t first, std::int64_t images) { backward_group(s, right_sides, first, images); });
-    s.query_gradient.finish();
-    s.key_gradient.finish();
-    s.value_gradient.finish();
-    s.output_gradient.finish();
+    for_groups([&](std::int64_t first, std::int64_t images) { backward_group(s, first, images); });
+    s.query_gradient.finish(a.num_threads);
+    s.key_gradient.finish(a.num_threads);
+    s.value_gradient.finish(a.num_threads);
+    s.output_gradient.finish(a.num_threads);
     copy_out(s.query_bias, keys, a.gradients.query_bias);
     copy_out(s.value_bias, values, a.gradients.value_bias);
     copy_out(s.output_bias, channels, a.gradients.output_bias);

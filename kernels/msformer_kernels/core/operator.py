@@ -117,6 +117,7 @@ class Operator(Generic[R]):
         self.parameters = tuple(n for n in self.differentiable if n not in activations)
         self.call_type: Any = namedtuple(f"{self.name}_call", self.names)  # type: ignore[misc]
         self._positions = {name: i for i, name in enumerate(self.names)}
+        self.matrices = tuple(matrices)
         self._matrices = tuple((name, self._positions[name]) for name in matrices)
         floating = [n for n in self.tensors if n in self.differentiable or n in zero_gradient]
         wide = [wide_parameters and n in self.parameters for n in floating]

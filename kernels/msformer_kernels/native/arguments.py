@@ -1,18 +1,23 @@
 """How tensors are handed to the compiled extension: addresses, sizes and strides (see csrc/abi.h).
 
 Activations go as they are, with any strides and in their own dtype. Parameters and statistics go as contiguous arrays
-of the arithmetic dtype, float32 (float64 for float64 activations); gradients of parameters come back in that dtype and
-are rounded once to the parameter's own. All of a call goes as one flat tuple of numbers.
+of the arithmetic dtype, float32 (float64 for float64 activations), but for what `parameter_dtypes` says; gradients of
+parameters come back in that dtype and are rounded once to the parameter's own. All of a call goes as one flat tuple of
+numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from msformer_kernels.core.precision import arithmetic_dtype, cpu_float32_precision
+
+if TYPE_CHECKING:
+    from msformer_kernels.core.operator import Operator
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -62,17 +67,27 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
-def contiguous(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Parameters in the arithmetic dtype; the caller keeps the list alive while the kernel runs."""
+def parameter_dtypes(operator: Operator[Any], call: Any, few_tokens: bool = False) -> list[torch.dtype]:
+    """In which dtypes a kernel takes `operator.parameters`: the arithmetic dtype. Of few bfloat16 tokens it takes the
+    weights of linear layers as they are, where all are bfloat16: converting them would take longer than products."""
+    wide = arithmetic_dtype(call.x.dtype)
+    narrow = few_tokens and all(getattr(call, name).dtype is torch.bfloat16 for name in ("x", *operator.matrices))
+    return [torch.bfloat16 if narrow and name in operator.matrices else wide for name in operator.parameters]
+
+
+def contiguous(parameters: Sequence[Tensor | None], dtypes: Iterable[torch.dtype]) -> list[Tensor | None]:
+    """Parameters as kernels take them; the caller keeps the list alive while the kernel runs."""
     return [
-        p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous() for p in parameters
+        p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous()
+        for p, dtype in zip(parameters, dtypes, strict=False)
     ]
 
 
-def empty_gradients(parameters: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Room for the gradients in the arithmetic dtype; zero-size for an absent parameter."""
-    dtype = arithmetic_dtype(like.dtype)
-    return [like.new_empty(0 if p is None else p.shape, dtype=dtype) for p in parameters]
+def empty_gradients(parameters: Sequence[Tensor | None], dtypes: Iterable[torch.dtype], like: Tensor) -> list[Tensor]:
+    """Room for the gradients in the dtypes of the parameters; zero-size for an absent one."""
+    return [
+        like.new_empty(0 if p is None else p.shape, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=False)
+    ]
 
 
 def rounded(gradients: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -14,14 +14,15 @@ from msformer_kernels.native.arguments import (
     arithmetic_dtype,
     contiguous,
     empty_gradients,
+    parameter_dtypes,
     rounded,
 )
 from msformer_kernels.ops.batch_norm.spec import OPERATOR
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, dtype = call.x, arithmetic_dtype(call.x.dtype)
-    parameters = contiguous(OPERATOR.parameters_of(call), dtype)
+    x = call.x
+    parameters = contiguous(OPERATOR.parameters_of(call), parameter_dtypes(OPERATOR, call))
     output, mean, variance = OPERATOR.fake(call)
     _native.batch_norm_forward(
         (
@@ -39,9 +40,9 @@ def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    parameters = contiguous(given, arithmetic_dtype(x.dtype))
-    gradients = empty_gradients(given, x)
-    statistics = contiguous(saved, arithmetic_dtype(x.dtype))
+    dtypes = parameter_dtypes(OPERATOR, call)
+    parameters, gradients = contiguous(given, dtypes), empty_gradients(given, dtypes, x)
+    statistics = contiguous(saved, [arithmetic_dtype(x.dtype)] * 2)
     grad_x = x.new_empty(x.shape)
     _native.batch_norm_backward(
         (

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from msformer_kernels import _native
@@ -17,19 +18,23 @@ from msformer_kernels.native.arguments import (
     activation,
     addresses,
     aligned,
-    arithmetic_dtype,
     contiguous,
     empty_gradients,
     mask_argument,
     memory_activation,
     memory_arguments,
+    parameter_dtypes,
     rounded,
     settings,
 )
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, few_tokens, kernel_parameters
 
 
-def _inputs(call: Any) -> tuple[Any, ...]:
+def _dtypes(call: Any) -> list[torch.dtype]:
+    return parameter_dtypes(OPERATOR, call, bool(few_tokens(call)))
+
+
+def _inputs(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes, options and x, as every entry point takes them first."""
     return (
         *settings(call.x),
@@ -38,6 +43,7 @@ def _inputs(call: Any) -> tuple[Any, ...]:
         call.value_weight.shape[0],
         call.num_heads,
         arguments.FEW_TOKENS if few_tokens(call) else arguments.MANY_TOKENS,
+        arguments.DTYPES[matrix_dtype],
         call.norm_eps,
         call.norm_kind == "layer",
         call.residual,
@@ -53,18 +59,19 @@ def _state(state: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:
-    parameters = contiguous(kernel_parameters(call), arithmetic_dtype(call.x.dtype))
+    dtypes = _dtypes(call)
+    parameters = contiguous(kernel_parameters(call), dtypes)
     output, *state = OPERATOR.fake(call)
     _native.self_attention_forward(
-        (*_inputs(call), *addresses(parameters), *_state(state), *activation(output)),
+        (*_inputs(call, dtypes[0]), *addresses(parameters), *_state(state), *activation(output)),
     )
     return output, *state
 
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, kernel_parameters(call)
-    parameters = contiguous(given, arithmetic_dtype(x.dtype))
-    gradients = empty_gradients(given, x)
+    dtypes = _dtypes(call)
+    parameters, gradients = contiguous(given, dtypes), empty_gradients(given, dtypes, x)
     state = [aligned(s.contiguous()) for s in saved]
     grad_x = room_like(x)
     of_memory = [None if m is None else room_like(m) for m in (call.memory_key, call.memory_value)]
@@ -73,7 +80,7 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
         grad_context = grad_context.to(saved.context.dtype).contiguous()
     _native.self_attention_backward(
         (
-            *_inputs(call),
+            *_inputs(call, dtypes[0]),
             *addresses(parameters),
             *_state(state),
             *activation(grads.output),

@@ -1,10 +1,10 @@
 """The declaration of ``msformer::efficient_self_attention``.
 
 The op also returns what its backward needs besides its inputs: the maximum and sum of the key softmax and the mean of
-the tokens under it, `[B, Dk]` twice and `[B, Dk, C]`. On the CPU, images with fewer tokens than channels are worked on
-as published, not folded. That takes fewer multiplications there, and the op returns queries, keys, values and what was
-attended, `[B, N, projected_width]`, in place of that mean, so that the backward does not make them again. The gradient
-of the key bias is zero: the softmax over tokens cancels it, and no backend looks at it.
+the tokens under it, `[B, Dk]` twice and `[B, Dk, C]`. On the CPU, images with few tokens, beside channels, are worked
+on as published, not folded. That takes fewer multiplications there, and the op returns queries, keys, values and what
+was attended, `[B, N, projected_width]`, in place of that mean, so that the backward does not make them again. The
+gradient of the key bias is zero: the softmax over tokens cancels it, and no backend looks at it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from msformer_kernels.ops.efficient_self_attention.reference import efficient_se
 def few_tokens(call: Any) -> Any:
     """1 if the CPU kernels do not fold a call, else 0; of symbolic sizes an expression, which is not decided on.
 
-    Not folded, a token takes 4 C (Dk + Dv) + 4 Dk Dv / heads flop; folded, 8 C Dk, and an image 4 C Dk Dv / heads.
+    Not folded, a token takes 4 C (Dk + Dv) + 4 Dk Dv / heads flop; folded, 8 C Dk, and an image 4 C Dk Dv / heads. That
+    counts max(3, C / 64) times, as measured: a backward that has queries, keys and values is faster.
     """
     _, tokens, channels = call.x.shape
     keys, values = call.query_weight.shape[0], call.value_weight.shape[0]
     if arguments.FORM != arguments.BY_SHAPE:
         return torch.sym_min(1, tokens) * (arguments.FORM == arguments.FEW_TOKENS)
     of_heads = keys * values // call.num_heads
-    saved = channels * of_heads - tokens * (channels * (values - keys) + of_heads)
+    weight = torch.sym_max(3, channels // 64)
+    saved = weight * channels * of_heads - tokens * (channels * (values - keys) + of_heads)
     return torch.sym_min(1, tokens) * torch.sym_min(1, torch.sym_max(0, saved))
 
 

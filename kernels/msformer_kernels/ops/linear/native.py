@@ -11,9 +11,9 @@ from msformer_kernels.native.arguments import (
     NO_ACTIVATION,
     activation,
     addresses,
-    arithmetic_dtype,
     contiguous,
     empty_gradients,
+    parameter_dtypes,
     rounded,
     settings,
 )
@@ -27,7 +27,7 @@ def _sizes(call: Any) -> tuple[int, ...]:
 
 def forward(call: Any) -> Tensor:
     x = call.x
-    parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(x.dtype))
+    parameters = contiguous(OPERATOR.parameters_of(call), parameter_dtypes(OPERATOR, call))
     output = x.new_empty(*x.shape[:2], call.weight.shape[0])
     _native.linear_forward((*_sizes(call), *activation(x), *addresses(parameters), *activation(output)))
     return output
@@ -35,8 +35,8 @@ def forward(call: Any) -> Tensor:
 
 def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    parameters = contiguous(given, arithmetic_dtype(x.dtype))
-    gradients = empty_gradients(given, x)
+    dtypes = parameter_dtypes(OPERATOR, call)
+    parameters, gradients = contiguous(given, dtypes), empty_gradients(given, dtypes, x)
     grad_x = x.new_empty(x.shape if grads.x_wanted else 0)
     _native.linear_backward(
         (

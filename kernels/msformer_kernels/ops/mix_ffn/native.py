@@ -17,9 +17,9 @@ from msformer_kernels.native import arguments
 from msformer_kernels.native.arguments import (
     activation,
     addresses,
-    arithmetic_dtype,
     contiguous,
     empty_gradients,
+    parameter_dtypes,
     rounded,
     settings,
 )
@@ -30,7 +30,11 @@ _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _BY_HALVES = ("fc1_weight", "fc1_bias", "dw_weight", "dw_bias")
 
 
-def _options(call: Any) -> tuple[Any, ...]:
+def _dtypes(call: Any) -> list[torch.dtype]:
+    return parameter_dtypes(OPERATOR, call, has_few_tokens(call))
+
+
+def _options(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
     batch, _, channels = call.x.shape
     return (
@@ -42,6 +46,7 @@ def _options(call: Any) -> tuple[Any, ...]:
         call.fc1_weight.shape[0],
         call.dw_weight.shape[2],
         arguments.FEW_TOKENS if has_few_tokens(call) else arguments.MANY_TOKENS,
+        arguments.DTYPES[matrix_dtype],
         call.norm_eps,
         call.skip,
         call.residual,
@@ -72,10 +77,11 @@ def _cut_halves(gradient: Tensor, missing: int) -> Tensor:
 
 def forward(call: Any) -> tuple[Tensor, ...]:
     x, call = call.x, _with_whole_halves(call)
-    parameters = contiguous(OPERATOR.parameters_of(call), arithmetic_dtype(x.dtype))
+    dtypes = _dtypes(call)
+    parameters = contiguous(OPERATOR.parameters_of(call), dtypes)
     output, hidden = OPERATOR.fake(call)
     _native.mix_ffn_forward(
-        (*_options(call), *activation(x), *addresses(parameters), *activation(hidden), *activation(output))
+        (*_options(call, dtypes[0]), *activation(x), *addresses(parameters), *activation(hidden), *activation(output))
     )
     return output, hidden
 
@@ -95,12 +101,12 @@ def backward(call: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
 
 def _backward(call: Any, hidden: Tensor, grads: Any) -> tuple[Tensor, ...]:
     x, given = call.x, OPERATOR.parameters_of(call)
-    parameters = contiguous(given, arithmetic_dtype(x.dtype))
-    gradients = empty_gradients(given, x)
+    dtypes = _dtypes(call)
+    parameters, gradients = contiguous(given, dtypes), empty_gradients(given, dtypes, x)
     grad_x = x.new_empty(x.shape)
     _native.mix_ffn_backward(
         (
-            *_options(call),
+            *_options(call, dtypes[0]),
             *activation(x),
             *addresses(parameters),
             *activation(hidden),
