@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.native import arguments
 from tests.kernels.cases import require
 
 COMPILED = {"native": ("many_tokens", "few_tokens"), "cuda": (), "triton": ("folded",)}
@@ -54,17 +55,16 @@ def float64_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def _prepared(name_and_form: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name, _, form = name_and_form.partition("-")
     require(name)
-    if name == "triton":
-        calls = import_module("msformer_kernels.ops.efficient_self_attention.triton_calls")
+    if name == "native" and form:
+        monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
+    elif name != "native":
+        # as on a GPU, where no tokens are few, though the emulation runs on the CPU
+        monkeypatch.setattr(arguments, "FORM", arguments.MANY_TOKENS)
+        calls = import_module(f"msformer_kernels.ops.efficient_self_attention.{name}_calls")
         monkeypatch.setattr(calls, "MOST_FOLDED", 0 if form == "unfolded" else 128)
+    if name == "triton":
         # in float32 the folded form has too many registers on a GPU, unless products are of tf32 (triton/test_tf32.py)
         monkeypatch.setattr(calls, "FOLDED_PRECISIONS", ("tf32", "tf32x3"))
-    elif name == "native" and form:
-        arguments = import_module("msformer_kernels.native.arguments")
-        monkeypatch.setattr(arguments, "FORM", getattr(arguments, form.upper()))
-    elif form == "unfolded":
-        calls = import_module("msformer_kernels.ops.efficient_self_attention.cuda_calls")
-        monkeypatch.setattr(calls, "MOST_FOLDED", 0)
     yield name
 
 

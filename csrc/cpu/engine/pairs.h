@@ -38,9 +38,15 @@ struct Pairs {
   static void pack(int num_threads, Element* out, const S* data, std::int64_t k_stride, std::int64_t n_stride,
                    std::int64_t k, std::int64_t n) {
     for_panels<float>(num_threads, k, n, [&](std::int64_t begin, std::int64_t width, std::int64_t filled) {
-      float* panel = static_cast<float*>(operand_scratch(sizeof(float) * static_cast<std::size_t>(k * width)));
-      pack_panel(panel, data + begin * n_stride, k_stride, n_stride, k, width, filled);
-      pairs_of_rows(k, width, panel, width, out + begin * depth(k), width);
+      Element* to = out + begin * depth(k);
+      const S* from = data + begin * n_stride;
+      for (std::int64_t j = 0; j < width; j += 16) {
+        const std::int64_t columns = max_of<std::int64_t>(0, min_of<std::int64_t>(16, filled - j));
+        if (n_stride == 1)
+          pairs_below(k, columns, from + j, k_stride, to + j, width);
+        else
+          turned_pairs(k, columns, from + j * n_stride, n_stride, to + j, width);
+      }
     });
   }
 
@@ -130,6 +136,54 @@ struct Pairs {
   }
 
   static __m256i rounded(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+  static __mmask16 first(std::int64_t count) {
+    return static_cast<__mmask16>((1u << max_of<std::int64_t>(0, min_of<std::int64_t>(16, count))) - 1);
+  }
+
+  // the first `count` of 16 values, in the lower halves; the others are zero
+  static __m512i halves(std::int64_t count, const float* from) {
+    return _mm512_cvtepu16_epi32(rounded(_mm512_maskz_loadu_ps(first(count), from)));
+  }
+  static __m512i halves(std::int64_t count, const BFloat16* from) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), from));
+  }
+
+  // the first `count` of 32 values as pairs of neighbours; the others are zero
+  static __m512i neighbours(std::int64_t count, const float* from) {
+    const __m512 low = _mm512_maskz_loadu_ps(first(count), from);
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first(count - 16), from + 16), low));
+  }
+  static __m512i neighbours(std::int64_t count, const BFloat16* from) {
+    return count >= 32 ? _mm512_loadu_si512(from)
+                       : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), from);
+  }
+
+  // up to 16 columns of a matrix [k, columns], whose rows are k_stride apart -> 16 columns of pairs
+  template <class S>
+  static void pairs_below(std::int64_t k, std::int64_t columns, const S* from, std::int64_t k_stride, Element* to,
+                          std::int64_t leading) {
+    for (std::int64_t i = 0; i < k; i += 2) {
+      const __m512i low = halves(columns, from + i * k_stride);
+      const __m512i high = i + 1 < k ? halves(columns, from + (i + 1) * k_stride) : _mm512_setzero_si512();
+      _mm512_store_si512(to + i / 2 * leading, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+
+  // the same of a matrix that lies transposed, [columns, k]
+  template <class S>
+  static void turned_pairs(std::int64_t k, std::int64_t columns, const S* from, std::int64_t n_stride, Element* to,
+                           std::int64_t leading) {
+    for (std::int64_t i = 0; i < depth(k); i += 16) {
+      Vector<float> square[16];  // of bits
+      for (std::int64_t j = 0; j < 16; ++j)
+        square[j] = reinterpret_cast<Vector<float>>(
+            j < columns ? neighbours(k - 2 * i, from + j * n_stride + 2 * i) : _mm512_setzero_si512());
+      transpose<float>(square);
+      for (std::int64_t j = 0; j < min_of<std::int64_t>(16, depth(k) - i); ++j)
+        store(reinterpret_cast<float*>(to + (i + j) * leading), square[j]);
+    }
+  }
 
   // pairs of neighbours in a row: in [rows, k] -> out [rows, leading]
   static void pairs_along_rows(std::int64_t rows, std::int64_t k, const float* in, std::int64_t leading_in,

@@ -341,19 +341,43 @@ def test_checkpoint(use_reentrant: bool) -> None:
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-@pytest.mark.usefixtures("in_use")
-@pytest.mark.parametrize(("form", "wide"), [("MANY_TOKENS", 0), ("FEW_TOKENS", 1)])
-def test_of_few_tokens_alone_the_hidden_tensor_is_saved_once(
+@pytest.mark.parametrize(("form", "wide"), [("MANY_TOKENS", 0), ("FEW_TOKENS", 2)])
+def test_of_few_tokens_alone_the_hidden_tensor_and_the_projected_tokens_are_saved_once(
     form: str, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require("native")
     monkeypatch.setattr(arguments, "FORM", getattr(arguments, form))
     block, x = block_and_tokens()
     saved: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
+    with (
+        kernels.use_backend("native"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t),
+    ):
         block(x, 3, 4)
     activations = [shape for shape in saved if shape[:2] == (2, 12)]
     assert activations
     assert sum(shape[2] > 8 for shape in activations) == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_of_few_tokens_may_come_back_anywhere_in_memory(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a hook that keeps saved tensors in one buffer."""
+    require("native")
+    monkeypatch.setattr(arguments, "FORM", arguments.FEW_TOKENS)
+    block, x = block_and_tokens()
+    block, x = block.to(dtype), x.to(dtype)
+    expected = gradients(block, block(x, 3, 4)[0].square().sum())
+
+    def moved(saved: Tensor) -> Tensor:
+        return torch.cat([saved.new_zeros(1), saved.reshape(-1)])[1:].view(saved.shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, moved):
+        output = block(x, 3, 4)[0].square().sum()
+    found = gradients(block, output)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
 
 def _train_one_step(rank: int, world_size: int, backends: list[str], store: str, results: str) -> None:
