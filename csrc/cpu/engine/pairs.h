@@ -177,11 +177,11 @@ struct Pairs {
     for (std::int64_t i = 0; i < depth(k); i += 16) {
       Vector<float> square[16];  // of bits
       for (std::int64_t j = 0; j < 16; ++j)
-        square[j] = reinterpret_cast<Vector<float>>(
-            j < columns ? neighbours(k - 2 * i, from + j * n_stride + 2 * i) : _mm512_setzero_si512());
+        square[j] = reinterpret_cast<Vector<float>>(j < columns ? neighbours(k - 2 * i, from + j * n_stride + 2 * i)
+                                                                : _mm512_setzero_si512());
       transpose<float>(square);
       for (std::int64_t j = 0; j < min_of<std::int64_t>(16, depth(k) - i); ++j)
-        store(reinterpret_cast<float*>(to + (i + j) * leading), square[j]);
+        _mm512_store_si512(to + (i + j) * leading, reinterpret_cast<__m512i>(square[j]));
     }
   }
 
@@ -207,9 +207,7 @@ struct Pairs {
     for (std::int64_t i = 0; i < rows; i += 2)
       for (std::int64_t c = 0; c < width; c += 16) {
         const float* from = in + i * leading + c;
-        const __m512i low = _mm512_cvtepu16_epi32(rounded(_mm512_loadu_ps(from)));
-        const __m512i high =
-            i + 1 < rows ? _mm512_cvtepu16_epi32(rounded(_mm512_loadu_ps(from + leading))) : _mm512_setzero_si512();
+        const __m512i low = halves(16, from), high = i + 1 < rows ? halves(16, from + leading) : _mm512_setzero_si512();
         _mm512_store_si512(out + i / 2 * leading_out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
   }
