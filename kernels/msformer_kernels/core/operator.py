@@ -147,6 +147,10 @@ class Operator(Generic[R]):
         """The tensors of a call that are differentiable and no activations, in the order of the signature."""
         return tuple([call[i] for i in self._parameter_positions])
 
+    def matrices_of(self, call: Any) -> list[Tensor]:
+        """The weights of linear layers of a call."""
+        return [call[i] for _, i in self._matrices]
+
     def why_not(self, backend: str, call: Sequence[Any] | None = None) -> str | None:
         """Why a backend that is there cannot serve this operator, or the call with these values; None if it can."""
         if backend == "reference":

@@ -252,15 +252,20 @@ def cast_inputs(operator: Operator[Any], op: Any, device_type: str, dtype: torch
 
 
 def cast_output(operator: Operator[Any], op: Any, device_type: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Any:
-    """Autocast of a layer. The kernels of the CPU compute in float32 whatever comes in, so nothing is cast on the way
-    in; on a GPU the dtype of the activations decides. A sum with the residual has the dtype of the activations."""
+    """Autocast of a layer. The kernels of the CPU take activations as they come, and multiply in bfloat16 where the
+    weights of linear layers are bfloat16; on a GPU the dtype of the activations decides. A sum with the residual has
+    the dtype of the activations."""
     x = args[0]
     if x.dtype == torch.float64:
         return op(*args)
     at = operator.positions(["residual"])[0] if "residual" in operator.names else None
     residual = at is not None and args[at]
     if device_type == "cpu":
-        found = op(*args)
+        values = list(args)
+        if x.dtype == torch.float32 and dtype == torch.bfloat16:
+            for i in operator.positions(operator.matrices):
+                values[i] = values[i].to(dtype)
+        found = op(*values)
         return found if residual else _with_first(found, lambda output: output.to(dtype))
     values = [x.to(dtype), *args[1:]]
     if at is not None:

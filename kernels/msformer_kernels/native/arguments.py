@@ -27,10 +27,12 @@ FORM = BY_SHAPE
 NO_ACTIVATION = (0,) * 6
 
 
-def settings(x: Tensor) -> tuple[int, int]:
-    """How many threads a kernel gets, and how exact its products are, as every entry point takes them: for bfloat16
-    activations "medium", which rounds to bfloat16, else as the user allows it for float32."""
-    return torch.get_num_threads(), PRECISIONS["medium" if x.dtype is torch.bfloat16 else cpu_float32_precision()]
+def settings(x: Tensor, matrices: Sequence[Tensor] = ()) -> tuple[int, int]:
+    """How many threads a kernel gets, and how exact its products are, as every entry point takes them: "medium", which
+    rounds to bfloat16, where the activations are bfloat16 or all weights of linear layers are, as under autocast; else
+    as the user allows it for float32."""
+    narrow = x.dtype is torch.bfloat16 or (len(matrices) > 0 and all(m.dtype is torch.bfloat16 for m in matrices))
+    return torch.get_num_threads(), PRECISIONS["medium" if narrow else cpu_float32_precision()]
 
 
 def activation(x: Tensor) -> tuple[int, ...]:
@@ -68,10 +70,10 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def parameter_dtypes(operator: Operator[Any], call: Any, few_tokens: bool = False) -> list[torch.dtype]:
-    """In which dtypes a kernel takes `operator.parameters`: the arithmetic dtype. Of few bfloat16 tokens it takes the
+    """In which dtypes a kernel takes `operator.parameters`: the arithmetic dtype. Of few tokens it takes the
     weights of linear layers as they are, where all are bfloat16: converting them would take longer than products."""
     wide = arithmetic_dtype(call.x.dtype)
-    narrow = few_tokens and all(getattr(call, name).dtype is torch.bfloat16 for name in ("x", *operator.matrices))
+    narrow = few_tokens and all(m.dtype is torch.bfloat16 for m in operator.matrices_of(call))
     return [torch.bfloat16 if narrow and name in operator.matrices else wide for name in operator.parameters]
 
 

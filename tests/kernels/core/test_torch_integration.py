@@ -320,6 +320,17 @@ def test_gradients_of_parameters_have_their_dtype_under_autocast(
         assert (gradient - truth).norm() <= 0.05 * truth.norm() + 1e-3, n
 
 
+def test_products_with_float32_activations_are_of_bfloat16_under_autocast() -> None:
+    """On the CPU, as PyTorch's own; the gradients of weights show it."""
+    require("native")
+    block, x = block_and_tokens()
+    with kernels.use_backend("native"), torch.autocast("cpu", torch.bfloat16):
+        output, _ = block(x, 3, 4)
+    gradient = gradients(block, output.square().sum())["mlp.fc1.weight"]
+    assert torch.equal(gradient, gradient.bfloat16().float())
+    assert not torch.equal(output, block(x, 3, 4)[0])
+
+
 def test_autocast_with_mixed_inputs() -> None:
     """bfloat16 activations of an earlier layer, float32 parameters."""
     block, x = block_and_tokens()

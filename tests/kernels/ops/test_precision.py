@@ -29,14 +29,16 @@ DRAWS = 3
 autocast = partial(torch.autocast, "cpu", torch.bfloat16)
 
 
-def add_draw(rule: Rule, case: Case, backend: str, precision: str, eager_mode: Any, eps: float) -> None:
+def add_draw(
+    rule: Rule, case: Case, backend: str, precision: str, eager_mode: Any, eps: float, mode: Any = nullcontext
+) -> None:
     """One draw of the error rule against eager in a mode of its own, whose results may be rounded further."""
     seed = rule.draws
     eager, exact, spread = reference_results(case, torch.float32, seed, eager_mode, eps)
     rounding = {name: x.dtype for name, x in eager.items()}  # of the gradients that come in
-    with float32_products(precision):
+    with float32_products(precision), mode():
         ours = run(case, cast(case.draw(seed), torch.float32), backend, rounding, seed)
-    rule.add(ours, {name: x.float() for name, x in eager.items()}, exact, spread)
+    rule.add(*({name: x.float() for name, x in found.items()} for found in (ours, eager)), exact, spread)
 
 
 @pytest.mark.accuracy
@@ -58,6 +60,19 @@ def test_medium_f32(case: Case, float64_backend: str) -> None:
     for count in (DRAWS, 4 * DRAWS, 16 * DRAWS):
         while rule.draws < count:
             add_draw(rule, case, float64_backend, "medium", autocast, torch.finfo(torch.bfloat16).eps)
+        if not rule.faults():
+            return
+    raise AssertionError("\n".join(rule.faults()))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("case", [SELF_ATTENTION.small[0], LINEAR.small[0], MIX_FFN.small[0]], ids=str)
+def test_float32_activations_under_autocast(case: Case, float64_backend: str) -> None:
+    """As of a residual stream: products are of bfloat16, and no less accurate than eager's."""
+    rule = Rule()
+    for count in (DRAWS, 4 * DRAWS, 16 * DRAWS):
+        while rule.draws < count:
+            add_draw(rule, case, float64_backend, "highest", autocast, torch.finfo(torch.bfloat16).eps, autocast)
         if not rule.faults():
             return
     raise AssertionError("\n".join(rule.faults()))

@@ -37,7 +37,7 @@ def _dtypes(call: Any) -> list[torch.dtype]:
 def _inputs(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes, options and x, as every entry point takes them first."""
     return (
-        *settings(call.x),
+        *settings(call.x, OPERATOR.matrices_of(call)),
         *call.x.shape,
         call.query_weight.shape[0],
         call.value_weight.shape[0],

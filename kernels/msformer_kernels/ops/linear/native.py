@@ -22,7 +22,7 @@ from msformer_kernels.ops.linear.spec import OPERATOR
 
 def _sizes(call: Any) -> tuple[int, ...]:
     batch, tokens, channels = call.x.shape
-    return (*settings(call.x), batch, tokens, channels, call.weight.shape[0])
+    return (*settings(call.x, OPERATOR.matrices_of(call)), batch, tokens, channels, call.weight.shape[0])
 
 
 def forward(call: Any) -> Tensor:

@@ -22,6 +22,7 @@ OPERATOR = Operator(
     products=lambda call: call.x.shape[:2].numel() * call.weight.numel(),
     # on a GPU the vendor's matrix products are hard to beat, and the reference has them
     served_by=("native",),
+    matrices=("weight",),
     skippable=("x",),
     autocast=cast_output,
 )

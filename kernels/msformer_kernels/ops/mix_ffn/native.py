@@ -38,7 +38,7 @@ def _options(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes and options, as every entry point takes them first."""
     batch, _, channels = call.x.shape
     return (
-        *settings(call.x),
+        *settings(call.x, OPERATOR.matrices_of(call)),
         batch,
         call.height,
         call.width,
