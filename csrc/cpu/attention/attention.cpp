@@ -236,16 +236,22 @@ struct Attention : Problem<E> {
   }
 };
 
+// calls task(engine); columns are multiplied as values, whatever the precision
+template <class Task>
+void with_engine_of(const AttentionArguments& a, const Task& task) {
+  if (is_by_columns(a.key) && is_by_columns(a.query))
+    return with_arithmetic(a.key.dtype, [&](auto arithmetic) { task(Values<decltype(arithmetic)>()); });
+  with_engine(a.key.dtype, a.precision, AttentionProducts(a).shapes, task);
+}
+
 }  // namespace
 
 void attention_forward(const AttentionArguments& a) {
-  with_engine(a.key.dtype, a.precision, AttentionProducts(a).shapes,
-              [&](auto engine) { Attention<decltype(engine)>(a, engine).forward(); });
+  with_engine_of(a, [&](auto engine) { Attention<decltype(engine)>(a, engine).forward(); });
 }
 
 void attention_backward(const AttentionArguments& a) {
-  with_engine(a.key.dtype, a.precision, AttentionProducts(a).shapes,
-              [&](auto engine) { Attention<decltype(engine)>(a, engine).backward(); });
+  with_engine_of(a, [&](auto engine) { Attention<decltype(engine)>(a, engine).backward(); });
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

@@ -57,7 +57,8 @@ inline MixFFNArguments with_hidden(const MixFFNArguments& a, std::int64_t begin,
   out.gradients.fc2_bias = nullptr;
   out.gradients.norm = {};
   if (a.kept_hidden.data)
-    out.kept_hidden.data = static_cast<T*>(a.kept_hidden.data) + begin * a.kept_hidden.channel_stride;
+    visit_elements(a.kept_hidden, 0, 0, 0,
+                   [&](auto* data) { out.kept_hidden.data = data + begin * a.kept_hidden.channel_stride; });
   return out;
 }
 

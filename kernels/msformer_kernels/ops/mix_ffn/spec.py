@@ -2,7 +2,8 @@
 
 The backward needs nothing but the inputs. Where images have few tokens, nearly all of the time goes into matrix
 products, and the hidden tensor is small. There the op returns it, too, as `[B, N, hidden]` in front of its activation,
-so that the backward on the CPU does not make it again. Elsewhere that tensor has no tokens.
+so that the backward on the CPU does not make it again; rounded, if the activations are bfloat16. Elsewhere that tensor
+has no tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def room_for_hidden(call: Any) -> Tensor:
     kept: Any = 0
     if call.x.device.type == "cpu":
         kept = _kept_tokens(call) if arguments.FORM == arguments.BY_SHAPE else call.x.shape[1] * has_few_tokens(call)
-    return call.x.new_empty(call.x.shape[0], kept, hidden, dtype=arithmetic_dtype(call.x.dtype))
+    dtype = torch.bfloat16 if call.x.dtype is torch.bfloat16 else arithmetic_dtype(call.x.dtype)
+    return call.x.new_empty(call.x.shape[0], kept, hidden, dtype=dtype)
 
 
 def nothing_kept(call: Any) -> Tensor:
