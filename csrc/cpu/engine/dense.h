@@ -18,33 +18,101 @@ constexpr std::int64_t kGroupTokens =
 template <class E>
 using Value = typename E::Value;
 
-// C = start + A B
+template <class T>
+inline Panels panels_of(std::int64_t n_padded) {
+  return Panels(n_padded / kWidth<T>);
+}
+
+// All of C = start + A B.
+template <class E>
+void product(const E& engine, int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded,
+             const typename E::Left& a, const typename E::Right& b, Start start, const Value<E>* bias,
+             const Output<Value<E>>& c) {
+  const Panels panels = panels_of<Value<E>>(n_padded);
+  engine.product(num_threads, rows, {0, panels.count}, k, panels, a, b, start, bias, c);
+}
+
+// calls task(memory) with room for so many elements
+template <class E, class Task>
+void with_operand_memory(int num_threads, std::int64_t elements, const Task& task) {
+  const std::size_t bytes = sizeof(typename E::Element) * static_cast<std::size_t>(elements);
+  if (num_threads == 1) return task(static_cast<typename E::Element*>(operand_scratch(bytes)));
+  Workspace memory(bytes);
+  task(static_cast<typename E::Element*>(memory.data()));
+}
+
+// C = start + A B of values
 template <class E>
 void dense(const E& engine, int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded,
            const Operand<Value<E>>& a, const Matrix<Value<E>>& b, Start start, const Value<E>* bias,
            const Output<Value<E>>& c) {
-  const Panels panels(n_padded / kWidth<Value<E>>);
-  engine.dense(num_threads, rows, {0, panels.count}, k, panels, a, b, start, bias, c);
+  constexpr std::int64_t kLine = 64 / sizeof(typename E::Element);
+  const std::int64_t left_size = (engine.left_size(rows, k) + kLine - 1) / kLine * kLine;
+  with_operand_memory<E>(num_threads, left_size + engine.right_size(k, n_padded), [&](typename E::Element* memory) {
+    product(engine, num_threads, rows, k, n_padded, engine.make_left(num_threads, memory, rows, k, a),
+            engine.make_right(num_threads, memory + left_size, k, panels_of<Value<E>>(n_padded), b), start, bias, c);
+  });
 }
 
-// Y [tokens, n] (+)= X W + bias; X row-major, W packed by the engine
+// C = start + A B, A row-major, B made before
 template <class E>
-void dense_tokens(const E& engine, int num_threads, std::int64_t tokens, std::int64_t k, std::int64_t n_padded,
-                  const Value<E>* x, std::int64_t ldx, const typename E::Element* packed, const Value<E>* bias,
-                  const Output<Value<E>>& y) {
-  const Panels panels(n_padded / kWidth<Value<E>>);
-  engine.dense_packed(num_threads, tokens, {0, panels.count}, k, panels, x, ldx, packed,
-                      bias ? Start::bias : Start::zero, bias, y);
+void dense_rows(const E& engine, int num_threads, std::int64_t rows, std::int64_t k, std::int64_t n_padded,
+                const Value<E>* a, std::int64_t lda, const typename E::Right& b, Start start, const Value<E>* bias,
+                const Output<Value<E>>& c) {
+  with_operand_memory<E>(num_threads, engine.left_size(rows, k), [&](typename E::Element* memory) {
+    product(engine, num_threads, rows, k, n_padded, engine.make_left(num_threads, memory, rows, k, {a, lda, 1}), b,
+            start, bias, c);
+  });
 }
 
-// dW [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B [tokens, n]
+// C [rows, n] (+)= A^T B, summed over tokens: A [tokens, rows], B made before
 template <class E>
-void dense_weights(const E& engine, int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded,
-                   const Value<E>* a, std::int64_t lda, const Value<E>* b, std::int64_t ldb, Value<E>* w,
-                   std::int64_t ldw, bool add) {
-  dense<E>(engine, num_threads, rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, add ? Start::output : Start::zero,
-           nullptr, {w, ldw});
+void dense_columns(const E& engine, int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded,
+                   const Value<E>* a, std::int64_t lda, const typename E::Right& b, const Output<Value<E>>& c,
+                   bool add) {
+  with_operand_memory<E>(num_threads, engine.left_size(rows, tokens), [&](typename E::Element* memory) {
+    product(engine, num_threads, rows, tokens, n_padded,
+            engine.make_left(num_threads, memory, rows, tokens, {a, 1, lda}), b, add ? Start::output : Start::zero,
+            nullptr, c);
+  });
 }
+
+// C [rows, n] (+)= A B, summed over tokens: A made before, B [tokens, n]
+template <class E>
+void dense_right(const E& engine, int num_threads, std::int64_t rows, std::int64_t tokens, std::int64_t n_padded,
+                 const typename E::Left& a, const Matrix<Value<E>>& b, const Output<Value<E>>& c, bool add) {
+  with_operand_memory<E>(num_threads, engine.right_size(tokens, n_padded), [&](typename E::Element* memory) {
+    product(engine, num_threads, rows, tokens, n_padded, a,
+            engine.make_right(num_threads, memory, tokens, panels_of<Value<E>>(n_padded), b),
+            add ? Start::output : Start::zero, nullptr, c);
+  });
+}
+
+// Room for an operand that several products share: all of a group of images' tokens, as the left side, the same
+// transposed, and as the right side of sums over tokens.
+template <class E>
+class SharedOperand {
+  using Element = typename E::Element;
+
+ public:
+  SharedOperand(Arena& arena, std::int64_t size) : memory_(arena.take<Element>(size)) {}
+
+  typename E::Left rows(const E& engine, int num_threads, std::int64_t tokens, std::int64_t k, const Value<E>* x,
+                        std::int64_t leading) const {
+    return engine.make_left(num_threads, memory_, tokens, k, {x, leading, 1});
+  }
+  typename E::Left columns(const E& engine, int num_threads, std::int64_t k, std::int64_t tokens, const Value<E>* x,
+                           std::int64_t leading) const {
+    return engine.make_left(num_threads, memory_, k, tokens, {x, 1, leading});
+  }
+  typename E::Right right(const E& engine, int num_threads, std::int64_t tokens, std::int64_t n_padded,
+                          const Value<E>* x, std::int64_t leading) const {
+    return engine.make_right(num_threads, memory_, tokens, panels_of<Value<E>>(n_padded), {x, leading});
+  }
+
+ private:
+  Element* memory_;
+};
 
 inline std::int64_t token_blocks(std::int64_t tokens) { return (tokens + 15) / 16; }
 
@@ -170,20 +238,10 @@ class RightSide {
     if (!in_place_) pack(engine_, num_threads, packed_, source_, n_, 1, k_, n_);
   }
 
-  // The panels of C = start + A B that are asked for, A row-major, all threads on parts of it.
-  void multiply(int num_threads, std::int64_t rows, Range panel_range, const Panels& panels, const T* a,
-                std::int64_t lda, Start start, const Output<T>& c) const {
+  typename E::Right operand() const {
     if constexpr (std::is_same<E, Values<T>>::value)
-      if (in_place_)
-        return engine_.dense(num_threads, rows, panel_range, k_, panels, {a, lda, 1},
-                             {static_cast<const T*>(source_.data), n_}, start, nullptr, c);
-    engine_.dense_packed(num_threads, rows, panel_range, k_, panels, a, lda, packed_, start, nullptr, c);
-  }
-
-  void multiply(int num_threads, std::int64_t rows, const T* a, std::int64_t lda, Start start,
-                const Output<T>& c) const {
-    const Panels panels(padded<T>(n_) / kWidth<T>);
-    multiply(num_threads, rows, {0, panels.count}, panels, a, lda, start, c);
+      if (in_place_) return {static_cast<const T*>(source_.data), n_};
+    return engine_.packed_right(packed_);
   }
 
  private:

@@ -69,68 +69,45 @@ struct Pairs {
     gemm<Pairs>(rows, depth(tokens), n_padded, {left, 1, leading}, {right, n_padded}, Start::output, nullptr, c);
   }
 
-  // as Values::dense_packed
-  static void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-                           const float* a, std::int64_t lda, const Element* packed, Start start, const float* bias,
-                           const Output<float>& c) {
-    const std::int64_t size = depth(k) * rows + 16;
-    const auto run = [&](Element* left) {
-      fill_left(num_threads, left, rows, k, {a, lda, 1});
-      dense_parts<Pairs>(num_threads, rows, panel_range, depth(k), panels, {left, depth(k), 1}, {packed, 0}, start,
-                         bias, c);
-    };
-    if (num_threads == 1) return run(scratch(size));
-    Workspace memory(sizeof(Element) * static_cast<std::size_t>(size));
-    run(static_cast<Element*>(memory.data()));
-  }
+  // as those of Values
+  using Left = Operand<Element>;
+  using Right = Matrix<Element>;
+  // rows of pairs are written in whole vectors
+  static std::int64_t left_size(std::int64_t rows, std::int64_t k) { return depth(k) * padded<float>(rows) + 16; }
+  static std::int64_t right_size(std::int64_t k, std::int64_t n_padded) { return packed_size(k, n_padded); }
 
-  // as Values::dense; both operands are rewritten
-  static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-                    const Operand<float>& a, const Matrix<float>& b, Start start, const float* bias,
-                    const Output<float>& c) {
-    const std::int64_t columns = panels.begin(panel_range.end) - panels.begin(panel_range.begin);
-    // rows of pairs are written in whole vectors
-    const std::int64_t left_size = depth(k) * padded<float>(rows) + 16, right_size = depth(k) * columns * 16;
-    const auto run = [&](Element* memory) {
-      dense_in(memory + (left_size + 15) / 16 * 16, memory, num_threads, rows, panel_range, k, panels, a, b, start,
-               bias, c);
-    };
-    if (num_threads == 1) return run(scratch(left_size + right_size + 16));
-    Workspace memory(sizeof(Element) * static_cast<std::size_t>(left_size + right_size + 16));
-    run(static_cast<Element*>(memory.data()));
-  }
-
- private:
   // row-major, or, where A lies transposed, transposed
-  static void fill_left(int num_threads, Element* left, std::int64_t rows, std::int64_t k, const Operand<float>& a) {
+  static Left make_left(int num_threads, Element* left, std::int64_t rows, std::int64_t k, const Operand<float>& a) {
     constexpr std::int64_t kRows = 32;
     const std::int64_t leading = depth(k), width = padded<float>(rows);
+    const bool by_rows = a.k_stride == 1;
     parallel_for((rows + kRows - 1) / kRows, num_threads, 0, [&](std::int64_t block, void*) {
       const std::int64_t begin = kRows * block, end = min_of(rows, begin + kRows);
-      if (a.k_stride == 1)
+      if (by_rows)
         pairs_along_rows(end - begin, k, a.data + begin * a.row_stride, a.row_stride, left + begin * leading, leading);
       else
         pairs_of_rows(k, padded<float>(end - begin), a.data + begin, a.k_stride, left + begin, width);
     });
+    return {left, by_rows ? leading : 1, by_rows ? 1 : width};
   }
 
-  static void dense_in(Element* right, Element* left, int num_threads, std::int64_t rows, Range panel_range,
-                       std::int64_t k, const Panels& panels, const Operand<float>& a, const Matrix<float>& b,
-                       Start start, const float* bias, const Output<float>& c) {
-    const std::int64_t leading = depth(k), width = padded<float>(rows), first = panels.begin(panel_range.begin);
-    const bool by_rows = a.k_stride == 1;
-    fill_left(num_threads, left, rows, k, a);
-    Element* const of_all = right - 16 * first * leading;  // where those of the first panel would be
-    parallel_for(panel_range.end - panel_range.begin, num_threads, 0, [&](std::int64_t i, void*) {
-      const std::int64_t begin = 16 * panels.begin(panel_range.begin + i);
-      const std::int64_t size = 16 * panels.begin(panel_range.begin + i + 1) - begin;
+  static Right make_right(int num_threads, Element* right, std::int64_t k, const Panels& panels,
+                          const Matrix<float>& b) {
+    parallel_for(panels.count, num_threads, 0, [&](std::int64_t i, void*) {
+      const std::int64_t begin = 16 * panels.begin(i), size = 16 * panels.begin(i + 1) - begin;
       const float* panel = b.leading ? b.data + begin : b.data + begin * k;
-      pairs_of_rows(k, size, panel, b.leading ? b.leading : size, of_all + begin * leading, size);
+      pairs_of_rows(k, size, panel, b.leading ? b.leading : size, right + begin * depth(k), size);
     });
-    const Operand<Element> operand{left, by_rows ? leading : 1, by_rows ? 1 : width};
-    dense_parts<Pairs>(num_threads, rows, panel_range, leading, panels, operand, {of_all, 0}, start, bias, c);
+    return packed_right(right);
+  }
+  static Right packed_right(const Element* packed) { return {packed, 0}; }
+
+  static void product(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                      const Left& a, const Right& b, Start start, const float* bias, const Output<float>& c) {
+    dense_parts<Pairs>(num_threads, rows, panel_range, depth(k), panels, a, b, start, bias, c);
   }
 
+ private:
   static Element* scratch(std::int64_t count) {
     return static_cast<Element*>(operand_scratch(sizeof(Element) * static_cast<std::size_t>(count)));
   }

@@ -155,7 +155,7 @@ class LeftParts {
     std::memset(to + used, 0, 2 * static_cast<std::size_t>(layout_.rest_leading() - used));
   }
 
-  const PartLayout& layout_;
+  const PartLayout layout_;
   const std::int64_t rows_;
   std::uint16_t* data_;
 };

@@ -60,67 +60,46 @@ struct Tiles {
     TileProduct(layout, left, memory).run({0, rows}, {0, n_padded / 16}, Start::output, nullptr, c);
   }
 
-  // as Values::dense_packed
-  void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-                    const float* a, std::int64_t lda, const Element* packed, Start start, const float* bias,
-                    const Output<float>& c) const {
-    const PartLayout layout = this->layout(k);
-    const std::int64_t first = panels.begin(panel_range.begin);
-    const auto run = [&](Element* memory) {
-      const LeftParts left(layout, rows, memory);
-      fill_left(num_threads, left, rows, 0, {a, lda, 1});
-      multiply_parts(num_threads, layout, left, packed + first * layout.right_stride(), rows,
-                     columns_of(panels, panel_range), start, bias ? bias + 16 * first : nullptr,
-                     {c.data + 16 * first, c.leading, c.offsets});
-    };
-    if (num_threads == 1) return run(scratch(layout.left_size(rows)));
-    Workspace memory(sizeof(Element) * static_cast<std::size_t>(layout.left_size(rows)));
-    run(static_cast<Element*>(memory.data()));
+  // as those of Values
+  using Left = LeftParts;
+  using Right = const Element*;
+  std::int64_t left_size(std::int64_t rows, std::int64_t k) const { return layout(k).left_size(rows); }
+  std::int64_t right_size(std::int64_t k, std::int64_t n_padded) const { return packed_size(k, n_padded); }
+
+  Left make_left(int num_threads, Element* memory, std::int64_t rows, std::int64_t k, const Operand<float>& a) const {
+    const LeftParts left(layout(k), rows, memory);
+    parallel_for((rows + 15) / 16, num_threads, 0, [&](std::int64_t block, void*) {
+      const std::int64_t begin = 16 * block, end = min_of(rows, begin + 16);
+      if (a.k_stride != 1) return left.fill_rows(begin, a.data, a.k_stride);
+      for (std::int64_t i = begin; i < end; ++i) left.fill_row(i, a.data + i * a.row_stride);
+    });
+    return left;
   }
 
-  // as Values::dense; both operands are rewritten
-  void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-             const Operand<float>& a, const Matrix<float>& b, Start start, const float* bias,
-             const Output<float>& c) const {
-    constexpr std::int64_t kDepth = 512;
-    const auto size = [&](std::int64_t depth) {
-      return layout(depth).left_size(rows) + layout(depth).right_size(16 * columns_of(panels, panel_range));
-    };
-    const std::int64_t most = max_of(size(min_of(k, kDepth)), size(k % kDepth));
-    const auto run = [&](Element* memory) {
-      for (std::int64_t p = 0; p == 0 || p < k; p += kDepth)
-        dense_step(num_threads, rows, panel_range, {p, min_of(k, p + kDepth)}, k, panels, a, b,
-                   p ? Start::output : start, bias, c, memory);
-    };
-    if (num_threads == 1) return run(scratch(most));
-    Workspace memory(sizeof(Element) * static_cast<std::size_t>(most));
-    run(static_cast<Element*>(memory.data()));
+  Right make_right(int num_threads, Element* right, std::int64_t k, const Panels& panels,
+                   const Matrix<float>& b) const {
+    const PartLayout layout = this->layout(k);
+    parallel_for(panels.count, num_threads, 0, [&](std::int64_t i, void*) {
+      const std::int64_t begin = panels.begin(i), end = panels.begin(i + 1);
+      const float* panel = b.leading ? b.data + 16 * begin : b.data + 16 * begin * k;
+      for (std::int64_t j = begin; j < end; ++j)
+        fill_right(layout, panel + 16 * (j - begin), b.leading ? b.leading : 16 * (end - begin),
+                   right + j * layout.right_stride());
+    });
+    return right;
+  }
+  static Right packed_right(const Element* packed) { return packed; }
+
+  void product(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+               const Left& a, Right b, Start start, const float* bias, const Output<float>& c) const {
+    const PartLayout layout = this->layout(k);
+    const std::int64_t first = panels.begin(panel_range.begin);
+    multiply_parts(num_threads, layout, a, b + first * layout.right_stride(), rows,
+                   panels.begin(panel_range.end) - first, start, bias ? bias + 16 * first : nullptr,
+                   {c.data + 16 * first, c.leading, c.offsets});
   }
 
  private:
-  static std::int64_t columns_of(const Panels& panels, Range range) {
-    return panels.begin(range.end) - panels.begin(range.begin);
-  }
-
-  void dense_step(int num_threads, std::int64_t rows, Range panel_range, Range depth, std::int64_t k,
-                  const Panels& panels, const Operand<float>& a, const Matrix<float>& b, Start start, const float* bias,
-                  const Output<float>& c, Element* memory) const {
-    const PartLayout layout = this->layout(depth.end - depth.begin);
-    const std::int64_t first = panels.begin(panel_range.begin);
-    Element* const right = memory + layout.left_size(rows);
-    const LeftParts left(layout, rows, memory);
-    fill_left(num_threads, left, rows, depth.begin, a);
-    parallel_for(panel_range.end - panel_range.begin, num_threads, 0, [&](std::int64_t i, void*) {
-      const std::int64_t begin = panels.begin(panel_range.begin + i), end = panels.begin(panel_range.begin + i + 1);
-      const std::int64_t apart = b.leading ? b.leading : 16 * (end - begin);
-      const float* panel = b.data + (b.leading ? 16 * begin : 16 * begin * k) + depth.begin * apart;
-      for (std::int64_t j = begin; j < end; ++j)
-        fill_right(layout, panel + 16 * (j - begin), apart, right + (j - first) * layout.right_stride());
-    });
-    multiply_parts(num_threads, layout, left, right, rows, columns_of(panels, panel_range), start,
-                   bias ? bias + 16 * first : nullptr, {c.data + 16 * first, c.leading, c.offsets});
-  }
-
   // all threads on parts of C, in whole blocks of two tiles by two
   static void multiply_parts(int num_threads, const PartLayout& layout, const LeftParts& left, const Element* right,
                              std::int64_t rows, std::int64_t columns, Start start, const float* bias,
@@ -133,16 +112,6 @@ struct Tiles {
       const Range row_range{32 * (row_pairs * block / blocks), min_of(rows, 32 * (row_pairs * (block + 1) / blocks))};
       const Range column_range{2 * (pairs * group / groups), min_of(columns, 2 * (pairs * (group + 1) / groups))};
       TileProduct(layout, left, right).run(row_range, column_range, start, bias, c);
-    });
-  }
-
-  // the values of A from k on
-  static void fill_left(int num_threads, const LeftParts& left, std::int64_t rows, std::int64_t k,
-                        const Operand<float>& a) {
-    parallel_for((rows + 15) / 16, num_threads, 0, [&](std::int64_t block, void*) {
-      const std::int64_t begin = 16 * block, end = min_of(rows, begin + 16);
-      if (a.k_stride != 1) return left.fill_rows(begin, a.data + k * a.k_stride, a.k_stride);
-      for (std::int64_t i = begin; i < end; ++i) left.fill_row(i, a.data + i * a.row_stride + k);
     });
   }
 

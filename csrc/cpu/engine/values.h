@@ -99,16 +99,18 @@ struct Values {
     gemm<Values>(rows, tokens, n_padded, {a, 1, lda}, {b, ldb}, Start::output, nullptr, c);
   }
 
-  // The panels of C = start + A B that are asked for, A row-major and B packed, all threads on parts of it.
-  static void dense_packed(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-                           const T* a, std::int64_t lda, const T* packed, Start start, const T* bias,
-                           const Output<T>& c) {
-    dense_parts<Values>(num_threads, rows, panel_range, k, panels, {a, lda, 1}, {packed, 0}, start, bias, c);
-  }
+  // Operands of `product`, which all threads make and may share: here they are taken where they lie.
+  using Left = Operand<T>;
+  using Right = Matrix<T>;
+  static std::int64_t left_size(std::int64_t, std::int64_t) { return 0; }
+  static std::int64_t right_size(std::int64_t, std::int64_t) { return 0; }
+  static Left make_left(int, T*, std::int64_t, std::int64_t, const Operand<T>& a) { return a; }
+  static Right make_right(int, T*, std::int64_t, const Panels&, const Matrix<T>& b) { return b; }
+  static Right packed_right(const T* packed) { return {packed, 0}; }
 
-  // The panels of C = start + A B that are asked for, B of values, all threads on parts of it.
-  static void dense(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
-                    const Operand<T>& a, const Matrix<T>& b, Start start, const T* bias, const Output<T>& c) {
+  // The panels of C = start + A B that are asked for, all threads on parts of it.
+  static void product(int num_threads, std::int64_t rows, Range panel_range, std::int64_t k, const Panels& panels,
+                      const Left& a, const Right& b, Start start, const T* bias, const Output<T>& c) {
     dense_parts<Values>(num_threads, rows, panel_range, k, panels, a, b, start, bias, c);
   }
 };

@@ -81,7 +81,7 @@ struct Product {
       const std::int64_t depth = max_of<std::int64_t>(0, min_of(kBlockK, range.end - at));
       const Operand<T> a = load_a(tile.m, tile.rows, at, depth, s.a);
       const Matrix<T> b = load_b(at, depth, tile.n, tile.columns, s.b);
-      dense<E>(engine, 1, tile.rows, depth, leading, a, b, start, nullptr, {c, leading});
+      dense(engine, 1, tile.rows, depth, leading, a, b, start, nullptr, {c, leading});
       start = Start::output;
     }
   }

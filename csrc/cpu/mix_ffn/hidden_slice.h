@@ -119,10 +119,11 @@ struct HiddenSlice : MixFFN<E> {
 
   bool keeps_hidden() const { return a.kept_hidden.data != nullptr; }
 
-  // U of a group of images, without its activation
-  void make_hidden(const Weights& w, std::int64_t images, const T* x, const std::int64_t* offsets, T* u) const {
-    dense_tokens(this->engine, a.num_threads, images * image_tokens, channels, hidden_width, x, width, w.fc1,
-                 w.fc1_bias, {u, 0, offsets});
+  // U of a group of images, without its activation, from their tokens
+  void make_hidden(const Weights& w, std::int64_t images, const typename E::Left& x, const std::int64_t* offsets,
+                   T* u) const {
+    product(this->engine, a.num_threads, images * image_tokens, channels, hidden_width, x,
+            this->engine.packed_right(w.fc1), Start::bias, w.fc1_bias, {u, 0, offsets});
   }
 
   void keep_hidden_row(std::int64_t first_image, std::int64_t row, const T* u) const {
@@ -146,7 +147,7 @@ struct HiddenSlice : MixFFN<E> {
 
   // T of a group of images from its tokens x, in b.z
   void forward(const Weights& w, const ForwardBuffers& b, std::int64_t first_image, std::int64_t images,
-               const T* x) const {
+               const typename E::Left& x) const {
     make_offsets(b.offsets);
     clear_border(b.u);
     make_hidden(w, images, x, b.offsets, b.u);
@@ -178,7 +179,7 @@ struct HiddenSlice : MixFFN<E> {
 
   // U of a group of images, kept or made again, activated
   void load_hidden(const Weights& w, const BackwardBuffers& b, std::int64_t first_image, std::int64_t images,
-                   const T* x) const {
+                   const typename E::Left& x) const {
     make_offsets(b.offsets);
     clear_border(b.u);
     clear_border(b.grad_z);

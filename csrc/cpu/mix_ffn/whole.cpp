@@ -82,11 +82,13 @@ struct Whole : MixFFN<E> {
   struct ForwardBuffers {
     TokenNorm<T> norm;
     char* slice_weights;
+    SharedOperand<E> x_rows;
     Element* fc2;
     T *fc2_bias, *x, *t, *y;
     ForwardBuffers(Arena& arena, const Whole& m)
         : norm(arena, m.channels),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
+          x_rows(arena, m.engine.left_size(m.group_tokens, m.channels)),
           fc2(arena.take<Element>(m.engine.packed_size(m.activated, m.width))),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
@@ -107,15 +109,16 @@ struct Whole : MixFFN<E> {
     for_groups([&](std::int64_t first, std::int64_t images) {
       const std::int64_t tokens = images * image_tokens;
       load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
+      const typename E::Left x = s.x_rows.rows(this->engine, a.num_threads, tokens, channels, s.x, width);
       for_slices(s.slice_weights, bytes_of<typename Slice::ForwardBuffers>(), first == 0,
                  [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
                    Arena slice_arena(scratch);
                    const typename Slice::ForwardBuffers b(slice_arena, slice);
-                   slice.forward(w, b, first, images, s.x);
+                   slice.forward(w, b, first, images, x);
                    gather(i, tokens, slice, b.z, s.t);
                  });
-      dense_tokens(this->engine, a.num_threads, tokens, activated, width, s.t, hidden_width, s.fc2, s.fc2_bias,
-                   {s.y, width});
+      dense_rows(this->engine, a.num_threads, tokens, activated, width, s.t, hidden_width,
+                 this->engine.packed_right(s.fc2), Start::bias, s.fc2_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });
@@ -126,6 +129,7 @@ struct Whole : MixFFN<E> {
     char *slice_weights, *slice_vectors;
     RightSide<E> fc1_transposed, fc2_transposed;  // [hidden, width], [C, activated_width]
     WeightGradient<T> fc1_gradient, fc2_gradient;
+    SharedOperand<E> x_rows, x_right, grad_rows, grad_columns;
     T *x, *normalized, *rstd, *grad_output, *grad_x, *grad_u;
     T *norm_partials, *norm_weight, *norm_bias, *fc2_bias;  // gradients; partials: of a token block each
     BackwardBuffers(Arena& arena, const Whole& m)
@@ -136,6 +140,10 @@ struct Whole : MixFFN<E> {
           fc2_transposed(arena, m.engine, {m.a.parameters.fc2_weight, m.a.matrix_dtype}, m.channels, m.activated),
           fc1_gradient(arena, m.a.gradients.fc1_weight, m.a.matrix_dtype, m.hidden, m.channels),
           fc2_gradient(arena, m.a.gradients.fc2_weight, m.a.matrix_dtype, m.channels, m.activated),
+          x_rows(arena, m.a.kept_hidden.data ? 0 : m.engine.left_size(m.group_tokens, m.channels)),
+          x_right(arena, m.engine.right_size(m.group_tokens, m.width)),
+          grad_rows(arena, m.engine.left_size(m.group_tokens, m.channels)),
+          grad_columns(arena, m.engine.left_size(m.channels, m.group_tokens)),
           x(arena.take<T>(m.group_tokens * m.width)),
           normalized(arena.take<T>(m.group_tokens * m.width)),
           rstd(arena.take<T>(m.group_tokens)),
@@ -148,18 +156,34 @@ struct Whole : MixFFN<E> {
           fc2_bias(arena.take<T>(m.width)) {}
   };
 
-  // dT of a slice = grad_output W_2, into the rows that the slice keeps for dZ
-  void make_grad_t(std::int64_t i, std::int64_t tokens, const BackwardBuffers& s,
-                   const typename Slice::BackwardBuffers& b) const {
-    if (slices.count == 1)
-      return s.fc2_transposed.multiply(slice_threads, tokens, s.grad_output, width, Start::zero,
-                                       {b.grad_z, 0, b.offsets});
-    // columns are counted from the first of all hidden features
-    s.fc2_transposed.multiply(slice_threads, tokens, slices.panel_range(i), slices.panels, s.grad_output, width,
-                              Start::zero, {b.grad_z - slices.begin(i), 0, b.offsets});
+  // what the slices share of a group of images: operands made of x and of the gradient of the output
+  struct Operands {
+    typename E::Left x_rows, grad_rows, grad_columns;
+    typename E::Right x_right;
+  };
+
+  Operands make_operands(const BackwardBuffers& s, std::int64_t tokens) const {
+    const E& engine = this->engine;
+    const int threads = a.num_threads;
+    const typename E::Left grad_rows = s.grad_rows.rows(engine, threads, tokens, channels, s.grad_output, width);
+    return {a.kept_hidden.data ? grad_rows : s.x_rows.rows(engine, threads, tokens, channels, s.x, width), grad_rows,
+            s.grad_columns.columns(engine, threads, channels, tokens, s.grad_output, width),
+            s.x_right.right(engine, threads, tokens, width, s.x, width)};
   }
 
-  void backward_slice(const BackwardBuffers& s, const Slice& slice, const Weights& w, std::int64_t i,
+  // dT of a slice = grad_output W_2, into the rows that the slice keeps for dZ
+  void make_grad_t(std::int64_t i, std::int64_t tokens, const BackwardBuffers& s, const Operands& o,
+                   const typename Slice::BackwardBuffers& b) const {
+    const typename E::Right fc2 = s.fc2_transposed.operand();
+    if (slices.count == 1)
+      return product(this->engine, slice_threads, tokens, channels, activated_width, o.grad_rows, fc2, Start::zero,
+                     nullptr, {b.grad_z, 0, b.offsets});
+    // columns are counted from the first of all hidden features
+    this->engine.product(slice_threads, tokens, slices.panel_range(i), channels, slices.panels, o.grad_rows, fc2,
+                         Start::zero, nullptr, {b.grad_z - slices.begin(i), 0, b.offsets});
+  }
+
+  void backward_slice(const BackwardBuffers& s, const Operands& o, const Slice& slice, const Weights& w, std::int64_t i,
                       std::int64_t first, std::int64_t images, void* scratch) const {
     const std::int64_t tokens = images * image_tokens, begin = slices.begin(i);
     const WeightGradient<T>&fc1 = s.fc1_gradient, &fc2 = s.fc2_gradient;
@@ -167,14 +191,14 @@ struct Whole : MixFFN<E> {
     const typename Slice::BackwardBuffers b(arena, slice);
     const VectorGradients<T> vectors = take_vectors(vector_arena, slice);
     if (first == 0) vectors.clear();
-    slice.load_hidden(w, b, first, images, s.x);
-    make_grad_t(i, tokens, s, b);
+    slice.load_hidden(w, b, first, images, o.x_rows);
+    make_grad_t(i, tokens, s, o, b);
     slice.activation_gradients(w, b, images);
-    dense_weights(this->engine, slice_threads, channels, tokens, slice.activated_width, s.grad_output, width, b.t,
-                  slice.hidden_width, fc2.data() + begin, fc2.leading(), first > 0);
+    dense_right(this->engine, slice_threads, channels, tokens, slice.activated_width, o.grad_columns,
+                {b.t, slice.hidden_width}, {fc2.data() + begin, fc2.leading()}, first > 0);
     slice.convolution_gradients(w, b, vectors, images);
-    dense_weights(this->engine, slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, s.x, width,
-                  fc1.data() + begin * fc1.leading(), fc1.leading(), first > 0);
+    dense_columns(this->engine, slice_threads, slice.hidden, tokens, width, b.z, slice.hidden_width, o.x_right,
+                  {fc1.data() + begin * fc1.leading(), fc1.leading()}, first > 0);
     gather(i, tokens, slice, b.z, s.grad_u);
     if (first + images == a.batch) vectors.write(slice.a);
   }
@@ -194,12 +218,14 @@ struct Whole : MixFFN<E> {
       load_images(a.num_threads, a.x, s.norm.norm, first, images, image_tokens, channels, s.x, s.normalized, s.rstd);
       load_images<T>(a.num_threads, a.grad_output, {}, first, images, image_tokens, channels, s.grad_output, nullptr,
                      nullptr);
+      const Operands operands = make_operands(s, tokens);
       for_slices(s.slice_weights, bytes_of<typename Slice::BackwardBuffers>(), first == 0 && !a.kept_hidden.data,
                  [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
-                   backward_slice(s, slice, w, i, first, images, scratch);
+                   backward_slice(s, operands, slice, w, i, first, images, scratch);
                  });
       add_column_sums(tokens, width, s.grad_output, width, s.fc2_bias);
-      s.fc1_transposed.multiply(a.num_threads, tokens, s.grad_u, hidden_width, Start::zero, {s.grad_x, width});
+      dense_rows(this->engine, a.num_threads, tokens, hidden, width, s.grad_u, hidden_width, s.fc1_transposed.operand(),
+                 Start::zero, nullptr, {s.grad_x, width});
       store_image_gradients(a.num_threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images,
                             image_tokens, channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight,
                             s.norm_bias);

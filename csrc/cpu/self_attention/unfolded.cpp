@@ -92,9 +92,10 @@ struct Unfolded {
       task(first, min_of(group_images, a.batch - first));
   }
 
-  void project(const Weights& w, std::int64_t tokens, const T* x, const Projected& p) const {
+  void project(const Weights& w, std::int64_t tokens, const typename E::Left& x, const Projected& p) const {
     const auto linear = [&](std::int64_t features, const Element* weight, const T* bias, T* to) {
-      dense_tokens(engine, a.num_threads, tokens, channels, features, x, width, weight, bias, {to, p.leading});
+      product(engine, a.num_threads, tokens, channels, features, x, engine.packed_right(weight),
+              bias ? Start::bias : Start::zero, bias, {to, p.leading});
     };
     linear(key_width, w.query, w.query_bias, p.query);
     linear(key_width, w.key, nullptr, p.key);
@@ -184,10 +185,12 @@ struct Unfolded {
   struct ForwardBuffers {
     TokenNorm<T> norm;
     Weights weights;
+    SharedOperand<E> x_rows;
     T *x, *y;
     ForwardBuffers(Arena& arena, const Unfolded& u)
         : norm(arena, u.channels),
           weights(arena, u),
+          x_rows(arena, u.engine.left_size(u.group_tokens, u.channels)),
           x(arena.take<T>(u.group_tokens * u.width)),
           y(arena.take<T>(u.group_tokens * u.width)) {}
   };
@@ -204,11 +207,11 @@ struct Unfolded {
       const std::int64_t tokens = images * a.tokens;
       const Projected p = projected(first);
       load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, nullptr, nullptr);
-      project(s.weights, tokens, s.x, p);
+      project(s.weights, tokens, s.x_rows.rows(engine, a.num_threads, tokens, channels, s.x, width), p);
       attention_forward(attention(first, images));
       clear_padding(p, tokens);
-      dense_tokens(engine, a.num_threads, tokens, values, width, p.attended, p.leading, s.weights.output,
-                   s.weights.output_bias, {s.y, width});
+      dense_rows(engine, a.num_threads, tokens, values, width, p.attended, p.leading,
+                 engine.packed_right(s.weights.output), Start::bias, s.weights.output_bias, {s.y, width});
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.x, s.y);
     });
   }
@@ -216,6 +219,7 @@ struct Unfolded {
   struct BackwardBuffers {
     TokenNorm<T> norm;
     RightSide<E> query_weight, key_weight, value_weight, output_weight;  // for gradients of tokens
+    SharedOperand<E> x_right;
     WeightGradient<T> query_gradient, key_gradient, value_gradient, output_gradient;
     T *query_bias, *value_bias, *output_bias, *norm_weight, *norm_bias;  // gradients
     T *x, *normalized, *rstd, *grad_output, *grad_x, *norm_partials;
@@ -227,6 +231,7 @@ struct Unfolded {
           key_weight(u.right_side(arena, u.a.parameters.key_weight, u.keys, u.channels)),
           value_weight(u.right_side(arena, u.a.parameters.value_weight, u.values, u.channels)),
           output_weight(u.right_side(arena, u.a.parameters.output_weight, u.channels, u.values)),
+          x_right(arena, u.engine.right_size(u.group_tokens, u.width)),
           query_gradient(arena, u.a.gradients.query_weight, u.a.matrix_dtype, u.keys, u.channels),
           key_gradient(arena, u.a.gradients.key_weight, u.a.matrix_dtype, u.keys, u.channels),
           value_gradient(arena, u.a.gradients.value_weight, u.a.matrix_dtype, u.values, u.channels),
@@ -256,7 +261,8 @@ struct Unfolded {
     const bool add = first > 0;
     load_images(threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, s.normalized, s.rstd);
     load_images<T>(threads, a.grad_output, {}, first, images, a.tokens, channels, s.grad_output, nullptr, nullptr);
-    s.output_weight.multiply(threads, tokens, s.grad_output, width, Start::zero, {s.grad_attended, value_width});
+    dense_rows(engine, threads, tokens, channels, value_width, s.grad_output, width, s.output_weight.operand(),
+               Start::zero, nullptr, {s.grad_attended, value_width});
 
     AttentionArguments arguments = attention(first, images);
     arguments.grad_output = heads(s.grad_attended, value_width, values);
@@ -275,22 +281,27 @@ struct Unfolded {
     set_padding(s.grad_key, tokens, keys, key_width, T(0));
     set_padding(s.grad_value, tokens, values, value_width, T(0));
 
+    const typename E::Right x = s.x_right.right(engine, threads, tokens, width, s.x, width);
     const auto of_x = [&](const WeightGradient<T>& w, std::int64_t rows, const T* grad, std::int64_t grad_width) {
-      dense_weights(engine, threads, rows, tokens, width, grad, grad_width, s.x, width, w.data(), w.leading(), add);
+      dense_columns(engine, threads, rows, tokens, width, grad, grad_width, x, {w.data(), w.leading()}, add);
     };
     of_x(s.query_gradient, keys, s.grad_query, key_width);
     of_x(s.key_gradient, keys, s.grad_key, key_width);
     of_x(s.value_gradient, values, s.grad_value, value_width);
-    dense_weights(engine, threads, channels, tokens, value_width, s.grad_output, width, p.attended, p.leading,
-                  s.output_gradient.data(), s.output_gradient.leading(), add);
+    dense(engine, threads, channels, tokens, value_width, {s.grad_output, 1, width}, {p.attended, p.leading},
+          add ? Start::output : Start::zero, nullptr, {s.output_gradient.data(), s.output_gradient.leading()});
     add_column_sums(tokens, key_width, s.grad_query, key_width, s.query_bias);
     add_column_sums(tokens, value_width, s.grad_value, value_width, s.value_bias);
     add_column_sums(tokens, width, s.grad_output, width, s.output_bias);
 
-    const Output<T> grad_x{s.grad_x, width};
-    s.query_weight.multiply(threads, tokens, s.grad_query, key_width, Start::zero, grad_x);
-    s.key_weight.multiply(threads, tokens, s.grad_key, key_width, Start::output, grad_x);
-    s.value_weight.multiply(threads, tokens, s.grad_value, value_width, Start::output, grad_x);
+    const auto to_x = [&](std::int64_t features, const T* grad, std::int64_t grad_width, const RightSide<E>& weight,
+                          Start start) {
+      dense_rows(engine, threads, tokens, features, width, grad, grad_width, weight.operand(), start, nullptr,
+                 {s.grad_x, width});
+    };
+    to_x(keys, s.grad_query, key_width, s.query_weight, Start::zero);
+    to_x(keys, s.grad_key, key_width, s.key_weight, Start::output);
+    to_x(values, s.grad_value, value_width, s.value_weight, Start::output);
     store_image_gradients(threads, a.grad_x, s.norm.norm, a.residual ? s.grad_output : nullptr, first, images, a.tokens,
                           channels, s.normalized, s.rstd, s.grad_x, s.norm_partials, s.norm_weight, s.norm_bias);
   }
