@@ -36,9 +36,8 @@ class Buffer {  // aligned, padded, filled with NaN
  public:
   explicit Buffer(std::int64_t count)
       : data_(static_cast<T*>(std::aligned_alloc(64, (sizeof(T) * count + 127) / 64 * 64))) {
-    const std::int64_t whole = static_cast<std::int64_t>((sizeof(T) * count + 127) / 64 * 64 / sizeof(T));
-    for (std::int64_t i = 0; i < whole; ++i)
-      data_[i] = std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1);
+    const std::size_t bytes = (sizeof(T) * count + 127) / 64 * 64;
+    std::memset(static_cast<void*>(data_), 0xff, bytes);  // NaN, of floats
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
@@ -181,6 +180,30 @@ void test_products(const E& engine, const char* name, double precision = kEps<ty
       }
 }
 
+// weights of bfloat16 are packed as floats of the same values are
+template <class E>
+void test_bfloat16_weights(const E& engine, const char* name) {
+  for (std::int64_t k : {1, 3, 16, 33, 68})
+    for (std::int64_t n : {1, 15, 16, 65}) {
+      Buffer<float> values(k * n);
+      Buffer<BFloat16> rounded(k * n);
+      for (std::int64_t i = 0; i < k * n; ++i) {
+        rounded[i] = to_bfloat16(static_cast<float>(uniform()));
+        values[i] = to_float(rounded[i]);
+      }
+      const std::int64_t size = engine.packed_size(k, padded<float>(n));
+      Buffer<typename E::Element> expected(size), found(size);
+      for (const bool transposed : {false, true}) {
+        const std::int64_t k_stride = transposed ? 1 : n, n_stride = transposed ? k : 1;
+        pack(engine, 1, expected.get(), values.get(), k_stride, n_stride, k, n);
+        pack(engine, 1, found.get(), WeightMatrix{rounded.get(), DType::bfloat16}, k_stride, n_stride, k, n);
+        const std::size_t bytes = sizeof(typename E::Element) * static_cast<std::size_t>(size);
+        check(std::memcmp(expected.get(), found.get(), bytes) == 0, "%s: bfloat16 weights %ld x %ld", name, long(k),
+              long(n));
+      }
+    }
+}
+
 // Products that threads share, of rows and columns that the caller chooses; sizes beyond what is summed at once.
 template <class E>
 void test_dense(const E& engine, const char* name, double precision = kEps<typename E::Value>) {
@@ -200,15 +223,20 @@ void test_dense(const E& engine, const char* name, double precision = kEps<typen
         Buffer<typename E::Element> of_engine(engine.packed_size(k, ldc));
         Buffer<T> again(rows * ldc);
         pack(engine, 1, of_engine.get(), b.get(), ldc, 1, k, n);
-        engine.dense_packed(2, rows, k, ldc, a.get(), lda, of_engine.get(), Start::bias, bias.get(),
-                            Output<T>{again.get(), ldc});
+        dense_rows(engine, 2, rows, k, ldc, a.get(), lda, engine.packed_right(of_engine.get()), Start::bias, bias.get(),
+                   Output<T>{again.get(), ldc});
         const Panels panels(ldc / kWidth<T>);
         const std::int64_t first = panels.count / 2;  // the last panels come first
+        Buffer<typename E::Element> left(engine.left_size(rows, k) + 16), right(engine.right_size(k, ldc) + 16);
         for (const int threads : {1, 2}) {
-          engine.dense(threads, rows, {first, panels.count}, k, panels, Operand<T>{a.get(), lda, 1},
-                       Matrix<T>{packed.get(), 0}, Start::bias, bias.get(), Output<T>{c.get(), ldc});
-          engine.dense(threads, rows, {0, first}, k, panels, Operand<T>{transposed.get(), 1, ldt},
-                       Matrix<T>{b.get(), ldc}, Start::bias, bias.get(), Output<T>{c.get(), ldc});
+          engine.product(threads, rows, {first, panels.count}, k, panels,
+                         engine.make_left(threads, left.get(), rows, k, {a.get(), lda, 1}),
+                         engine.make_right(threads, right.get(), k, panels, {packed.get(), 0}), Start::bias, bias.get(),
+                         Output<T>{c.get(), ldc});
+          engine.product(threads, rows, {0, first}, k, panels,
+                         engine.make_left(threads, left.get(), rows, k, {transposed.get(), 1, ldt}),
+                         engine.make_right(threads, right.get(), k, panels, {b.get(), ldc}), Start::bias, bias.get(),
+                         Output<T>{c.get(), ldc});
           for (std::int64_t i = 0; i < rows; i += 7)
             for (std::int64_t j = 0; j < n; j += 5) {
               double sum = static_cast<double>(bias[j]), size = 1;
@@ -376,16 +404,19 @@ int main() {
   test_conversions();
   test_products(Values<float>(), "float");
   test_dense(Values<float>(), "float");
+  test_bfloat16_weights(Values<float>(), "float");
   test_products(Values<double>(), "double");
   test_dense(Values<double>(), "double");
   test_products(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
   test_dense(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
+  test_bfloat16_weights(MSFORMER_BFLOAT16_ENGINE(), "bfloat16 engine");
 #ifdef MSFORMER_TILE_UNIT
   test_parts();
   for (const int parts : {1, 2, 3}) {
     // the product of the second parts is left out of two
     test_products(Tiles{parts}, "tiles", parts == 2 ? 0x1p-18 : kEps<float>);
     test_dense(Tiles{parts}, "tiles", parts == 2 ? 0x1p-18 : kEps<float>);
+    test_bfloat16_weights(Tiles{parts}, "tiles");
     test_special_values(Tiles{parts});
   }
 #endif
