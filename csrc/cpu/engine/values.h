@@ -79,6 +79,7 @@ struct Values {
   static void round_operands(T*, std::int64_t) {}    // values as the products take them
   static constexpr bool is_exact() { return true; }  // whether those are the values as they are
 
+  static std::int64_t depth(std::int64_t k) { return k; }  // elements along k
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return k * n_padded; }
 
   template <class S>

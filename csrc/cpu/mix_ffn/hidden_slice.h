@@ -145,12 +145,13 @@ struct HiddenSlice : MixFFN<E> {
           offsets(arena.take<std::int64_t>(s.group_tokens)) {}
   };
 
-  // T of a group of images from its tokens x, in b.z
+  // T of a group of images, in b.z; make_hidden(offsets, u) makes U of their tokens, without its activation
+  template <class MakeHidden>
   void forward(const Weights& w, const ForwardBuffers& b, std::int64_t first_image, std::int64_t images,
-               const typename E::Left& x) const {
+               const MakeHidden& make_hidden_values) const {
     make_offsets(b.offsets);
     clear_border(b.u);
-    make_hidden(w, images, x, b.offsets, b.u);
+    make_hidden_values(b.offsets, b.u);
     if (keeps_hidden() || this->activates_hidden())
       for_rows(images, [&](std::int64_t row) {
         if (keeps_hidden()) keep_hidden_row(first_image, row, b.u);

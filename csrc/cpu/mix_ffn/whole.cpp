@@ -4,6 +4,7 @@
 // every weight gradient; both are too much where the weights are larger than the images. Here the hidden features of a
 // group of images are worked on slice by slice (hidden_slice.h), one thread on each. The products whose sums go over
 // all hidden features, the output and the gradient of x, come last, all threads on one product at a time (dense.h).
+#include "../engine/weight_rows.h"
 #include "hidden_slice.h"
 
 namespace msformer::MSFORMER_VARIANT {
@@ -24,6 +25,10 @@ struct Whole : MixFFN<E> {
   const int slice_threads = slices.count > 1 ? 1 : a.num_threads;
   const MixFFNArguments widest = widest_slice();
   const std::size_t weight_bytes = bytes_of<Weights>(), vector_bytes = bytes_of_vectors();
+
+  // whether the forward multiplies weights where they lie
+  const bool by_rows = WeightRows<E>::fit({a.parameters.fc1_weight, a.matrix_dtype}, group_tokens, channels) &&
+                       WeightRows<E>::fit({a.parameters.fc2_weight, a.matrix_dtype}, group_tokens, activated);
 
   Whole(const MixFFNArguments& arguments, const E& engine) : Base(arguments, engine) {}
 
@@ -82,19 +87,60 @@ struct Whole : MixFFN<E> {
   struct ForwardBuffers {
     TokenNorm<T> norm;
     char* slice_weights;
-    SharedOperand<E> x_rows;
-    Element* fc2;
+    Element *operand, *fc2;  // operand: made of tokens
     T *fc2_bias, *x, *t, *y;
     ForwardBuffers(Arena& arena, const Whole& m)
         : norm(arena, m.channels),
           slice_weights(arena.take<char>(m.slices.count * static_cast<std::int64_t>(m.weight_bytes))),
-          x_rows(arena, m.engine.left_size(m.group_tokens, m.channels)),
-          fc2(arena.take<Element>(m.engine.packed_size(m.activated, m.width))),
+          operand(arena.take<Element>(m.operand_size())),
+          fc2(arena.take<Element>(m.by_rows ? 0 : m.engine.packed_size(m.activated, m.width))),
           fc2_bias(arena.take<T>(m.width)),
           x(arena.take<T>(m.group_tokens * m.width)),
           t(arena.take<T>(m.group_tokens * m.hidden_width)),
           y(arena.take<T>(m.group_tokens * m.width)) {}
   };
+
+  std::int64_t operand_size() const {
+    if (!by_rows) return this->engine.left_size(group_tokens, channels);
+    return max_of(WeightRows<E>::size(this->engine, group_tokens, channels),
+                  WeightRows<E>::size(this->engine, group_tokens, activated));
+  }
+
+  // T of all hidden features, in s.t; make_hidden(slice, its weights, offsets, u)
+  template <class MakeHidden>
+  void forward_slices(const ForwardBuffers& s, std::int64_t first, std::int64_t images,
+                      const MakeHidden& make_hidden) const {
+    for_slices(s.slice_weights, bytes_of<typename Slice::ForwardBuffers>(), first == 0 && !by_rows,
+               [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
+                 Arena slice_arena(scratch);
+                 const typename Slice::ForwardBuffers b(slice_arena, slice);
+                 slice.forward(w, b, first, images,
+                               [&](const std::int64_t* offsets, T* u) { make_hidden(slice, w, offsets, u); });
+                 gather(i, images * image_tokens, slice, b.z, s.t);
+               });
+  }
+
+  void forward_group(const ForwardBuffers& s, std::int64_t first, std::int64_t images) const {
+    const E& engine = this->engine;
+    const int threads = a.num_threads;
+    const std::int64_t tokens = images * image_tokens;
+    if (by_rows) {
+      const typename E::Right x = WeightRows<E>::turn(engine, threads, s.operand, tokens, channels, s.x, width);
+      forward_slices(s, first, images, [&](const Slice& slice, const Weights& w, const std::int64_t* offsets, T* u) {
+        WeightRows<E>::multiply(engine, slice_threads, tokens, channels, slice.hidden, x, slice.a.parameters.fc1_weight,
+                                w.fc1_bias, {u, 0, offsets});
+      });
+      const typename E::Right t = WeightRows<E>::turn(engine, threads, s.operand, tokens, activated, s.t, hidden_width);
+      return WeightRows<E>::multiply(engine, threads, tokens, activated, channels, t, a.parameters.fc2_weight,
+                                     s.fc2_bias, {s.y, width});
+    }
+    const typename E::Left x = engine.make_left(threads, s.operand, tokens, channels, {s.x, width, 1});
+    forward_slices(s, first, images, [&](const Slice& slice, const Weights& w, const std::int64_t* offsets, T* u) {
+      slice.make_hidden(w, images, x, offsets, u);
+    });
+    dense_rows(engine, threads, tokens, activated, width, s.t, hidden_width, engine.packed_right(s.fc2), Start::bias,
+               s.fc2_bias, {s.y, width});
+  }
 
   void forward() const {
     Arena counter(nullptr);
@@ -103,22 +149,13 @@ struct Whole : MixFFN<E> {
     Arena arena(memory.data());
     ForwardBuffers s(arena, *this);
     s.norm.fill_in(a.parameters.norm, channels, a.norm_eps);
-    pack(this->engine, a.num_threads, s.fc2, WeightMatrix{a.parameters.fc2_weight, a.matrix_dtype}, 1, activated,
-         activated, channels);
+    if (!by_rows)
+      pack(this->engine, a.num_threads, s.fc2, WeightMatrix{a.parameters.fc2_weight, a.matrix_dtype}, 1, activated,
+           activated, channels);
     copy_padded(s.fc2_bias, a.parameters.fc2_bias, channels);
     for_groups([&](std::int64_t first, std::int64_t images) {
-      const std::int64_t tokens = images * image_tokens;
       load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, image_tokens, channels, s.x, nullptr, nullptr);
-      const typename E::Left x = s.x_rows.rows(this->engine, a.num_threads, tokens, channels, s.x, width);
-      for_slices(s.slice_weights, bytes_of<typename Slice::ForwardBuffers>(), first == 0,
-                 [&](const Slice& slice, const Weights& w, std::int64_t i, void* scratch) {
-                   Arena slice_arena(scratch);
-                   const typename Slice::ForwardBuffers b(slice_arena, slice);
-                   slice.forward(w, b, first, images, x);
-                   gather(i, tokens, slice, b.z, s.t);
-                 });
-      dense_rows(this->engine, a.num_threads, tokens, activated, width, s.t, hidden_width,
-                 this->engine.packed_right(s.fc2), Start::bias, s.fc2_bias, {s.y, width});
+      forward_group(s, first, images);
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, image_tokens, channels, s.x,
                    s.y);
     });

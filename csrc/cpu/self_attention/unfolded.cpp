@@ -10,7 +10,7 @@
 // values.
 #include "../attention/attention.h"
 #include "../attention/softmax.h"
-#include "../engine/dense.h"
+#include "../engine/weight_rows.h"
 #include "self_attention.h"
 
 namespace msformer::MSFORMER_VARIANT {
@@ -35,32 +35,46 @@ struct Unfolded {
   const std::int64_t width = padded<T>(channels), key_width = padded<T>(keys), value_width = padded<T>(values);
   const std::int64_t group_images = images_at_once(a.batch, a.tokens), group_tokens = group_images * a.tokens;
 
+  // whether the forward multiplies weights where they lie
+  const bool by_rows =
+      fits_by_rows(a.parameters.query_weight, channels) && fits_by_rows(a.parameters.key_weight, channels) &&
+      fits_by_rows(a.parameters.value_weight, channels) && fits_by_rows(a.parameters.output_weight, values);
+
   Unfolded(const SelfAttentionArguments& arguments, const E& engine_) : a(arguments), engine(engine_) {}
 
-  // weights packed for products with tokens, and biases padded
+  bool fits_by_rows(const void* weight, std::int64_t in) const {
+    return WeightRows<E>::fit({weight, a.matrix_dtype}, group_tokens, in);
+  }
+
+  // weights packed for products with tokens, unless these multiply them where they lie; and biases padded
   struct Weights {
     Element *query, *key, *value, *output;
     T *query_bias, *value_bias, *output_bias;
     Weights(Arena& arena, const Unfolded& u)
-        : query(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
-          key(arena.take<Element>(u.engine.packed_size(u.channels, u.key_width))),
-          value(arena.take<Element>(u.engine.packed_size(u.channels, u.value_width))),
-          output(arena.take<Element>(u.engine.packed_size(u.values, u.width))),
+        : query(u.room_for_linear(arena, u.channels, u.keys)),
+          key(u.room_for_linear(arena, u.channels, u.keys)),
+          value(u.room_for_linear(arena, u.channels, u.values)),
+          output(u.room_for_linear(arena, u.values, u.channels)),
           query_bias(arena.take<T>(u.key_width)),
           value_bias(arena.take<T>(u.value_width)),
           output_bias(arena.take<T>(u.width)) {}
 
     void fill_in(const Unfolded& u) {
       const SelfAttentionParameters<const void*>& p = u.a.parameters;
+      copy_padded(query_bias, p.query_bias, u.keys);
+      copy_padded(value_bias, p.value_bias, u.values);
+      copy_padded(output_bias, p.output_bias, u.channels);
+      if (u.by_rows) return;
       u.pack_linear(query, p.query_weight, u.channels, u.keys);
       u.pack_linear(key, p.key_weight, u.channels, u.keys);
       u.pack_linear(value, p.value_weight, u.channels, u.values);
       u.pack_linear(output, p.output_weight, u.values, u.channels);
-      copy_padded(query_bias, p.query_bias, u.keys);
-      copy_padded(value_bias, p.value_bias, u.values);
-      copy_padded(output_bias, p.output_bias, u.channels);
     }
   };
+
+  Element* room_for_linear(Arena& arena, std::int64_t in, std::int64_t out) const {
+    return arena.take<Element>(by_rows ? 0 : engine.packed_size(in, padded<T>(out)));
+  }
 
   // weight [out, in] of a linear layer, packed for tokens times its transpose
   void pack_linear(Element* to, const void* weight, std::int64_t in, std::int64_t out) const {
@@ -92,14 +106,37 @@ struct Unfolded {
       task(first, min_of(group_images, a.batch - first));
   }
 
-  void project(const Weights& w, std::int64_t tokens, const typename E::Left& x, const Projected& p) const {
+  void project(const Weights& w, std::int64_t tokens, const T* x, Element* memory, const Projected& p) const {
+    const int threads = a.num_threads;
+    if (by_rows) {
+      const SelfAttentionParameters<const void*>& given = a.parameters;
+      const typename E::Right turned = WeightRows<E>::turn(engine, threads, memory, tokens, channels, x, width);
+      const auto linear = [&](std::int64_t features, const void* weight, const T* bias, T* to) {
+        WeightRows<E>::multiply(engine, threads, tokens, channels, features, turned, weight, bias, {to, p.leading});
+      };
+      linear(keys, given.query_weight, w.query_bias, p.query);
+      linear(keys, given.key_weight, nullptr, p.key);
+      linear(values, given.value_weight, w.value_bias, p.value);
+      return;
+    }
+    const typename E::Left rows = engine.make_left(threads, memory, tokens, channels, {x, width, 1});
     const auto linear = [&](std::int64_t features, const Element* weight, const T* bias, T* to) {
-      product(engine, a.num_threads, tokens, channels, features, x, engine.packed_right(weight),
+      product(engine, threads, tokens, channels, features, rows, engine.packed_right(weight),
               bias ? Start::bias : Start::zero, bias, {to, p.leading});
     };
     linear(key_width, w.query, w.query_bias, p.query);
     linear(key_width, w.key, nullptr, p.key);
     linear(value_width, w.value, w.value_bias, p.value);
+  }
+
+  void project_output(const Weights& w, std::int64_t tokens, const Projected& p, Element* memory, T* y) const {
+    if (by_rows)
+      return WeightRows<E>::multiply(
+          engine, a.num_threads, tokens, values, channels,
+          WeightRows<E>::turn(engine, a.num_threads, memory, tokens, values, p.attended, p.leading),
+          a.parameters.output_weight, w.output_bias, {y, width});
+    dense_rows(engine, a.num_threads, tokens, values, width, p.attended, p.leading, engine.packed_right(w.output),
+               Start::bias, w.output_bias, {y, width});
   }
 
   void clear_padding(const Projected& p, std::int64_t tokens) const {
@@ -185,15 +222,21 @@ struct Unfolded {
   struct ForwardBuffers {
     TokenNorm<T> norm;
     Weights weights;
-    SharedOperand<E> x_rows;
+    Element* operand;  // made of tokens
     T *x, *y;
     ForwardBuffers(Arena& arena, const Unfolded& u)
         : norm(arena, u.channels),
           weights(arena, u),
-          x_rows(arena, u.engine.left_size(u.group_tokens, u.channels)),
+          operand(arena.take<Element>(u.operand_size())),
           x(arena.take<T>(u.group_tokens * u.width)),
           y(arena.take<T>(u.group_tokens * u.width)) {}
   };
+
+  std::int64_t operand_size() const {
+    if (!by_rows) return engine.left_size(group_tokens, channels);
+    return max_of(WeightRows<E>::size(engine, group_tokens, channels),
+                  WeightRows<E>::size(engine, group_tokens, values));
+  }
 
   void forward() const {
     Arena counter(nullptr);
@@ -207,11 +250,10 @@ struct Unfolded {
       const std::int64_t tokens = images * a.tokens;
       const Projected p = projected(first);
       load_images<T>(a.num_threads, a.x, s.norm.norm, first, images, a.tokens, channels, s.x, nullptr, nullptr);
-      project(s.weights, tokens, s.x_rows.rows(engine, a.num_threads, tokens, channels, s.x, width), p);
+      project(s.weights, tokens, s.x, s.operand, p);
       attention_forward(attention(first, images));
       clear_padding(p, tokens);
-      dense_rows(engine, a.num_threads, tokens, values, width, p.attended, p.leading,
-                 engine.packed_right(s.weights.output), Start::bias, s.weights.output_bias, {s.y, width});
+      project_output(s.weights, tokens, p, s.operand, s.y);
       store_images(a.num_threads, a.output, a.residual ? &a.x : nullptr, first, images, a.tokens, channels, s.x, s.y);
     });
   }
