@@ -54,8 +54,9 @@ def count_slices(path: str | PathLike[str]) -> int:
         return _volume_shape(image.shape)[_slice_axis(image)]
 
 
-def slices_with_labels(path: str | PathLike[str]) -> list[int]:
-    """The indexes of a NIfTI file's slices, as `read_nifti` counts them, that hold anything but 0.
+def slices_with_labels(path: str | PathLike[str], labels: Sequence[int] = ()) -> list[int]:
+    """The indexes of a NIfTI file's slices, as `read_nifti` counts them, that hold one of the labels; anything but 0 if
+    none is given.
 
     Raises:
         FileNotFoundError, PermissionError, ImageError: as for `read_nifti`.
@@ -65,6 +66,7 @@ def slices_with_labels(path: str | PathLike[str]) -> list[int]:
         image = _open_nifti(path)
         axis = _slice_axis(image)
         volume = np.asarray(image.dataobj).reshape(_volume_shape(image.shape))
+        volume = np.isin(volume, labels) if labels else volume
         filled = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
         forward = _display_orientation(image, axis)[axis, 1] > 0
         return sorted(int(i) if forward else volume.shape[axis] - 1 - int(i) for i in filled)

@@ -22,7 +22,7 @@ from PIL import UnidentifiedImageError
 
 from msformer.io.base import ImageError
 from msformer.io.containers import bits_of_jpeg, exif_of, is_heif, is_lossy, is_whole_jpeg, only_pixels
-from msformer.io.picture import Picture, check_size, eight_bits, turn_upright
+from msformer.io.raster import Raster, check_size, eight_bits, turn_upright
 from msformer.io.tiff import SIGNATURES, lab_to_rgb, read_tiff
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "JPEG2000", "AVIF", "PPM")
@@ -32,11 +32,11 @@ _ORIENTATION = 0x0112
 
 
 def read_ordinary(path: Path) -> NDArray[np.generic]:
-    """The pixels of `read_picture`, ``[H, W]`` or ``[H, W, 3]``."""
-    return drop_extra_channels(read_picture(path).pixels, str(path))
+    """The pixels of `read_raster`, ``[H, W]`` or ``[H, W, 3]``."""
+    return drop_extra_channels(read_raster(path).pixels, str(path))
 
 
-def read_picture(path: Path) -> Picture:
+def read_raster(path: Path) -> Raster:
     """An ordinary picture file.
 
     Raises:
@@ -64,7 +64,7 @@ def read_picture(path: Path) -> Picture:
         raise ImageError(f"{path}: damaged or unsupported image: {error}") from error
 
 
-def _read_with_pillow(data: bytes, path: Path) -> Picture:
+def _read_with_pillow(data: bytes, path: Path) -> Raster:
     try:
         return _decode_with_pillow(data, path)
     except ImageError:
@@ -81,7 +81,7 @@ def _read_with_pillow(data: bytes, path: Path) -> Picture:
         return picture
 
 
-def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Picture:
+def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Raster:
     """`exif` is that of the file where `data` has none."""
     PILImage.init()
     formats = [name for name in FORMATS if name in PILImage.OPEN]
@@ -92,8 +92,7 @@ def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Picture:
         if frames > 1:
             warnings.warn(f"{path}: the first of {frames} pictures is read", stacklevel=5)
         turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, str(path))
-        others = (None if part is None else turn_upright(part, turn) for part in (_alpha(image), _indexes(image)))
-        return Picture(turn_upright(_colours(image), turn), *others, is_lossy(kind, data), turn)
+        return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
 
 
 @contextmanager
@@ -174,28 +173,27 @@ def _indexes(image: PILImage.Image) -> NDArray[np.uint8] | None:
     return np.asarray(image) if image.mode == "P" else None
 
 
-def _read_png16(data: bytes, path: Path) -> Picture:
+def _read_png16(data: bytes, path: Path) -> Raster:
     """Of which Pillow would keep only the upper 8 bits of colour."""
     import imagecodecs
 
     check_size(path, *(int.from_bytes(data[at : at + 4], "big") for at in (20, 16)))
     stored = np.asarray(imagecodecs.png_decode(only_pixels(data) or data))
     turn = _orientation(lambda: _parsed(exif_of(data)), str(path))
-    pixels = turn_upright(stored, turn)
-    transparent = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    return Picture(pixels, eight_bits(pixels[..., -1], 16) if transparent else None, orientation=turn)
+    transparent = stored.ndim == 3 and stored.shape[2] in (2, 4)
+    return Raster(stored, eight_bits(stored[..., -1], 16) if transparent else None).turned(turn)
 
 
-def _read_deep_jpeg(data: bytes, path: Path) -> Picture:
+def _read_deep_jpeg(data: bytes, path: Path) -> Raster:
     """Of more than 8 bits a sample, which Pillow does not read."""
     import imagecodecs
 
     if not is_whole_jpeg(data):  # would be filled up without a word
         raise ImageError(f"{path}: damaged or unsupported image: it is truncated")
-    return Picture(np.asarray(imagecodecs.jpeg_decode(data)), lossy=True)
+    return Raster(np.asarray(imagecodecs.jpeg_decode(data)), lossy=True)
 
 
-def _read_heif(data: bytes, path: Path) -> Picture:
+def _read_heif(data: bytes, path: Path) -> Raster:
     """Turned by its reader. Ten bits and more a colour become 8; those of grey stay."""
     try:
         import pillow_heif
@@ -205,7 +203,7 @@ def _read_heif(data: bytes, path: Path) -> Picture:
     check_size(path, image.size[1], image.size[0])
     pixels = np.asarray(image)
     alpha = np.ascontiguousarray(pixels[..., 3]) if image.mode == "RGBA" else None
-    return Picture(pixels, alpha, lossy=True)
+    return Raster(pixels, alpha, lossy=True)
 
 
 def read_written(path: Path) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from msformer.io.base import ImageError
-from msformer.io.picture import Picture, check_size, eight_bits, turn_upright
+from msformer.io.raster import Raster, check_size, eight_bits, turn_upright
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
 
@@ -32,7 +33,7 @@ _BRADFORD = np.array(  # from XYZ of D50, the white of TIFF's CIELAB, to that of
 )
 
 
-def read_tiff(path: Path) -> Picture:
+def read_tiff(path: Path) -> Raster:
     """The picture of a TIFF file: RGB of 8 bits where it has a palette, CMYK, CIELAB or YCbCr, else as stored.
 
     Raises:
@@ -44,10 +45,8 @@ def read_tiff(path: Path) -> Picture:
     with tifffile.TiffFile(path) as tiff:
         page = _main_page(tiff, path)
         check_size(path, page.imagelength, page.imagewidth)
-        picture = _decode(page, path)
-        turn = _orientation(page)
-        others = (None if part is None else turn_upright(part, turn) for part in (picture.alpha, picture.indexes))
-        return Picture(turn_upright(picture.pixels, turn), *others, page.compression.name in _LOSSY, turn)
+        picture = replace(_decode(page, path), lossy=page.compression.name in _LOSSY)
+        return picture.turned(_orientation(page))
 
 
 def _main_page(tiff: Any, path: Path) -> Any:
@@ -103,28 +102,28 @@ def _orientation(page: Any) -> int:
     return tag.value if tag is not None and tag.value in range(1, 9) else 1
 
 
-def _decode(page: Any, path: Path) -> Picture:
+def _decode(page: Any, path: Path) -> Raster:
     """A page as it lies in the file, not turned."""
     colour, codec = getattr(page.photometric, "name", ""), page.compression.name
     if colour == "CFA":
         raise ImageError(f"{path}: the raw values of a camera's sensor (colour filter array) are not supported")
     converted = codec in ("JPEG", "WEBP", "JPEG2000", "JPEGXL", "JPEGXR", "APERIO_JP2000_YCBC")
     if codec in _FOR_LIBTIFF or colour in _COLOURS_FOR_LIBTIFF or (colour == "YCBCR" and not converted):
-        return Picture(_decode_with_libtiff(page, path))
+        return Raster(_decode_with_libtiff(page, path))
     samples = _samples_last(np.asarray(page.asarray()), page)
     if codec == "APERIO_JP2000_YCBC":
-        return Picture(np.asarray(PILImage.fromarray(samples, "YCbCr").convert("RGB")))
+        return Raster(np.asarray(PILImage.fromarray(samples, "YCbCr").convert("RGB")))
     alpha = _alpha(page, samples)
     if colour == "PALETTE":
         indexes = samples.reshape(*samples.shape[:2], -1)[..., 0]
         if page.bitspersample < 8:
             indexes = indexes.astype(np.uint8) & (2**page.bitspersample - 1)
-        return Picture(_colour_map(page, path)[indexes], alpha, indexes)
+        return Raster(_colour_map(page, path)[indexes], alpha, indexes)
     if colour == "SEPARATED":
-        return Picture(_from_cmyk(samples, page, path), alpha)
+        return Raster(_from_cmyk(samples, page, path), alpha)
     if colour in ("CIELAB", "ICCLAB") and samples.ndim == 3 and samples.shape[2] >= 3:
-        return Picture(_from_lab(samples[..., :3], icc=colour == "ICCLAB"), alpha)
-    return Picture(_grey_or_rgb(samples, page, path, inverted=colour == "MINISWHITE"), alpha)
+        return Raster(_from_lab(samples[..., :3], icc=colour == "ICCLAB"), alpha)
+    return Raster(_grey_or_rgb(samples, page, path, inverted=colour == "MINISWHITE"), alpha)
 
 
 def _samples_last(stored: NDArray[Any], page: Any) -> NDArray[Any]:

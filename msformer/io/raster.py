@@ -16,7 +16,7 @@ MOST_PIXELS = 2**30
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class Raster:
     """A picture of ``[H, W]`` pixels."""
 
     pixels: NDArray[Any]
@@ -29,6 +29,13 @@ class Picture:
     """Whether the codec changes values, as JPEG does."""
     orientation: int = 1
     """By which the stored picture was turned, as TIFF and EXIF number them."""
+
+    def turned(self, orientation: int) -> Raster:
+        """A picture as it lies in a file, upright."""
+        pixels = turn_upright(self.pixels, orientation)
+        alpha = None if self.alpha is None else turn_upright(self.alpha, orientation)
+        indexes = None if self.indexes is None else turn_upright(self.indexes, orientation)
+        return Raster(pixels, alpha, indexes, self.lossy, orientation)
 
 
 def check_size(path: Path, height: int, width: int) -> None:
