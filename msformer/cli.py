@@ -183,6 +183,9 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     "--select", default="auto", show_default=True, help="Rule of the blind score: central, dark, lesion, lung."
 )
 @click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
+@click.option(
+    "--label", multiple=True, help="Number or #rrggbb of the object in masks of several labels; repeat it, or 'all'."
+)
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
 @click.option(
     "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."

@@ -194,11 +194,10 @@ def _pairs(source: Source) -> Iterator[Case | str]:
         yield from _paired(source, images, masks)
         return
     each = [(folder, *_two_folders(folder)) for folder in _folders(source.data)]
-    if any(folder not in (images, masks) for folder, images, masks in each):
-        for folder, images, masks in each:
-            if folder not in (images, masks):
-                yield from _one_image(source, folder, images, masks)
-    else:
+    whole = [(folder, images, masks) for folder, images, masks in each if folder not in (images, masks)]
+    for folder, images, masks in whole:
+        yield from _folder_of_image(source, folder, images, masks)
+    if not whole:
         yield from _paired(source, source.data, source.data)
 
 
@@ -209,9 +208,13 @@ def _two_folders(data: Path) -> tuple[Path, Path]:
     return images, next((path for name in names if (path := _below(data, name)).is_dir()), data)
 
 
-def _one_image(source: Source, folder: Path, images: Path, masks: Path) -> Iterator[Case | str]:
-    """Of a folder for each image, as of microscopy: the image in one folder, in another a mask for each of its parts."""
-    pictures, parts = source.files(images), source.files(masks)
+def _folder_of_image(source: Source, folder: Path, images: Path, masks: Path) -> Iterator[Case | str]:
+    """Of one image, or a part of the data set: where there is one image, all masks are parts of its mask."""
+    try:
+        pictures, parts = source.files(images), source.files(masks)
+    except ValueError as error:
+        yield str(error)
+        return
     if len(pictures) == 1:
         name = printable(folder.relative_to(source.data).as_posix())
         yield from _slices(Case(name, pictures[0], parts[0], more_masks=tuple(parts[1:]), labels=source.labels))

@@ -7,6 +7,7 @@ picture is turned like the picture. Positions that only differ by a shift or a s
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msformer.evaluation.layouts import Case
-from msformer.evaluation.masks import Truth, read_mask, read_truth, truth_of
+from msformer.evaluation.masks import LabelNeeded, Truth, read_mask, read_truth, truth_of
 from msformer.io.base import Geometry, Slice, show
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import is_volume
@@ -27,7 +28,7 @@ from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.scoring import Mask
 from msformer.selection import AUTO, rule_for
 
-__all__ = ["Pair", "read_mask", "read_pair", "rule_of", "turned_like"]
+__all__ = ["Pair", "check_labels", "read_mask", "read_pair", "rule_of", "turned_like"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,39 @@ def _turned_with_its_image(truth: Truth, path: Path, image: Path) -> Truth:
         warnings.warn(f"{path}: the mask is turned as the EXIF of its image says", stacklevel=4)
         return truth.mapped(lambda part: turn_upright(part, turn))
     return truth
+
+
+def check_labels(cases: Sequence[Case]) -> None:
+    """That the labels of the object are known for each mask, before anything is made. Files that cannot be read are
+    left for the run to name.
+
+    Raises:
+        LabelNeeded: a mask has several labels, and none was asked for.
+        ValueError: no mask has a label that was asked for.
+    """
+    for case in cases:
+        for path in (case.mask, *case.more_masks):
+            try:
+                found = read_truth(path, case.slice_index, case.labels).object.any()
+            except LabelNeeded:
+                raise
+            except (ValueError, OSError):
+                continue
+            if found and case.labels:
+                return
+    if cases and cases[0].labels:
+        asked, path = ", ".join(map(str, cases[0].labels)), cases[0].mask
+        raise ValueError(f"label: none of {len(cases)} masks has label {asked}, such as {path}{_labels_in(cases[0])}")
+
+
+def _labels_in(case: Case) -> str:
+    try:
+        read_truth(case.mask, case.slice_index)
+    except LabelNeeded as error:
+        return f", which {str(error).partition(': ')[2].partition(';')[0]}"
+    except (ValueError, OSError):
+        pass
+    return ""
 
 
 def rule_of(case: Case, pair: Pair, rule: str) -> str:
