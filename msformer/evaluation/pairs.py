@@ -84,7 +84,7 @@ def _turned_with_its_image(truth: Truth, path: Path, image: Path) -> Truth:
     """A mask that was made on the picture as stored, by a program that does not know EXIF, turned as that is."""
     turn = read_raster(image).orientation
     if turn in (5, 6, 7, 8) and read_raster(path).orientation == 1:
-        warnings.warn(f"{path}: the mask is turned as the EXIF of its image says", stacklevel=4)
+        warnings.warn(f"{path}: the mask is turned as the EXIF of its image says", stacklevel=2)
         return truth.mapped(lambda part: turn_upright(part, turn))
     return truth
 
@@ -97,19 +97,22 @@ def check_labels(cases: Sequence[Case]) -> None:
         LabelNeeded: a mask has several labels, and none was asked for.
         ValueError: no mask has a label that was asked for.
     """
+    failed = ""
     for case in cases:
         for path in (case.mask, *case.more_masks):
             try:
                 found = read_truth(path, case.slice_index, case.labels).object.any()
             except LabelNeeded:
                 raise
-            except (ValueError, OSError):
+            except (ValueError, OSError) as error:
+                failed = failed or str(error)
                 continue
             if found and case.labels:
                 return
     if cases and cases[0].labels:
         asked, path = ", ".join(map(str, cases[0].labels)), cases[0].mask
-        raise ValueError(f"label: none of {len(cases)} masks has label {asked}, such as {path}{_labels_in(cases[0])}")
+        reason = failed or f"such as {path}{_labels_in(cases[0])}"
+        raise ValueError(f"label: none of {len(cases)} masks has label {asked}: {reason}")
 
 
 def _labels_in(case: Case) -> str:

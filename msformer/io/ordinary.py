@@ -22,7 +22,7 @@ from PIL import UnidentifiedImageError
 
 from msformer.io.base import ImageError
 from msformer.io.containers import bits_of_jpeg, exif_of, is_heif, is_lossy, is_whole_jpeg, only_pixels
-from msformer.io.raster import Raster, check_size, eight_bits, turn_upright
+from msformer.io.raster import MOST_PIXELS, Raster, check_size, eight_bits, turn_upright
 from msformer.io.tiff import SIGNATURES, lab_to_rgb, read_tiff
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "JPEG2000", "AVIF", "PPM")
@@ -58,8 +58,10 @@ def read_raster(path: Path) -> Raster:
         return _read_with_pillow(data, path)
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not an image that can be read") from error
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageError(f"{path}: is damaged, or too large for the memory: {error}") from error
     except Exception as error:  # decoders raise whatever they like on damaged files
         raise ImageError(f"{path}: damaged or unsupported image: {error}") from error
 
@@ -77,7 +79,7 @@ def _read_with_pillow(data: bytes, path: Path) -> Raster:
             picture = _decode_with_pillow(plain, path, exif_of(data))
         except Exception:
             raise error from None
-        warnings.warn(f"{path}: what stands beside the pixels is damaged and left out: {error}", stacklevel=4)
+        warnings.warn(f"{path}: what stands beside the pixels is damaged and left out: {error}", stacklevel=2)
         return picture
 
 
@@ -85,24 +87,24 @@ def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Raster:
     """`exif` is that of the file where `data` has none."""
     PILImage.init()
     formats = [name for name in FORMATS if name in PILImage.OPEN]
-    with any_size(), PILImage.open(io.BytesIO(data), formats=formats) as image:
+    with many_pixels(), PILImage.open(io.BytesIO(data), formats=formats) as image:
         check_size(path, image.height, image.width)
         frames, kind = _count_frames(image), str(image.format)
         image.load()
         if frames > 1:
-            warnings.warn(f"{path}: the first of {frames} pictures is read", stacklevel=5)
+            warnings.warn(f"{path}: the first of {frames} pictures is read", stacklevel=2)
         turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, str(path))
         return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
 
 
 @contextmanager
-def any_size() -> Iterator[None]:
-    """Within, Pillow opens pictures of any size, in all threads: what is read here may have more pixels than the
-    default of a library that serves websites."""
+def many_pixels() -> Iterator[None]:
+    """Within, Pillow opens pictures of as many pixels as are read here, in all threads, without a warning; by default
+    it refuses more than websites have."""
     global _inside, _limit
     with _LOCK:
         if not _inside:
-            _limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
+            _limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, MOST_PIXELS
         _inside += 1
     try:
         yield
@@ -135,7 +137,7 @@ def _orientation(read_exif: Callable[[], PILImage.Exif], name: str) -> int:
             warnings.simplefilter("ignore")  # Pillow's about entries that do not matter here
             value = read_exif().get(_ORIENTATION, 1)
     except Exception as error:
-        warnings.warn(f"{name}: the EXIF is damaged, and the picture taken as it is stored: {error}", stacklevel=6)
+        warnings.warn(f"{name}: the EXIF is damaged, and the picture taken as it is stored: {error}", stacklevel=2)
         return 1
     return value if value in range(1, 9) else 1
 
@@ -212,7 +214,7 @@ def read_written(path: Path) -> NDArray[Any]:
     Raises:
         OSError, SyntaxError, ValueError: no such file, or it is damaged.
     """
-    with any_size(), PILImage.open(path, formats=("PNG",)) as image:
+    with many_pixels(), PILImage.open(path, formats=("PNG",)) as image:
         return np.asarray(image)
 
 

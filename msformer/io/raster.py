@@ -38,9 +38,9 @@ class Raster:
         return Raster(pixels, alpha, indexes, self.lossy, orientation)
 
 
-def check_size(path: Path, height: int, width: int) -> None:
-    """Raises ImageError for more pixels than are read."""
-    if height * width > MOST_PIXELS:
+def check_size(path: Path, height: int, width: int, samples: int = 1) -> None:
+    """Raises ImageError for more pixels than are read, or more than four samples for each of so many."""
+    if height * width * max(samples / 4, 1) > MOST_PIXELS:
         raise ImageError(f"{path}: has {width} x {height} pixels; at most 2^30 are read, take a smaller copy or a part")
 
 

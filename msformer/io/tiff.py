@@ -1,8 +1,8 @@
 """TIFF: which picture of a file is read, and its colours. Through tifffile, and libtiff for what that leaves undecoded.
 
-The picture is the page with the most pixels, the first of several; thumbnails, levels of pyramids and transparency
-masks are passed over wherever they stand, also in SubIFDs. Of a stack with several slices, channels or times, the
-first is read. A warning says what was left out, but for smaller versions of the same picture.
+The picture is the page with the most pixels, the first of several, wherever it stands, also in SubIFDs. Thumbnails,
+levels of pyramids and transparency masks are none, if the file marks them as such. Of a stack with several slices,
+channels or times, the first is read. A warning says which of the pictures it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_tiff(path: Path) -> Raster:
 
     with tifffile.TiffFile(path) as tiff:
         page = _main_page(tiff, path)
-        check_size(path, page.imagelength, page.imagewidth)
+        check_size(path, page.imagelength, page.imagewidth, page.samplesperpixel * max(page.imagedepth, 1))
         picture = replace(_decode(page, path), lossy=page.compression.name in _LOSSY)
         return picture.turned(_orientation(page))
 
@@ -56,14 +56,15 @@ def _main_page(tiff: Any, path: Path) -> Any:
         raise ImageError(f"{path}: holds no picture")
     whole = [page for page in pages if not page.is_reduced and not page.is_mask] or pages
     main = max(whole, key=lambda page: page.imagelength * page.imagewidth)
-    others = [page for page in whole if page is main or not _smaller_version(page, main)]
-    place, planes = others.index(main), _planes(tiff, main)
-    if place:
-        warnings.warn(f"{path}: page {place + 1} of {len(others)}, the largest, is read", stacklevel=5)
-    elif len(others) > 1:
-        warnings.warn(f"{path}: the first of {len(others)} pages is read", stacklevel=5)
+    levels, planes = _series(tiff, main)
+    pictures = [page for page in whole if page is main or page.offset not in levels]
+    if pictures[0] is not main:
+        place = pictures.index(main) + 1
+        warnings.warn(f"{path}: page {place} of {len(pictures)}, the largest, is read", stacklevel=2)
+    elif len(pictures) > 1:
+        warnings.warn(f"{path}: the first of {len(pictures)} pages is read", stacklevel=2)
     elif planes > 1:
-        warnings.warn(f"{path}: the first of {planes} planes is read", stacklevel=5)
+        warnings.warn(f"{path}: the first of {planes} planes is read", stacklevel=2)
     return main
 
 
@@ -74,7 +75,7 @@ def _pages(pages: Any, path: Path) -> Iterator[Any]:
             page = pages[number]
             below = page.pages
         except Exception as error:  # must not hide the pages before it
-            warnings.warn(f"{path}: page {number + 1} is damaged and left out: {error}", stacklevel=6)
+            warnings.warn(f"{path}: page {number + 1} is damaged and left out: {error}", stacklevel=2)
             continue
         if page.imagelength and page.imagewidth and page.dataoffsets:
             yield page
@@ -82,19 +83,16 @@ def _pages(pages: Any, path: Path) -> Iterator[Any]:
             yield from _pages(below, path)
 
 
-def _smaller_version(page: Any, main: Any) -> bool:
-    """Whether a page has the proportions of the main one and at most 3/4 of its width, as levels of pyramids have."""
-    height, width = page.imagelength / main.imagelength, page.imagewidth / main.imagewidth
-    return width <= 0.75 and abs(height - width) <= 1 / main.imagelength + 1 / main.imagewidth
-
-
-def _planes(tiff: Any, page: Any) -> int:
-    """How many pictures of the page's size the file holds without a page for each, as ImageJ's stacks may."""
+def _series(tiff: Any, page: Any) -> tuple[set[int], int]:
+    """What tifffile knows of the data set that a page belongs to: where pages lie that are levels of its pyramid, and
+    how many pictures of its size there are without a page for each, as in ImageJ's stacks."""
     try:
         series = next(series for series in tiff.series if any(found is page for found in series.pages))
-        return max(int(np.prod(series.shape)) // int(np.prod(page.shape)), 1) * page.imagedepth
+        levels = {below.offset for level in series.levels[1:] for below in level.pages if below is not None}
+        planes = int(np.prod(series.shape)) // int(np.prod(page.shape))
     except Exception:  # descriptions may be damaged where pixels are not
-        return int(page.imagedepth)
+        levels, planes = set(), 1
+    return levels, max(planes, 1) * max(page.imagedepth, 1)
 
 
 def _orientation(page: Any) -> int:
@@ -111,7 +109,8 @@ def _decode(page: Any, path: Path) -> Raster:
     if codec in _FOR_LIBTIFF or colour in _COLOURS_FOR_LIBTIFF or (colour == "YCBCR" and not converted):
         return Raster(_decode_with_libtiff(page, path))
     samples = _samples_last(np.asarray(page.asarray()), page)
-    if codec == "APERIO_JP2000_YCBC":
+    if codec == "APERIO_JP2000_YCBC" or (colour == "YCBCR" and page.axes == "SYX"):  # planes for themselves
+        samples = np.ascontiguousarray(samples)
         return Raster(np.asarray(PILImage.fromarray(samples, "YCbCr").convert("RGB")))
     alpha = _alpha(page, samples)
     if colour == "PALETTE":
@@ -149,7 +148,7 @@ def _colour_map(page: Any, path: Path) -> NDArray[np.uint8]:
     """The palette ``[colours, 3]``, of which TIFF has 16 bits and some writers fill the lower 8 alone."""
     colours = np.asarray(page.colormap).T
     if 0 < colours.max() < 256:
-        warnings.warn(f"{path}: the palette of 16 bits has values of 8 bits, and is taken as one of 8", stacklevel=6)
+        warnings.warn(f"{path}: the palette of 16 bits has values of 8 bits, and is taken as one of 8", stacklevel=2)
         return colours.astype(np.uint8)
     return eight_bits(colours, 16)
 
@@ -189,7 +188,7 @@ def _grey_or_rgb(samples: NDArray[Any], page: Any, path: Path, inverted: bool) -
     if samples.dtype.kind == "c":
         raise ImageError(f"{path}: expected real numbers, got {samples.dtype}")
     if samples.ndim == 3 and samples.shape[2] > 4 and getattr(page.photometric, "name", "") != "RGB":
-        warnings.warn(f"{path}: the first of {samples.shape[2]} channels is read", stacklevel=6)
+        warnings.warn(f"{path}: the first of {samples.shape[2]} channels is read", stacklevel=2)
         samples = samples[..., 0]
     bits = page.bitspersample
     if samples.dtype == np.bool_ or bits < 8:
@@ -216,7 +215,7 @@ def _without_gaps(samples: NDArray[Any], page: Any, path: Path) -> NDArray[Any]:
         gaps |= samples == page.nodata
     if not gaps.any() or gaps.all():
         return samples
-    warnings.warn(f"{path}: {gaps.sum()} missing values are shown as the lowest", stacklevel=7)
+    warnings.warn(f"{path}: {gaps.sum()} missing values are shown as the lowest", stacklevel=2)
     return np.where(gaps, samples[~gaps].min(), samples)
 
 
