@@ -24,6 +24,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import ImageCms
 
 from msformer.io.base import ImageError
 from msformer.io.containers import is_heif
@@ -111,6 +112,10 @@ def _jpeg_as_rgb(data: bytes) -> Pixels:
 
 def _tiff_with_pillow(data: bytes) -> Pixels:
     with PILImage.open(io.BytesIO(data), formats=["TIFF"]) as image:
+        if image.mode == "LAB":
+            profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+            return np.asarray(converted)
         if image.mode in ("CMYK", "P", "PA", "YCbCr"):
             return np.asarray(image.convert("RGB"))
         return np.asarray(image)

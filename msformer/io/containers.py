@@ -55,7 +55,10 @@ def is_whole_jpeg(data: bytes) -> bool:
 
 
 def exif_of(data: bytes) -> bytes:
-    """The EXIF of a PNG or JPEG, which starts with the byte order; b"" if there is none."""
+    """The EXIF of a PNG, JPEG or WebP, which starts with the byte order; b"" if there is none."""
+    if data[:4] == b"RIFF":
+        at = data.rfind(b"EXIF")
+        return data[at + 8 :].removeprefix(_EXIF) if at >= 0 else b""
     if data.startswith(_PNG):
         return next((part.content for part in _png_chunks(data) if part.kind == b"eXIf"), b"").removeprefix(_EXIF)
     found = (part.content for part in _jpeg_segments(data) if part.kind == b"\xe1" and part.content.startswith(_EXIF))

@@ -163,7 +163,7 @@ def _colours(image: PILImage.Image) -> NDArray[Any]:
         return np.asarray(image.convert("LA"))[..., 0]
     if image.mode == "LAB":
         lab = np.asarray(image)
-        return lab_to_rgb(lab[..., :1] / 2.55, lab[..., 1:] - 128.0)
+        return lab_to_rgb(lab[..., :1] / 2.55, np.ascontiguousarray(lab[..., 1:]).view(np.int8))
     return np.asarray(image.convert("RGBA") if image.mode == "RGBa" else image.convert("RGB"))[..., :3]
 
 

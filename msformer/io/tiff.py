@@ -187,7 +187,9 @@ def lab_to_rgb(lightness: NDArray[Any], chroma: NDArray[Any]) -> NDArray[np.uint
 def _grey_or_rgb(samples: NDArray[Any], page: Any, path: Path, inverted: bool) -> NDArray[Any]:
     if samples.dtype.kind == "c":
         raise ImageError(f"{path}: expected real numbers, got {samples.dtype}")
-    if samples.ndim == 3 and samples.shape[2] > 4 and getattr(page.photometric, "name", "") != "RGB":
+    if samples.ndim == 3 and getattr(page.photometric, "name", "") == "RGB":
+        samples = samples[..., :3]
+    if samples.ndim == 3 and samples.shape[2] > 4:
         warnings.warn(f"{path}: the first of {samples.shape[2]} channels is read", stacklevel=2)
         samples = samples[..., 0]
     bits = page.bitspersample
