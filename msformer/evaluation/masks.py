@@ -2,7 +2,7 @@
 
 - A label image (whole numbers, several of which fill areas) is taken by the number: `--label N` says which, unless
   there is one. 255 beside lower numbers is void: nobody knows what is there, and no score counts it.
-- A mask of two values: the higher one. 0 is never object.
+- A mask of 0 and one other number: the other. 0 is never object.
 - A soft mask (smooth borders) or one that a lossy codec wrote: above the middle between its lowest and highest value;
   probabilities in floating point above 0.5.
 - Where colours are the same all over what can be seen, alpha is the mask; else what is transparent is background.
@@ -153,20 +153,24 @@ def _by_label(values: NDArray[Any], labels: Labels, colours: bool, path: Path) -
 
 
 def _are_labels(values: NDArray[Any], found: NDArray[Any]) -> bool:
-    """Whether the values between the extremes fill areas, rather than the slopes of a soft border."""
+    """Whether all values fill areas, or those between the extremes do, rather than the slopes of a soft border."""
     low, high = int(found[0]), int(found[-1])
-    if high - low < _FEW:
+    if high - low < _FEW or np.isin(found, values[1:-1, 1:-1][_flat(values)]).all():
         return True
     margin = (high - low) / 16
     return _fills_areas(values, (values > low + margin) & (values < high - margin))
 
 
 def _fills_areas(values: NDArray[Any], chosen: Mask) -> bool:
-    """Whether a tenth of some pixels or more have the value of all four neighbours."""
-    flat = chosen[1:-1, 1:-1].copy()
-    for neighbour in (values[:-2, 1:-1], values[2:, 1:-1], values[1:-1, :-2], values[1:-1, 2:]):
-        flat &= neighbour == values[1:-1, 1:-1]
-    return int(flat.sum()) > 0.1 * int(chosen.sum())
+    """Whether a tenth of some pixels or more are flat."""
+    return int((chosen[1:-1, 1:-1] & _flat(values)).sum()) > 0.1 * int(chosen.sum())
+
+
+def _flat(values: NDArray[Any]) -> Mask:
+    """``[H - 2, W - 2]``: whether an inner pixel has the value of all four neighbours."""
+    inner = values[1:-1, 1:-1]
+    neighbours = (values[:-2, 1:-1], values[2:, 1:-1], values[1:-1, :-2], values[1:-1, 2:])
+    return np.logical_and.reduce([neighbour == inner for neighbour in neighbours])
 
 
 def _upper_half(values: NDArray[Any], lossy: bool) -> Mask:

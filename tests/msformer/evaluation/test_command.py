@@ -260,6 +260,26 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert titles == ["everything", "Otsu", *variants]
 
 
+def test_labels_and_void(tmp_path: Path) -> None:
+    folder, disc = data.make_pairs(tmp_path / "data", ("a", "b")), data.disc()
+    ring = data.disc(radius=12) & ~disc
+    for name, border in (("a", 2), ("b", 255)):
+        data.save(folder / "images" / f"{name}.png", data.lesion(disc))
+        data.save(folder / "masks" / f"{name}.png", (disc * 1 + ring * border).astype(np.uint8))
+    arguments = ("--data", folder, "--methods", "otsu", "--select", "dark", "--out", tmp_path / "out")
+    refused = evaluate(*arguments)
+    assert refused.exit_code == 2, refused.output
+    assert "a.png: holds the labels 1, 2; say which is the object: --label 1, or all" in refused.stderr.replace("\n", "")
+    assert not (tmp_path / "out").exists(), "nothing is made before"
+    done = evaluate(*arguments, "--label", 1)
+    assert done.exit_code == 0, done.output
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv").set_index(["image", "method", "protocol"])
+    assert (scores.dsc[:, "otsu", "blind"] > 0.95).all()
+    everything = scores.dsc[:, "everything", "blind"]
+    assert everything["b"] > everything["a"] + 0.02, "void pixels are not found wrongly"
+    assert "label: none of 2 masks has label 7" in evaluate(*arguments, "--label", 7).stderr.replace("\n", "")
+
+
 def test_an_object_that_vanishes_is_not_an_empty_mask(tmp_path: Path) -> None:
     folder = data.make_pairs(tmp_path / "data", ("a", "b"))
     small = np.zeros((400, 480), bool)
