@@ -86,7 +86,7 @@ def test_many_objects_of_a_number_each(tmp_path: Path) -> None:
     numbers = np.kron(np.arange(1, 401).reshape(20, 20), np.ones((5, 5), int))
     numbers[:, ::5] = 0
     tifffile.imwrite(tmp_path / "m.tif", numbers.astype(np.uint16))
-    with pytest.raises(LabelNeeded, match="labels 1, 2, 3, .* and 388 more"):
+    with pytest.raises(LabelNeeded, match=r"labels 1, 2, 3, .* and 388 more"):
         read_mask(tmp_path / "m.tif")
     assert (read_mask(tmp_path / "m.tif", labels=()) == (numbers > 0)).all()
 
