@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msformer.io.files import find_images, plain_name
-from msformer.io.medical import is_medical
-from msformer.io.nifti import count_slices, slices_with_labels
+from msformer.io.medical import count_slices, is_medical, slices_with_labels
 from msformer.output import printable
 
 LUNG_WINDOW = (-512.0, 512.0)
@@ -40,7 +39,9 @@ class Case:
     window: tuple[float, float] | None = None
     """Values that become black and white; None: as `msformer.segment` takes the file."""
     slice_index: int | None = None
-    """Of NIfTI volumes, as `msformer.io.nifti.read_nifti` counts."""
+    """Of volumes and files with several frames, as `msformer.io.medical.read_slice` counts."""
+    modality: str | None = None
+    """Of the image, as DICOM abbreviates it; None: what its file says."""
 
 
 @dataclass(frozen=True)

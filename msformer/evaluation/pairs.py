@@ -24,6 +24,9 @@ from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.scoring import Mask
 from msformer.selection import AUTO, rule_for
 
+_LABELS = "SEG"
+"""The modality of masks, as DICOM abbreviates it."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -40,14 +43,15 @@ class Pair:
 def read_pair(case: Case) -> Pair:
     """Raises ValueError or OSError where a file cannot be read, or the mask does not lie on the image."""
     if is_medical(case.image) and is_medical(case.mask):
-        picture, labels = (read_slice(path, case.slice_index) for path in (case.image, case.mask))
+        picture = read_slice(case.image, case.slice_index, case.modality)
+        labels = read_slice(case.mask, case.slice_index, _LABELS)
         pixels: NDArray[Any] = show(picture, case.window)
         placed = is_volume(case.image) or is_volume(case.mask)
         truth = _anything(labels.pixels)
         if placed and labels.geometry is not None and picture.geometry is not None:
             truth = turned_like(truth, labels.geometry, picture.geometry, case.mask)
     else:
-        pixels = read_image(case.image, Reading(case.window, case.slice_index))
+        pixels = read_image(case.image, _reading(case))
         truth = read_mask(case.mask, case.slice_index)
     image = prepare_image(pixels)
     if truth.shape != tuple(image.shape[1:]):
@@ -58,7 +62,11 @@ def read_pair(case: Case) -> Pair:
 
 def rule_of(case: Case, pair: Pair, rule: str) -> str:
     """The rule of the blind score, or instead of ``"auto"`` that by which `msformer segment --mask` makes its masks."""
-    return rule_for(pair.colour, is_ct(case.image, case.slice_index)) if rule == AUTO else rule
+    return rule_for(pair.colour, is_ct(case.image, _reading(case))) if rule == AUTO else rule
+
+
+def _reading(case: Case) -> Reading:
+    return Reading(case.window, case.slice_index, case.modality)
 
 
 def read_mask(path: Path, slice_index: int | None = None) -> Mask:
@@ -66,7 +74,7 @@ def read_mask(path: Path, slice_index: int | None = None) -> Mask:
     colour whose alpha channel is not, what is opaque.
     """
     if is_medical(path):
-        return _anything(read_slice(path, slice_index).pixels)
+        return _anything(read_slice(path, slice_index, _LABELS).pixels)
     pixels: NDArray[Any] = read_image(path)
     alpha = read_alpha(path) if (pixels == pixels[:1, :1]).all() else None
     if alpha is not None and alpha.min() < alpha.max():

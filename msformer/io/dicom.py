@@ -16,6 +16,7 @@ from msformer.io.dicom_pixels import Layout, decode, read_layout
 from msformer.io.dicom_tables import apply_palette, read_table
 from msformer.io.dicom_values import Values
 from msformer.io.dicom_windows import read_window
+from msformer.io.modality import override
 
 __all__ = ["count_frames", "is_dicom", "read_dicom"]
 
@@ -29,7 +30,7 @@ def count_frames(path: str | PathLike[str]) -> int:
     return _open(Path(path)).frames
 
 
-def read_dicom(path: str | PathLike[str], index: int | None = None) -> Slice:
+def read_dicom(path: str | PathLike[str], index: int | None = None, modality: str | None = None) -> Slice:
     """A picture of a DICOM file, as stored: rows top to bottom, not turned.
 
     Rescaling (or the modality look-up table) is applied. Padding, and what is not finite, gets the darkest value of the
@@ -38,6 +39,7 @@ def read_dicom(path: str | PathLike[str], index: int | None = None) -> Slice:
 
     Args:
         index: of the frame, counted from 0 in the order of the file; by default the middle one.
+        modality: what the file is of, whatever it says; None: as it says.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
@@ -48,7 +50,7 @@ def read_dicom(path: str | PathLike[str], index: int | None = None) -> Slice:
     if index is not None and not 0 <= index < file.frames:
         raise ImageError(f"{path}: expected a frame from 0 to {file.frames - 1}, got {index}")
     with decoding(path, "DICOM"), file.lock:
-        return _read_frame(file, file.frames // 2 if index is None else index)
+        return _read_frame(file, file.frames // 2 if index is None else index, modality)
 
 
 def _open(path: Path) -> DicomFile:
@@ -58,21 +60,22 @@ def _open(path: Path) -> DicomFile:
         return open_dicom(path)
 
 
-def _read_frame(file: DicomFile, index: int) -> Slice:
+def _read_frame(file: DicomFile, index: int, given: str | None) -> Slice:
     notes = Notes(file.path, file.notes.sentences.copy())
     values = file.frame(index, notes)
     layout = read_layout(file, values, notes)
     stored = decode(file, layout, index, notes)
     geometry = frame_geometry(file, index, layout, notes)
-    modality = values.text("Modality").upper()
-    common: dict[str, Any] = {"geometry": geometry, "modality": modality, "index": index, "count": file.frames}
-    common["modality_source"] = "the file" if modality else ""
+    modality, source = override(given, values.text("Modality").upper(), notes)
+    common: dict[str, Any] = {"geometry": geometry, "modality": modality, "modality_source": source}
+    common |= {"index": index, "count": file.frames}
     if layout.photometric == "PALETTE COLOR" or not layout.grey:
         pixels = _colour(file, values, layout, stored, notes)
         return Slice(pixels, notes=tuple(notes.sentences), **common)
     inverted = _inverted(values, layout, notes)
     grey = _rescaled(values, stored, modality, notes)
-    background = _padding(values, stored) | ~np.isfinite(grey)
+    padding = _padding(values, stored)
+    background = ~np.isfinite(grey) | (padding & ~padding.all())
     fill_background(grey, background, inverted)
     window, curve = read_window(values, signed=bool(grey.min() < 0), notes=notes)
     shown = background if background.any() else None
@@ -87,9 +90,7 @@ def _read_frame(file: DicomFile, index: int) -> Slice:
     )
 
 
-def _colour(
-    file: DicomFile, values: Values, layout: Layout, stored: NDArray[Any], notes: Notes
-) -> NDArray[np.uint8]:
+def _colour(file: DicomFile, values: Values, layout: Layout, stored: NDArray[Any], notes: Notes) -> NDArray[np.uint8]:
     """Indexes of a palette, or samples, to 8 bits: ``[H, W, 3]``."""
     if layout.grey:
         pixels = apply_palette(stored, values, notes)

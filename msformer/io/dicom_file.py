@@ -66,7 +66,7 @@ def _walk(head: bytes, place: int, order: str, explicit: bool) -> bool:
     while place + 12 <= len(head) and count < wanted:
         group, element = struct.unpack_from(f"{order}HH", head, place)
         kind = head[place + 4 : place + 6]
-        if count == 0 and group not in (2, 8) or count and group << 16 | element <= last:
+        if (count == 0 and group not in (2, 8)) or (count and group << 16 | element <= last):
             return False
         if count and group != last >> 16 and last >> 16 == 2:
             return True  # another encoding may begin after the file meta information

@@ -61,9 +61,7 @@ def _depth(values: Values) -> float:
     return next((depth for depth in depths if depth is not None and depth > 0), 1.0)
 
 
-def _step(
-    file: DicomFile, axes: NDArray[Any], corner: NDArray[Any] | None, notes: Notes
-) -> NDArray[np.float64] | None:
+def _step(file: DicomFile, axes: NDArray[Any], corner: NDArray[Any] | None, notes: Notes) -> NDArray[np.float64] | None:
     """From one frame to the next; None where the file does not say, or they do not lie in a row."""
     offsets = file.frame(0, notes).numbers("GridFrameOffsetVector", file.frames)  # of doses, C.8.8.3.2
     if offsets.size:

@@ -59,11 +59,11 @@ def read_layout(file: DicomFile, values: Values, notes: Notes) -> Layout:
         raise ImageError(f"{path}: unsupported photometric interpretation {photometric}")
     if photometric not in (_MONOCHROME if samples == 1 else _COLOUR):
         assumed = "MONOCHROME2" if samples == 1 else "RGB"
-        said = photometric or "nothing"
-        notes.warn(f"PhotometricInterpretation: {assumed} is assumed for {samples} sample(s) a pixel; the file says {said}")
+        got = f"got {photometric or 'nothing'} with {samples} sample(s) a pixel"
+        notes.warn(f"PhotometricInterpretation: {got}; {assumed} is assumed")
         photometric = assumed
     allocated = int(values.number("BitsAllocated") or 0)
-    if not (allocated == 1 or allocated % 8 == 0 and 8 <= allocated <= 64):
+    if not (allocated == 1 or (allocated % 8 == 0 and 8 <= allocated <= 64)):
         found = _allocated(file, rows * columns * samples)
         notes.warn(f"BitsAllocated: expected 1, 8, 16, 32 or 64, got {allocated or 'nothing'}; {found} is assumed")
         allocated = found
@@ -96,6 +96,7 @@ def decode(file: DicomFile, layout: Layout, index: int, notes: Notes) -> NDArray
         ImageError: the pixels cannot be decoded.
     """
     syntax = _syntax(file, notes)
+    pixels: NDArray[Any] | None
     try:
         pixels = _with_pydicom(file, layout, index, syntax)
     except Exception as error:  # decoders raise whatever they like
@@ -119,8 +120,7 @@ def _syntax(file: DicomFile, notes: Notes) -> str:
     said = str(getattr(file.dataset, "file_meta", {}).get("TransferSyntaxUID") or "").strip(" \0")
     found = syntax_of(file.pixels, file.dataset, said)
     if found != said:
-        said_of = "nothing" if not said else said
-        notes.warn(f"TransferSyntaxUID: the file says {said_of}; its pixels are read as {found}")
+        notes.warn(f"TransferSyntaxUID: the file says {said or 'nothing'}; its pixels are read as {found}")
     return found
 
 

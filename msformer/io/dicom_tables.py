@@ -1,4 +1,4 @@
-"""Look-up tables of DICOM files: of modality, values of interest and palettes (PS3.3, C.11.1, C.11.2, C.7.6.3, C.7.9)."""
+"""Look-up tables of DICOM files: modality, values of interest, palettes (PS3.3, C.11.1, C.11.2, C.7.6.3, C.7.9)."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def _entries(values: Values, prefix: str, count: int, bits: int, notes: Notes) -
 def _expanded(values: Values, prefix: str, bits: int, notes: Notes) -> NDArray[np.uint16]:
     """The entries of a segmented table (C.7.9.2); those up to where it is damaged."""
     keyword = f"Segmented{prefix}Data"
-    data = values.data(keyword, 8 if bits == 8 else 16).astype(np.int64) if _is_palette(prefix) else np.empty(0)
     found: list[int] = []
+    if not _is_palette(prefix):
+        return np.array(found, np.uint16)
+    data = values.data(keyword, 8 if bits == 8 else 16).astype(np.int64)
     if data.size and not _expand(data, 0, None, 8 if bits == 8 else 16, found):
         notes.warn(f"{keyword} is damaged after {len(found)} entries")
     return np.array(found, np.uint16)

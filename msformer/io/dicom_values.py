@@ -80,8 +80,8 @@ class Values:
             if bits == 8 and not little:  # two of them in each word
                 content = np.frombuffer(element.value[: len(element.value) // 2 * 2], "u1").reshape(-1, 2)[:, ::-1]
                 return content.reshape(-1).astype(np.uint16)
-            kind = "u1" if bits == 8 else "<u2" if little else ">u2"
-            return np.frombuffer(element.value[: len(element.value) // (bits // 8) * (bits // 8)], kind).astype(np.uint16)
+            kind, size = "u1" if bits == 8 else "<u2" if little else ">u2", bits // 8
+            return np.frombuffer(element.value, kind, len(element.value) // size).astype(np.uint16)
         words = np.atleast_1d(np.asarray(element.value, np.int64)).astype(np.uint16)
         return words if bits == 16 else words.astype("<u2").view(np.uint8).astype(np.uint16)
 
@@ -104,7 +104,7 @@ def of_frame(dataset: Any, index: int, notes: Notes) -> Values:
     """What a data set says of a frame, counted from 0."""
     from pydicom.datadict import tag_for_keyword
 
-    layers = []
+    layers: list[Any] = []
     for keyword, place in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         groups = sequence(dataset, tag_for_keyword(keyword), notes)
         for macro in _MACROS if place < len(groups) else ():

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from msformer.io.base import ImageError, apply_window, default_window, show
 from msformer.io.dicom import read_dicom
-from msformer.io.nifti import count_slices
+from msformer.io.medical import count_slices
 from tests.msformer.io.world import COLOUR, GREY, NAME, UID, save_dicom
 
 pydicom = pytest.importorskip("pydicom")
