@@ -22,6 +22,8 @@ from msformer.io.dicom_values import Values, of_frame
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
+SUFFIXES_DICOM = (".dcm", ".dicom")
+
 _GZIP = b"\x1f\x8b"
 _HEAD = 1024
 _LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
@@ -145,23 +147,24 @@ def _read(path: Path) -> DicomFile:
     notes = Notes(path)
     with whole as stream:
         start = _start(stream.read(_HEAD))
-        if start is None:
+        if start is None and not path.name.lower().endswith(SUFFIXES_DICOM):
             raise ImageError(f"{path}: not a DICOM file")
-        stream.seek(start)
-        source = stream if start == 0 else io.BytesIO(stream.read())
-        if start == 0:
-            stream.seek(0)
-        dataset = _parse(source, pydicom, notes)
+        stream.seek(start or 0)
+        source = io.BytesIO(stream.read()) if start else stream
+        dataset = _parse(source, pydicom, notes, known=start is not None)
     if not any(keyword in dataset for keyword in PIXELS):
         raise ImageError(f"{path}: holds no picture, or is truncated before it")
-    if start:
+    if head[128:132] != b"DICM" and not head.startswith(_GZIP):
         notes.assume("the file has no preamble")
     return DicomFile(path, dataset, notes)
 
 
-def _parse(source: BinaryIO, pydicom: Any, notes: Notes) -> Any:
-    """The data set of a stream; if it is damaged, what can be found of it by the tags alone."""
+def _parse(source: BinaryIO, pydicom: Any, notes: Notes, known: bool) -> Any:
+    """The data set of a stream; if it is damaged, or not known to be DICOM, what can be found of it by the tags alone.
+    """
     try:
+        if not known:
+            raise ImageError("it does not begin as DICOM files do")
         dataset = pydicom.dcmread(source, force=True)
         problem = None if any(keyword in dataset for keyword in PIXELS) else "it ends before its pixels"
     except Exception as error:  # whatever is raised on a damaged file
@@ -172,6 +175,8 @@ def _parse(source: BinaryIO, pydicom: Any, notes: Notes) -> Any:
         if found is not None:
             notes.warn(f"the file is damaged ({problem}); the pixels and what belongs to them were found by their tags")
             return found
+    if not known:
+        raise ImageError(f"{notes.path}: not a DICOM file")
     if dataset is None:
         raise ImageError(f"{notes.path}: damaged or unsupported DICOM file: {problem}")
     element = dataset.get_item("PixelData") if "PixelData" in dataset else None

@@ -136,7 +136,9 @@ def _with_pydicom(file: DicomFile, layout: Layout, index: int, syntax: str) -> N
     plain.Rows, plain.Columns, plain.NumberOfFrames = layout.rows, layout.columns, file.frames
     plain.SamplesPerPixel, plain.PlanarConfiguration = layout.samples, layout.planar
     plain.PhotometricInterpretation = layout.photometric
-    plain.BitsAllocated, plain.BitsStored, plain.HighBit = layout.allocated, layout.stored, layout.stored - 1
+    whole = not has_items(element) and not layout.photometric.startswith("YBR")  # bits are chosen in `_used_bits`
+    stored = layout.allocated if whole else layout.stored
+    plain.BitsAllocated, plain.BitsStored, plain.HighBit = layout.allocated, stored, stored - 1
     plain.PixelRepresentation = int(layout.signed)
     for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if keyword in file.dataset:

@@ -159,11 +159,13 @@ def _parse(element: Any, keyword: str, signed: bool) -> NDArray[np.float64] | No
 
 
 def _from_texts(texts: Sequence[str]) -> NDArray[np.float64] | None:
-    """Numbers with a point or a comma before the fraction, and blanks anywhere; None if one is no number."""
+    """Numbers with a point or a comma before the fraction, the other between thousands, and blanks anywhere; None if
+    one is no number."""
     found = []
     for text in texts:
         plain = re.sub(r"[\s\0]", "", text)
-        plain = plain.replace(",", "" if "." in plain else ".")
+        between = "." if plain.rfind(",") > plain.rfind(".") else ","
+        plain = plain.replace(between, "").replace(",", ".")
         try:
             found.append(float(plain))
         except ValueError:

@@ -10,10 +10,11 @@ import numpy as np
 from msformer.io import nifti
 from msformer.io.base import Slice
 from msformer.io.dicom import count_frames, is_dicom, read_dicom
+from msformer.io.dicom_file import SUFFIXES_DICOM
 from msformer.io.nifti import read_nifti
-from msformer.io.nifti_file import is_volume
+from msformer.io.nifti_file import SUFFIXES_NIFTI, is_volume
 
-SUFFIXES_MEDICAL = (".dcm", ".dicom", ".nii", ".nii.gz")
+SUFFIXES_MEDICAL = (*SUFFIXES_DICOM, *SUFFIXES_NIFTI)
 
 
 def is_medical(path: str | PathLike[str]) -> bool:
