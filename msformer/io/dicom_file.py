@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msformer.io.base import ImageError, Notes
-from msformer.io.dicom_recovery import items_by_length, recover
+from msformer.io.dicom_recovery import count_items, items_by_length, recover
+from msformer.io.dicom_streams import has_items
 from msformer.io.dicom_values import Values, of_frame
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -102,8 +103,30 @@ class DicomFile:
 
     @cached_property
     def frames(self) -> int:
-        """How many pictures the file holds."""
-        return max(int(Values([self.dataset], self.notes).number("NumberOfFrames") or 1), 1)
+        """How many pictures the file holds: as many as it says, if there are pixels for them."""
+        values = Values([self.dataset], self.notes)
+        said, held = values.number("NumberOfFrames"), self._held(values)
+        wanted = max(int(said or 1), 1)
+        if held is None or wanted == held or (said and wanted < held):
+            return wanted
+        got = "nothing" if said is None else f"{said:g}"
+        self.notes.warn(f"NumberOfFrames: got {got}, but there are pixels for {held}; {held} is assumed")
+        return held
+
+    def _held(self, values: Values) -> int | None:
+        """How many pictures there are pixels for, at most where they are compressed; None if that is not clear."""
+        content = self.pixels.value
+        if has_items(self.pixels):
+            items = count_items(content) - 1  # the first is a table of offsets
+            return None if items < 1 or not values.number("NumberOfFrames") else items
+        sizes = [values.number(keyword) for keyword in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")]
+        bits = float(np.prod([size or 0 for size in sizes]))
+        if bits <= 0 or "42" in values.text("PhotometricInterpretation"):  # of which some samples are left out
+            return None
+        held = int(len(content) * 8 // bits)
+        said, odd = values.number("NumberOfFrames"), held * bits / 8 % 2
+        whole = said is not None or ((sizes[-1] or 0) >= 8 and len(content) - held * bits / 8 in (0, odd))
+        return held if held and whole else None
 
     @cached_property
     def pixels(self) -> Any:
@@ -156,12 +179,14 @@ def _read(path: Path) -> DicomFile:
         raise ImageError(f"{path}: holds no picture, or is truncated before it")
     if head[128:132] != b"DICM" and not head.startswith(_GZIP):
         notes.assume("the file has no preamble")
-    return DicomFile(path, dataset, notes)
+    opened = DicomFile(path, dataset, notes)
+    if opened.pixels is None:
+        raise ImageError(f"{path}: holds no picture: its pixels are empty")
+    return opened
 
 
 def _parse(source: BinaryIO, pydicom: Any, notes: Notes, known: bool) -> Any:
-    """The data set of a stream; if it is damaged, or not known to be DICOM, what can be found of it by the tags alone.
-    """
+    """The data set of a stream; if it is damaged, or not known to be DICOM, what is found of it by tags alone."""
     try:
         if not known:
             raise ImageError("it does not begin as DICOM files do")

@@ -55,6 +55,8 @@ def read_layout(file: DicomFile, values: Values, notes: Notes) -> Layout:
         raise ImageError(f"{path}: expected a picture with rows and columns, got {rows} x {columns}")
     photometric, given = values.text("PhotometricInterpretation").upper(), values.number("SamplesPerPixel")
     samples = int(given) if given in (1, 3) else 3 if photometric in _COLOUR else 1
+    if given not in (1, 3):
+        notes.warn(f"SamplesPerPixel: expected 1 or 3, got {given or 'nothing'}; {samples} is assumed")
     if photometric and photometric not in (*_MONOCHROME, *_COLOUR):
         raise ImageError(f"{path}: unsupported photometric interpretation {photometric}")
     if photometric not in (_MONOCHROME if samples == 1 else _COLOUR):
@@ -70,8 +72,12 @@ def read_layout(file: DicomFile, values: Values, notes: Notes) -> Layout:
     stored = allocated if float_pixels else _bits(values, "BitsStored", allocated, allocated, notes)
     high = stored - 1 if float_pixels else _bits(values, "HighBit", stored - 1, allocated - 1, notes)
     high = stored - 1 if high < stored - 1 or has_items(file.pixels) else high
-    planar = int(values.number("PlanarConfiguration") or 0)
-    return Layout(rows, columns, samples, planar, photometric, allocated, stored, high, values.signed)
+    planar = values.number("PlanarConfiguration")
+    if samples == 3 and planar not in (0, 1) and not has_items(file.pixels):
+        notes.warn(f"PlanarConfiguration: expected 0 or 1, got {'nothing' if planar is None else planar}; 0 is assumed")
+    if values.number("PixelRepresentation") not in (0, 1) and not float_pixels:
+        notes.warn("PixelRepresentation: expected 0 or 1, got nothing or another; values are taken as unsigned")
+    return Layout(rows, columns, samples, int(planar == 1), photometric, allocated, stored, high, values.signed)
 
 
 def _allocated(file: DicomFile, count: int) -> int:

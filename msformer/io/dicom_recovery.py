@@ -34,6 +34,14 @@ def items_by_length(content: bytes) -> bytes | None:
     return content[:place] if place and content[place : place + 4] in (_END, b"") else None
 
 
+def count_items(content: bytes) -> int:
+    """How many items begin here, one after the other."""
+    place = count = 0
+    while content[place : place + 4] == _ITEM and place + 8 <= len(content):
+        place, count = place + 8 + int(struct.unpack_from("<I", content, place + 4)[0]), count + 1
+    return count
+
+
 def recover(content: bytes, pydicom: Any) -> Any:
     """A data set of the elements that a picture needs, of a little-endian file; None without pixels or their size."""
     for explicit in (True, False):
@@ -69,11 +77,11 @@ def _find_pixels(content: bytes, explicit: bool) -> tuple[int, str, bytes] | Non
 
 
 def _find(content: bytes, keyword: str, explicit: bool, pydicom: Any) -> Any:
-    """The last element of a keyword that can be one; None if there is none."""
+    """The first element of a keyword that can be one, as later ones are of icons; None if there is none."""
     tag = pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(keyword))
     usual = pydicom.datadict.dictionary_VR(tag)
-    pattern, place = struct.pack("<HH", tag.group, tag.element), len(content)
-    while (place := content.rfind(pattern, 0, place)) >= 0:
+    pattern, place = struct.pack("<HH", tag.group, tag.element), -1
+    while (place := content.find(pattern, place + 1)) >= 0:
         kind = content[place + 4 : place + 6]
         if explicit and kind in _LONG and place + 12 <= len(content):
             start, length = place + 12, struct.unpack_from("<I", content, place + 8)[0]

@@ -105,10 +105,11 @@ def of_frame(dataset: Any, index: int, notes: Notes) -> Values:
     from pydicom.datadict import tag_for_keyword
 
     layers: list[Any] = []
-    for keyword, place in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
-        groups = sequence(dataset, tag_for_keyword(keyword), notes)
-        for macro in _MACROS if place < len(groups) else ():
-            layers += sequence(groups[place], tag_for_keyword(macro), notes)[:1]
+    places = {"PerFrameFunctionalGroupsSequence": index, "SharedFunctionalGroupsSequence": 0}
+    groups = [sequence(dataset, tag_for_keyword(name), notes)[i : i + 1] for name, i in places.items()]
+    for macro in _MACROS:  # of a frame, or shared, never of both
+        found = [sequence(group, tag_for_keyword(macro), notes)[:1] for part in groups for group in part]
+        layers += next((items for items in found if items), ())
     values = Values([*layers, dataset], notes)
     values.signed = values.number("PixelRepresentation") == 1
     return values

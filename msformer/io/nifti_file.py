@@ -21,6 +21,8 @@ from msformer.io.base import ImageError, Notes, needs_package
 SUFFIXES_NIFTI = (".nii", ".nii.gz")
 
 _GZIP = b"\x1f\x8b"
+_RATIO = 1100
+"""More than gzip compresses anything by."""
 _SIZES = (348, 540)
 _MAGICS = ((1, 344, (b"n+1\0", b"ni1\0")), (2, 4, (b"n+2\0", b"ni2\0")))
 """By version: where the magic string is, of a single file and of a header whose voxels are in another."""
@@ -97,7 +99,12 @@ class NiftiFile:
         """Scaled values of a place in the axes as stored, or of the whole file; ``[..., 3]`` uint8 for colours."""
         from nibabel.arrayproxy import ArrayProxy
 
+        parts = self.shape if place is None else [part.stop - part.start for part in place]
+        wanted = int(np.prod(parts)) * self.header.get_data_dtype().itemsize
         with _opened(self.path) as file:
+            most = self.path.stat().st_size * (_RATIO if isinstance(file, gzip.GzipFile) else 1)
+            if wanted > most:
+                raise ImageError(f"{self.path}: damaged: expected {wanted} bytes of voxels, got at most {most}")
             proxy = ArrayProxy(file, self.header, mmap=False)
             stored = np.asarray(proxy if place is None else proxy[place[: len(self.shape)]])
         if stored.dtype.names is None:

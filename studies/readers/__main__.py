@@ -38,7 +38,8 @@ def details(source: Source, outcomes: Sequence[Outcome], files: bool) -> list[st
     known = Counter(pair for outcome in outcomes for pair in outcome.explained.items())
     lines += [f"- {name} differs, {count}: {reason}" for (name, reason), count in known.most_common()]
     for outcome in outcomes:
-        lines += [f"- `{outcome.path.name}` differs from {name}: {problem}" for name, problem in outcome.differing.items()]
+        differing = outcome.differing.items()
+        lines += [f"- `{outcome.path.name}` differs from {name}: {problem}" for name, problem in differing]
     silent = Counter(
         (name, reason.partition("/")[0]) for outcome in outcomes for name, reason in outcome.silent.items()
     )

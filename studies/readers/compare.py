@@ -75,7 +75,10 @@ def compare(source: Source, path: Path) -> Outcome:
     except (ImageError, OSError) as error:
         reason = " ".join(str(error).replace(f"{path}: ", "").split())
         return Outcome(path, empty=source.empty(path), refused=reason)
-    equal, differing, explained, silent = [], {}, {}, {}
+    equal: list[str] = []
+    differing: dict[str, str] = {}
+    explained: dict[str, str] = {}
+    silent: dict[str, str] = {}
     for name, (compared, reader) in source.readers.items():
         problem = None
         try:
@@ -86,11 +89,11 @@ def compare(source: Source, path: Path) -> Outcome:
         except Exception as error:  # readers raise whatever they like
             silent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[-160:]}"
         else:
-            reason = _known(source, name, path)
+            known = _known(source, name, path)
             if problem is None:
                 equal.append(name)
-            elif reason is not None:
-                explained[name] = reason
+            elif known is not None:
+                explained[name] = known
             else:
                 differing[name] = problem
     return Outcome(path, count, False, "", tuple(equal), differing, explained, silent)

@@ -156,7 +156,7 @@ SOURCE = Source(
     {"picture": 1},
     is_empty,
     {
-        ("SimpleITK", r"^SC_rgb_rle_(16|32)bit"): "GDCM mixes the bytes of colours of 16 and 32 bits that are RLE coded",
+        ("SimpleITK", r"^SC_rgb_rle_(16|32)bit"): "GDCM mixes the bytes of RLE coded colours of 16 and 32 bits",
         ("SimpleITK", r"^rtdose_expb\.dcm"): "GDCM mixes the bytes of big-endian values of 32 bits",
         ("SimpleITK", r"^JPGExtended|^JPEG-lossy"): "lossy JPEG: decoders may round differently, by 1 of 4095",
     },

@@ -1,4 +1,4 @@
-"""PNG, JPEG, BMP, TIFF and others: pixels beside SimpleITK's own decoders. tifffile ships no files; scikit-image does."""
+"""PNG, JPEG, TIFF and others: pixels beside SimpleITK's decoders. tifffile ships no files; scikit-image does."""
 
 from __future__ import annotations
 

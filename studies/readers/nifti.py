@@ -45,7 +45,8 @@ def nibabel_slice(path: Path, index: int) -> NDArray[Any]:
     volume, at = divmod(index, _with_nibabel(path).shape[2])
     data = _with_nibabel(path)
     further = np.unravel_index(volume, data.shape[3:], order="F")
-    return np.asarray(data[(slice(None, None, -1), slice(None, None, -1), at, *further)].T, np.float32)
+    turned = np.moveaxis(data[::-1, ::-1, at], (0, 1), (-1, -2))  # further axes, rows, columns
+    return np.asarray(turned[tuple(further)], np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -55,10 +56,8 @@ def _with_simpleitk(path: Path) -> Any:
         raise NotImplementedError("SimpleITK is not installed")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     image = sitk.ReadImage(str(path))
-    if image.GetDimension() != 3:
-        volumes = [image[:, :, :, i] for i in range(image.GetSize()[3])]
-    else:
-        volumes = [image]
+    count = image.GetSize()[3] if image.GetDimension() > 3 else 0
+    volumes = [image[:, :, :, i] for i in range(count)] or [image]
     return [sitk.GetArrayFromImage(sitk.DICOMOrient(volume, "LPS")) for volume in volumes]
 
 

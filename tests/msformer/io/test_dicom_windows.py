@@ -75,7 +75,8 @@ def test_the_first_usable_of_several_windows(tmp_path: Path) -> None:
 
 def test_a_window_narrower_than_linear_has_any(tmp_path: Path) -> None:
     """As of values between 0 and 1; LINEAR would divide by less than 0."""
-    path = save_dicom(tmp_path / "a.dcm", GREY, RescaleSlope=0.05, RescaleIntercept=0, WindowCenter=0.5, WindowWidth=0.8)
+    tags = {"RescaleSlope": 0.05, "RescaleIntercept": 0, "WindowCenter": 0.5, "WindowWidth": 0.8}
+    path = save_dicom(tmp_path / "a.dcm", GREY, **tags)
     expected = [[round(linear_exact(0.05 * x, 0.5, 0.8)) for x in row] for row in GREY.tolist()]
     assert np.abs(show(read_dicom(path)).astype(int) - expected).max() <= 1  # some lie between two steps
 
@@ -84,7 +85,7 @@ def item(entries: Any, first: int, bits: int, count: int | None = None, vr: str 
     found = pydicom.Dataset()
     values = list(entries)
     number = len(values) if count is None else count
-    found.add_new("LUTDescriptor", "SS" if first < 0 else "US", [number - 65536 if number > 32767 and first < 0 else number, first, bits])
+    found.add_new("LUTDescriptor", "SS" if first < 0 else "US", [number, first, bits])
     data: Any = values if vr == "US" else np.array(values, "u1" if vr == "OB" else "<u2").tobytes()
     found.add_new("LUTData", "OW" if vr == "OB" else vr, data)
     return found
