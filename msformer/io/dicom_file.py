@@ -7,6 +7,7 @@ import gzip
 import io
 import struct
 import threading
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -47,7 +48,7 @@ def is_dicom(path: str | PathLike[str]) -> bool:
             with gzip.open(path) as file:
                 head = file.read(_HEAD)
         return _start(head) is not None
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return False
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -60,8 +63,16 @@ def _with_simpleitk(path: Path) -> Any:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    return sitk.GetArrayFromImage(reader.Execute())
+    with NamedTemporaryFile(suffix=".dcm") as plain:
+        plain.write(_uncompressed(path))
+        plain.flush()
+        reader.SetFileName(plain.name)
+        return sitk.GetArrayFromImage(reader.Execute())
+
+
+def _uncompressed(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
 
 
 def simpleitk_values(path: Path, index: int) -> NDArray[Any] | None:
@@ -98,7 +109,7 @@ def _eight_bits(pixels: NDArray[Any], path: Path) -> NDArray[Any]:
 def _dataset(path: Path) -> Any:
     import pydicom
 
-    dataset = pydicom.dcmread(path, force=True)
+    dataset = pydicom.dcmread(BytesIO(_uncompressed(path)), force=True)
     if "TransferSyntaxUID" not in dataset.file_meta and dataset.original_encoding[0] is not None:
         implicit, little = dataset.original_encoding
         uid = pydicom.uid
