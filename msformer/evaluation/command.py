@@ -49,6 +49,7 @@ def run(
     limit: int | None,
     label: Sequence[str],
     window: tuple[float, float] | None,
+    modality: str | None,
     size: int,
     seed: int,
     device: str,
@@ -75,6 +76,8 @@ def run(
     found = find_cases(data, layout, masks, exclude=(out,), labels=labels)
     if window is not None:
         found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
+    if modality is not None:
+        found = replace(found, cases=tuple(replace(case, modality=modality) for case in found.cases))
     if select not in (AUTO, *RULES):
         raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
     rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select

@@ -24,8 +24,7 @@ from typing import NamedTuple
 
 from msformer.evaluation.masks import Labels
 from msformer.io.files import find_images, plain_name
-from msformer.io.medical import is_medical
-from msformer.io.nifti import count_slices, slices_with_labels
+from msformer.io.medical import count_slices, is_medical, slices_with_labels
 from msformer.output import printable
 
 LUNG_WINDOW = (-512.0, 512.0)
@@ -47,7 +46,9 @@ class Case:
     window: tuple[float, float] | None = None
     """Values that become black and white; None: as `msformer.segment` takes the file."""
     slice_index: int | None = None
-    """Of NIfTI volumes, as `msformer.io.nifti.read_nifti` counts."""
+    """Of volumes and files with several frames, as `msformer.io.medical.read_slice` counts."""
+    modality: str | None = None
+    """Of the image, as DICOM abbreviates it; None: what its file says."""
     more_masks: tuple[Path, ...] = ()
     """Further parts of the object, which is all of them together."""
     labels: Labels = None

@@ -30,6 +30,8 @@ Labels = tuple[int, ...] | None
 ALL = "all"
 """How the command line writes ()."""
 VOID = 255
+MODALITY = "SEG"
+"""Of masks, as DICOM abbreviates it."""
 _FEW = 32
 """Whole numbers that span less are labels, whatever their areas."""
 _LISTED = 12
@@ -81,7 +83,7 @@ def read_truth(path: Path, slice_index: int | None = None, labels: Labels = None
         ValueError: colours of which none is black; labels of a mask that has none.
     """
     if is_medical(path):
-        return truth_of(Raster(read_slice(path, slice_index).pixels), labels, path)
+        return truth_of(Raster(read_slice(path, slice_index, MODALITY).pixels), labels, path)
     return truth_of(read_raster(path), labels, path)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msformer.evaluation.layouts import Case
-from msformer.evaluation.masks import LabelNeeded, Truth, read_mask, read_truth, truth_of
+from msformer.evaluation.masks import MODALITY, LabelNeeded, Truth, read_mask, read_truth, truth_of
 from msformer.io.base import Geometry, Slice, show
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import is_volume
@@ -47,11 +47,8 @@ class Pair:
 
 def read_pair(case: Case) -> Pair:
     """Raises ValueError or OSError where a file cannot be read, or the mask does not lie on the image."""
-    picture = read_slice(case.image, case.slice_index) if is_medical(case.image) else None
-    if picture is None:
-        pixels: NDArray[Any] = read_image(case.image, Reading(case.window, case.slice_index))
-    else:
-        pixels = show(picture, case.window)
+    picture = read_slice(case.image, case.slice_index, case.modality) if is_medical(case.image) else None
+    pixels: NDArray[Any] = read_image(case.image, _reading(case)) if picture is None else show(picture, case.window)
     image = prepare_image(pixels)
     size = (image.shape[1], image.shape[2])
     truths = [_placed(path, case, picture, size) for path in (case.mask, *case.more_masks)]
@@ -64,7 +61,7 @@ def read_pair(case: Case) -> Pair:
 def _placed(path: Path, case: Case, picture: Slice | None, size: tuple[int, int]) -> Truth:
     """A mask on its image, which has the given height and width."""
     if picture is not None and is_medical(path):
-        labels = read_slice(path, case.slice_index)
+        labels = read_slice(path, case.slice_index, MODALITY)
         truth = truth_of(Raster(labels.pixels), case.labels, path)
         placed = is_volume(case.image) or is_volume(path)
         if placed and labels.geometry is not None and picture.geometry is not None:
@@ -127,7 +124,11 @@ def _labels_in(case: Case) -> str:
 
 def rule_of(case: Case, pair: Pair, rule: str) -> str:
     """The rule of the blind score, or instead of ``"auto"`` that by which `msformer segment --mask` makes its masks."""
-    return rule_for(pair.colour, is_ct(case.image, case.slice_index)) if rule == AUTO else rule
+    return rule_for(pair.colour, is_ct(case.image, _reading(case))) if rule == AUTO else rule
+
+
+def _reading(case: Case) -> Reading:
+    return Reading(case.window, case.slice_index, case.modality)
 
 
 def turned_like(mask: Mask, stored: Geometry, picture: Geometry, path: Path) -> Mask:

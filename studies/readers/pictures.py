@@ -1,6 +1,6 @@
 """What the readers of ordinary pictures make of files, beside independent readers.
 
-    python -m studies.readers_images [FOLDER ...]
+    python -m studies.readers.pictures [FOLDER ...]
 
 Reads every picture below the folders, by default those that installed Python packages ship. The second reader is one
 that the first does not use: imagecodecs (libspng, libjpeg-turbo, giflib, OpenJPEG, ...) for what goes through Pillow,
