@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+_PICTURES = (_PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FRAMES = [bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)]
 _AVIF = (b"avif", b"avis")
 _EXIF = b"Exif\0\0"
@@ -24,6 +27,16 @@ class Part(NamedTuple):
     content: bytes
     whole: bytes
     """With what stands around the content."""
+
+
+def is_picture(path: str | PathLike[str]) -> bool:
+    """Whether a file starts as PNG, JPEG, GIF, TIFF or WebP; False for what cannot be opened."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def is_heif(head: bytes) -> bool:

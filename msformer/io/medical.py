@@ -10,6 +10,7 @@ import numpy as np
 
 from msformer.io import nifti
 from msformer.io.base import Slice
+from msformer.io.containers import is_picture
 from msformer.io.dicom import count_frames, is_dicom, read_dicom
 from msformer.io.dicom_file import SUFFIXES_DICOM
 from msformer.io.nifti import read_nifti
@@ -19,8 +20,10 @@ SUFFIXES_MEDICAL = (*SUFFIXES_DICOM, *SUFFIXES_NIFTI)
 
 
 def is_medical(path: str | PathLike[str]) -> bool:
-    """Whether the path has a suffix of DICOM or NIfTI, or is such a file by its content."""
-    return Path(path).name.lower().endswith(SUFFIXES_MEDICAL) or is_dicom(path) or is_volume(path)
+    """Whether the path has a suffix of DICOM or NIfTI, or is such a file by its content, which counts."""
+    if is_dicom(path):
+        return True
+    return (Path(path).name.lower().endswith(SUFFIXES_MEDICAL) or is_volume(path)) and not is_picture(path)
 
 
 def read_slice(path: str | PathLike[str], index: int | None = None, modality: str | None = None) -> Slice:

@@ -53,8 +53,8 @@ class Picture:
 
 
 def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArray[np.generic]:
-    """The pixels of an ordinary picture (`msformer.io.ordinary`) as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
-    point. Of a DICOM or NIfTI file (`msformer.io.medical`), the slice as it is shown, 8 bits.
+    """The pixels of an ordinary picture (`msformer.io.ordinary`) as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits,
+    or floating point. Of a DICOM or NIfTI file (`msformer.io.medical`), the slice as it is shown, 8 bits.
 
     EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the largest is
     read, with a warning. A window is applied to any grey image; without one, an image of signed or floating-point

@@ -93,7 +93,10 @@ def test_orientation_of_a_tiff(orientation: int, tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "a.tif"), expected)
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".tif"), ("TIFF", ".png"), ("BMP", ".jpg")])
+WRONG = [("PNG", ".tif"), ("TIFF", ".png"), ("BMP", ".jpg"), ("PNG", ".dcm"), ("TIFF", ".nii"), ("PNG", ".nii.gz")]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), WRONG)
 def test_the_content_counts_not_the_suffix(kind: str, suffix: str, tmp_path: Path) -> None:
     PILImage.fromarray(COLOUR).save(tmp_path / f"a{suffix}", format=kind)
     assert np.array_equal(read_image(tmp_path / f"a{suffix}"), COLOUR)
