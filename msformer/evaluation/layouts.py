@@ -178,7 +178,7 @@ def _lung(source: Source) -> Iterator[Case | str]:
     images, masks = (_below(source.data, name) for name in ("2d_images", "2d_masks"))
     if images.is_dir() and masks.is_dir():
         for entry in _paired(source, images, masks):
-            yield replace(entry, window=LUNG_WINDOW) if isinstance(entry, Case) else entry
+            yield replace(entry, window=LUNG_WINDOW, modality="CT") if isinstance(entry, Case) else entry
 
 
 def _isic(source: Source) -> Iterator[Case | str]:

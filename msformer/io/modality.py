@@ -56,7 +56,7 @@ def hint(path: Path) -> tuple[str, str]:
 def warn_of_air(lowest: float, modality: str, notes: Notes) -> None:
     """Says how to have a picture shown as CT, where it may be one."""
     if not modality and lowest <= AIR:
-        notes.warn(f"values reach {lowest:g}, as in CT, but nothing says that it is; if so, say --modality CT")
+        notes.warn("it has values as low as CT, but nothing says that it is CT; if it is, say --modality CT")
 
 
 def _in_sidecar(path: Path) -> str:

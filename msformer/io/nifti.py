@@ -115,7 +115,7 @@ def _read_slice(file: NiftiFile, index: int, count: int, given: str | None) -> S
         return Slice(pixels, None, geometry, notes=tuple(notes.sentences), **common)
     background = ~np.isfinite(pixels)
     if background.any():
-        notes.warn(f"slice {index} holds NaN or infinite values, which are taken for background")
+        notes.warn("it holds NaN or infinite values, which are taken for background")
         pixels = pixels.copy()
         fill_background(pixels, background)
     warn_of_air(float(pixels.min()), modality, notes)

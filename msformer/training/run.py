@@ -98,7 +98,7 @@ def train(
         embed_dim, depth: of the `MSFormer`.
         window: the values that become black and white; None: what the file says, else the usual for its kind.
         slice_index: of volumes; None: the middle one.
-        modality: of the images, as DICOM abbreviates it; None: what each file says.
+        modality: of the images, as DICOM abbreviates it; None: what each file says, with the domain ``"ct"`` CT.
         all_slices: takes every slice of volumes as an image.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
         backend: of the kernels, see `msformer_kernels.use_backend`.
@@ -147,7 +147,7 @@ def train(
             domain=domain,
             taught=chosen.taught,
             seed=seed,
-            reading=Reading(window, slice_index, modality),
+            reading=Reading(window, slice_index, modality or ("CT" if domain == "ct" else None)),
             all_slices=all_slices,
             workers=workers or _cores(),
             processes=processes,

@@ -339,7 +339,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     """That by which `msformer segment --mask` makes its masks, unless --select says otherwise."""
     folder = data.make_pairs(tmp_path / "data", ("photo",))
     for name, values, mask in (
-        ("chest", data.chest(data.lungs()), data.lungs()),
+        ("chest-ct", data.chest(data.lungs()), data.lungs()),
         ("bright", 50 + 150 * data.disc().astype(np.uint8), data.disc()),
     ):
         tifffile.imwrite(folder / "images" / f"{name}.tif", values)
@@ -349,7 +349,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     found = scores[(scores.method == "otsu") & (scores.protocol == "blind")].set_index("image")
-    assert found.rule.to_dict() == {"photo": "lesion", "chest": "lung", "bright": "central"}
+    assert found.rule.to_dict() == {"photo": "lesion", "chest-ct": "lung", "bright": "central"}
     assert (found.dsc > 0.9).all()
     text = (tmp_path / "out" / "report.md").read_text()
     assert all(f"{rule} (1)" in text for rule in ("lesion", "lung", "central"))

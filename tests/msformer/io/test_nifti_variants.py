@@ -37,7 +37,7 @@ def test_background_that_is_no_number(value: float, tmp_path: Path) -> None:
     data = FLOATS.copy() + 5
     data[:3] = value
     save_nifti(tmp_path / "a.nii", data=data)
-    with pytest.warns(UserWarning, match=r"a\.nii: slice 2 holds NaN or infinite values, .* for background"):
+    with pytest.warns(UserWarning, match=r"a\.nii: it holds NaN or infinite values, .* for background"):
         found = read_nifti(tmp_path / "a.nii")
     others = shown(2)[:, :3] + 5.0  # the right of the world is on the left of the picture
     assert np.array_equal(found.pixels[:, :3], others)
@@ -274,5 +274,5 @@ def test_modality(name: str, values: NDArray[Any], sidecar: str, modality: str, 
 
 def test_values_like_those_of_air_are_pointed_out(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(AIR, np.eye(4)), tmp_path / "a.nii")
-    with pytest.warns(UserWarning, match=r"a\.nii: values reach -1000, as in CT, .* if so, say --modality CT"):
+    with pytest.warns(UserWarning, match=r"a\.nii: it has values as low as CT, .* if it is, say --modality CT"):
         read_slice(tmp_path / "a.nii", 0)
