@@ -22,6 +22,7 @@ from msformer.options import (
     make_executor,
     make_fit,
     make_way,
+    modality_option,
     needed_packages,
     run_options,
 )
@@ -57,7 +58,10 @@ def main() -> None:
     help="Rule by which the mask is made.",
 )
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
-@click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
+@click.option(
+    "--slice", type=SliceType(), default=None, help="Of NIfTI volumes and DICOM frames; 'all': each. [default: middle]"
+)
+@modality_option
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of a trained model, to ask instead of a fit.")
 @click.option("--refine", is_flag=True, help="With --model: fit each image as well, and fuse both.")
 @cluster_options
@@ -71,6 +75,7 @@ def segment(
     select: str,
     window: tuple[float, float] | None,
     slice: int | str | None,
+    modality: str | None,
     model: Path | None,
     refine: bool,
     cluster: str | None,
@@ -83,7 +88,8 @@ def segment(
     With --mask also a binary mask of the object, made by the rule of --select: lesion for dermoscopy, dark for other
     dark objects, lung for CT of the chest, central for anything else; auto takes lesion for colour images, lung for
     CT, central for other grey ones.
-    Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes.
+    Label maps and masks of DICOM and NIfTI files are written as NIfTI, too; with --slice all, whole volumes. Files
+    that do not say their modality are taken for CT by --modality CT, not by their values.
     With --model a network that was trained on such images is asked, in a moment, in place of the fit; the object's
     probability is written, too, and the record says how sure the network was and what decided the mask.
     Images that are already done with the same settings are skipped, so an interrupted run goes on where it stopped.
@@ -98,7 +104,7 @@ def segment(
         from msformer.runs.write import read_mask, write_volumes
 
         way = make_way(options, model, refine)
-        reading = Reading(window, slice_index=slice if isinstance(slice, int) else None)
+        reading = Reading(window, slice if isinstance(slice, int) else None, modality)
         plan = Plan(way, reading, select if mask else None)
         executor = make_executor(cluster, threads, way.device, at_once, images_at_once(way.device))
         sources = find_images(paths, exclude=[out])
@@ -183,7 +189,11 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
     "--select", default="auto", show_default=True, help="Rule of the blind score: central, dark, lesion, lung."
 )
 @click.option("--limit", type=click.IntRange(1), default=None, help="Images at most.")
+@click.option(
+    "--label", multiple=True, help="Number or #rrggbb of the object in masks of several labels; repeat it, or 'all'."
+)
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
+@modality_option
 @click.option(
     "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."
 )

@@ -2,8 +2,8 @@
 
 from msformer.io.base import AIR, CT_WINDOW, Geometry, ImageError, Slice, Window, apply_window, default_window, show
 from msformer.io.dicom import is_dicom, read_dicom
-from msformer.io.medical import SUFFIXES_MEDICAL, is_medical, read_slice
-from msformer.io.nifti import count_slices, is_volume, read_nifti, slices_with_labels, write_nifti
+from msformer.io.medical import SUFFIXES_MEDICAL, count_slices, is_medical, read_slice, slices_with_labels
+from msformer.io.nifti import is_volume, read_nifti, write_nifti
 
 __all__ = [
     "AIR",

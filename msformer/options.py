@@ -37,6 +37,16 @@ class SliceType(click.ParamType):
         return value if value == ALL_SLICES else click.IntRange(0).convert(value, param, ctx)
 
 
+MODALITIES = ("CR", "CT", "DX", "MG", "MR", "NM", "OT", "PT", "RF", "SC", "US", "XA", "XC")
+
+
+def modality_option(command: Command) -> Command:
+    """What the images are of, for files that do not say it or say it wrongly."""
+    text = "Of the images, as DICOM abbreviates it: CT, MR, ... [default: as each file says; never guessed by values]"
+    kind = click.Choice(MODALITIES, case_sensitive=False)
+    return click.option("--modality", type=kind, default=None, metavar="CT|MR|...", help=text)(command)
+
+
 def run_options(command: Command) -> Command:
     """The options of a run over many images."""
     at_once = "Images that are fitted at the same time. [default: 1 on the CPU, 4 on a GPU]"

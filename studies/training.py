@@ -142,6 +142,7 @@ def model_of(data: DataSet, name: str, steps: int) -> TrainedModel:
         rounds=int(rounds or 1),
         steps=steps,
         window=data.cases[0].window,
+        modality=data.cases[0].modality,
         all_slices=any(case.slice_index is not None for case in data.cases),
         device="cpu",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from rich.table import Table
 import msformer
 from msformer.baselines import Method, choose_methods
 from msformer.evaluation.layouts import Found, find_cases
+from msformer.evaluation.masks import parse_labels
 from msformer.evaluation.models import is_model, model_methods
 from msformer.evaluation.page import Report, write_page
+from msformer.evaluation.pairs import check_labels
 from msformer.evaluation.protocols import GATE, PROTOCOLS
 from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
@@ -45,7 +47,9 @@ def run(
     ablation: bool,
     select: str,
     limit: int | None,
+    label: Sequence[str],
     window: tuple[float, float] | None,
+    modality: str | None,
     size: int,
     seed: int,
     device: str,
@@ -57,7 +61,8 @@ def run(
     """Evaluates and writes the report; returns the failures.
 
     Raises:
-        ValueError: an unknown method, layout or rule; no image with a mask; every image failed.
+        ValueError: an unknown method, layout or rule; no image with a mask; masks with several labels of which none
+            was asked for, or none of which has the one that was; every image failed.
         OSError: a path that does not exist, or a report that cannot be written.
     """
     names = [name.strip() for name in methods.split(",")]
@@ -67,16 +72,20 @@ def run(
     chosen = choose_methods([*plain, *FLOORS], ablation)
     device = str(find_device(device))
     chosen += model_methods([name for name in names if is_model(name)], device)
-    found = find_cases(data, layout, masks, exclude=(out,))
+    labels = parse_labels(label)
+    found = find_cases(data, layout, masks, exclude=(out,), labels=labels)
     if window is not None:
         found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
+    if modality is not None:
+        found = replace(found, cases=tuple(replace(case, modality=modality) for case in found.cases))
     if select not in (AUTO, *RULES):
         raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
     rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select
     settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
     executor = make_executor(cluster, threads, device, at_once=None, here=1)
-    prepare_folder(out)
     cases = found.cases[:limit]
+    check_labels(cases)
+    prepare_folder(out)
     for problem in found.problems:
         click.echo(f"left out: {problem}", err=True)
     outcome = evaluate(cases, chosen, rule, Store(out, settings), executor)

@@ -62,20 +62,29 @@ class OwnSize:
     """Dice coefficients at the size of the image, of masks at the fitted size.
 
     The same as of the masks brought to that size by nearest neighbour, which large images would make slow: for each
-    fitted pixel is counted how many pixels of the image it becomes, and how many of them are true.
+    fitted pixel is counted how many pixels of the image it becomes, and how many of them are true. Void pixels count
+    for nothing.
     """
 
-    def __init__(self, truth: Mask, size: tuple[int, int]) -> None:
+    def __init__(self, truth: Mask, size: tuple[int, int], void: Mask | None = None) -> None:
         lines = [nearest(new, old) for new, old in zip(truth.shape, size, strict=True)]
         self.areas = np.outer(*(np.bincount(line, minlength=old) for line, old in zip(lines, size, strict=True)))
-        self.true_areas = truth.astype(np.int64)
-        for axis, (line, old) in enumerate(zip(lines, size, strict=True)):
-            self.true_areas = _sums_of_groups(self.true_areas, line, old, axis)
+        self.true_areas = _areas(truth, lines, size)
+        if void is not None:
+            self.areas = self.areas - _areas(void, lines, size)
 
     def dice(self, predicted: Mask) -> float:
         """Of a mask ``[*size]``; 1 if both are empty."""
         total = int(self.areas[predicted].sum()) + int(self.true_areas.sum())
         return 2 * int(self.true_areas[predicted].sum()) / total if total else 1.0
+
+
+def _areas(mask: Mask, lines: list[NDArray[np.int64]], size: tuple[int, int]) -> NDArray[np.int64]:
+    """For each fitted pixel, how many of its pixels a mask has."""
+    areas = mask.astype(np.int64)
+    for axis, (line, old) in enumerate(zip(lines, size, strict=True)):
+        areas = _sums_of_groups(areas, line, old, axis)
+    return areas
 
 
 def _sums_of_groups(values: NDArray[np.int64], groups: NDArray[np.int64], count: int, axis: int) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ picture is turned like the picture. Positions that only differ by a shift or a s
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msformer.evaluation.layouts import Case
-from msformer.io.base import Geometry, show
+from msformer.evaluation.masks import MODALITY, LabelNeeded, Truth, read_mask, read_truth, truth_of
+from msformer.io.base import Geometry, Slice, show
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import is_volume
-from msformer.io.ordinary import read_alpha
+from msformer.io.ordinary import read_raster
 from msformer.io.prepare import prepare_image
+from msformer.io.raster import Raster, turn_upright
 from msformer.io.read import Reading, is_colour, is_ct, read_image
 from msformer.scoring import Mask
 from msformer.selection import AUTO, rule_for
+
+__all__ = ["Pair", "check_labels", "read_mask", "read_pair", "rule_of", "turned_like"]
 
 
 @dataclass(frozen=True)
@@ -35,48 +41,94 @@ class Pair:
     """``[H, W]``."""
     colour: bool
     """False where the three channels are the same."""
+    void: Mask | None = None
+    """``[H, W]``, pixels of which the mask says that nobody knows; no score counts them. None: there are none."""
 
 
 def read_pair(case: Case) -> Pair:
     """Raises ValueError or OSError where a file cannot be read, or the mask does not lie on the image."""
-    if is_medical(case.image) and is_medical(case.mask):
-        picture, labels = (read_slice(path, case.slice_index) for path in (case.image, case.mask))
-        pixels: NDArray[Any] = show(picture, case.window)
-        placed = is_volume(case.image) or is_volume(case.mask)
-        truth = _anything(labels.pixels)
-        if placed and labels.geometry is not None and picture.geometry is not None:
-            truth = turned_like(truth, labels.geometry, picture.geometry, case.mask)
-    else:
-        pixels = read_image(case.image, Reading(case.window, case.slice_index))
-        truth = read_mask(case.mask, case.slice_index)
+    picture = read_slice(case.image, case.slice_index, case.modality) if is_medical(case.image) else None
+    pixels: NDArray[Any] = read_image(case.image, _reading(case)) if picture is None else show(picture, case.window)
     image = prepare_image(pixels)
-    if truth.shape != tuple(image.shape[1:]):
-        sizes = " x ".join(map(str, truth.shape)), " x ".join(map(str, image.shape[1:]))
-        raise ValueError(f"{case.mask}: the mask has {sizes[0]} pixels, the image {sizes[1]}")
-    return Pair(image, truth, colour=is_colour(image))
+    size = (image.shape[1], image.shape[2])
+    truths = [_placed(path, case, picture, size) for path in (case.mask, *case.more_masks)]
+    whole = np.any([truth.object for truth in truths], axis=0)
+    voids = [truth.void for truth in truths if truth.void is not None]
+    void = np.any(voids, axis=0) & ~whole if voids else None
+    return Pair(image, whole, is_colour(image), void)
+
+
+def _placed(path: Path, case: Case, picture: Slice | None, size: tuple[int, int]) -> Truth:
+    """A mask on its image, which has the given height and width."""
+    if picture is not None and is_medical(path):
+        labels = read_slice(path, case.slice_index, MODALITY)
+        truth = truth_of(Raster(labels.pixels), case.labels, path)
+        placed = is_volume(case.image) or is_volume(path)
+        if placed and labels.geometry is not None and picture.geometry is not None:
+            places = labels.geometry, picture.geometry
+            truth = truth.mapped(lambda part: turned_like(part, *places, path))
+    else:
+        truth = read_truth(path, case.slice_index, case.labels)
+        if picture is None and not is_medical(path) and truth.object.shape == size[::-1] != size:
+            truth = _turned_with_its_image(truth, path, case.image)
+    if truth.object.shape != size:
+        sizes = (" x ".join(map(str, shape)) for shape in (truth.object.shape, size))
+        raise ValueError(f"{path}: the mask has {next(sizes)} pixels, the image {next(sizes)}")
+    return truth
+
+
+def _turned_with_its_image(truth: Truth, path: Path, image: Path) -> Truth:
+    """A mask that was made on the picture as stored, by a program that does not know EXIF, turned as that is."""
+    turn = read_raster(image).orientation
+    if turn in (5, 6, 7, 8) and read_raster(path).orientation == 1:
+        warnings.warn(f"{path}: the mask is turned as the EXIF of its image says", stacklevel=2)
+        return truth.mapped(lambda part: turn_upright(part, turn))
+    return truth
+
+
+def check_labels(cases: Sequence[Case]) -> None:
+    """That the labels of the object are known for each mask, before anything is made. Files that cannot be read are
+    left for the run to name.
+
+    Raises:
+        LabelNeeded: a mask has several labels, and none was asked for.
+        ValueError: no mask has a label that was asked for.
+    """
+    failed = ""
+    for case in cases:
+        for path in (case.mask, *case.more_masks):
+            try:
+                found = read_truth(path, case.slice_index, case.labels).object.any()
+            except LabelNeeded:
+                raise
+            except (ValueError, OSError) as error:
+                failed = failed or str(error)
+                continue
+            if found and case.labels:
+                return
+    if cases and cases[0].labels:
+        asked, path = ", ".join(map(str, cases[0].labels)), cases[0].mask
+        reason = failed or f"such as {path}{_labels_in(cases[0])}"
+        raise ValueError(f"label: none of {len(cases)} masks has label {asked}: {reason}")
+
+
+def _labels_in(case: Case) -> str:
+    try:
+        read_truth(case.mask, case.slice_index)
+    except LabelNeeded as error:
+        return f", which {str(error).partition(': ')[2].partition(';')[0]}"
+    except (ValueError, OSError):
+        pass
+    return ""
 
 
 def rule_of(case: Case, pair: Pair, rule: str) -> str:
     """The rule of the blind score, or instead of ``"auto"`` that by which `msformer segment --mask` makes its masks."""
-    return rule_for(pair.colour, is_ct(case.image, case.slice_index)) if rule == AUTO else rule
+    return rule_for(pair.colour, is_ct(case.image, _reading(case))) if rule == AUTO else rule
 
 
-def read_mask(path: Path, slice_index: int | None = None) -> Mask:
-    """``[H, W]``: what is not 0; in a JPEG, whose black is not quite, what is brighter than half; in a picture of one
-    colour whose alpha channel is not, what is opaque.
-    """
-    if is_medical(path):
-        return _anything(read_slice(path, slice_index).pixels)
-    pixels: NDArray[Any] = read_image(path)
-    alpha = read_alpha(path) if (pixels == pixels[:1, :1]).all() else None
-    if alpha is not None and alpha.min() < alpha.max():
-        return alpha > 127
-    return _anything(pixels > (127 if path.suffix.lower() in (".jpg", ".jpeg") else 0))
-
-
-def _anything(pixels: NDArray[Any]) -> Mask:
-    """What is not 0, in one channel or several."""
-    return np.asarray(pixels.reshape(*pixels.shape[:2], -1).any(axis=2))
+def _reading(case: Case) -> Reading:
+    return Reading(case.window, case.slice_index, case.modality)
 
 
 def turned_like(mask: Mask, stored: Geometry, picture: Geometry, path: Path) -> Mask:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from msformer.baselines import Method
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
@@ -160,20 +162,24 @@ def score(case: Case, pair: Pair, method: Method, fitted: Fitted, rule: str) -> 
     image's own size), whether mask and prediction are empty, labels and speckle of the map, steps and seconds of its
     fit.
 
-    Where the true mask is empty, protocols that look at it would find nothing by looking; they get no measures.
+    Where the true mask is empty, protocols that look at it would find nothing by looking; they get no measures. Void
+    pixels are neither true nor predicted.
     """
     size = (fitted.labels.shape[0], fitted.labels.shape[1])
     truth = resize_labels(pair.truth, size)
-    own_size = OwnSize(pair.truth, size)
+    own_size = OwnSize(pair.truth, size, pair.void)
     made = {
         "labels": len(set(fitted.labels.flat)),
         "speckle": speckle(fitted.labels),
         "steps": fitted.steps,
         "seconds": fitted.seconds,
     }
-    blind = fitted.blind(rule, pair.image)
+    labels, blind = fitted.labels.astype(np.int64), fitted.blind(rule, pair.image)
+    if pair.void is not None:  # a label of its own, which no true pixel has
+        void = resize_labels(pair.void, size)
+        labels[void], truth, blind = labels.max() + 1, truth & ~void, blind & ~void
     rows = []
-    for protocol, predicted in predictions(fitted.labels, truth, blind).items():
+    for protocol, predicted in predictions(labels, truth, blind).items():
         fair = protocol == "blind" or truth.any()
         rows.append(
             {

@@ -128,6 +128,8 @@ class Store:
         reading: dict[str, Any] = {"window": None if case.window is None else list(case.window)}
         if case.slice_index is not None:
             reading["slice"] = case.slice_index
+        if case.modality is not None:
+            reading["modality"] = case.modality
         return {
             "settings": asdict(self.settings) | reading,
             "method": method.settings,

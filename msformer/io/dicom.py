@@ -9,144 +9,133 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msformer.io.base import Geometry, ImageError, Slice, Window, decoding, needs_package
-from msformer.io.nifti import IDENTITY
+from msformer.io.base import ImageError, Notes, Slice, as_float32, decoding, fill_background, needs_package
+from msformer.io.dicom_file import DicomFile, is_dicom, open_dicom
+from msformer.io.dicom_geometry import frame_geometry
+from msformer.io.dicom_pixels import Layout, decode, read_layout
+from msformer.io.dicom_tables import apply_palette, read_table
+from msformer.io.dicom_values import Values
+from msformer.io.dicom_windows import read_window
+from msformer.io.modality import override
 
-_MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
-
-_COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-
-
-def is_dicom(path: str | PathLike[str]) -> bool:
-    """Whether the file has DICOM's signature after the preamble; False for what cannot be opened."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+__all__ = ["count_frames", "is_dicom", "read_dicom"]
 
 
-def read_dicom(path: str | PathLike[str]) -> Slice:
-    """The picture of a DICOM file with one frame, as stored: rows top to bottom, not turned.
+def count_frames(path: str | PathLike[str]) -> int:
+    """How many pictures `read_dicom` can read from the file.
 
-    Rescaling (or the modality look-up table) is applied. Padding gets the darkest value of the other pixels: the
-    lowest, or with MONOCHROME1, which `show` inverts, the highest. YBR and palettes become RGB, of 8 bits. Without a
+    Raises:
+        FileNotFoundError, PermissionError, ImageError: as for `read_dicom`.
+    """
+    return _open(Path(path)).frames
+
+
+def read_dicom(path: str | PathLike[str], index: int | None = None, modality: str | None = None) -> Slice:
+    """A picture of a DICOM file, as stored: rows top to bottom, not turned.
+
+    Rescaling (or the modality look-up table) is applied. Padding, and what is not finite, gets the darkest value of the
+    other pixels: the lowest, or where `show` inverts, the highest. YBR and palettes become RGB, of 8 bits. Without a
     position, the picture is taken as axial, its first pixel at 0.
+
+    Args:
+        index: of the frame, counted from 0 in the order of the file; by default the middle one.
+        modality: what the file is of, whatever it says; None: as it says.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
-        ImageError: not DICOM, damaged, no picture or several, pixels that cannot be decoded, pydicom missing.
+        ImageError: not DICOM, damaged, no picture, no such frame, pixels that cannot be decoded, pydicom missing.
     """
     path = Path(path)
+    file = _open(path)
+    if index is not None and not 0 <= index < file.frames:
+        raise ImageError(f"{path}: expected a frame from 0 to {file.frames - 1}, got {index}")
+    with decoding(path, "DICOM"), file.lock:
+        return _read_frame(file, file.frames // 2 if index is None else index, modality)
+
+
+def _open(path: Path) -> DicomFile:
     with needs_package("pydicom", path):
-        import pydicom
-        import pydicom.pixels
+        import pydicom  # noqa: F401
     with decoding(path, "DICOM"):
-        if not is_dicom(path):
-            raise ImageError(f"{path}: not a DICOM file")
-        dataset = pydicom.dcmread(path)
-        _spread_functional_groups(dataset)
-        stored = _stored_pixels(dataset, path)
-        grey, inverted = stored.ndim == 2, dataset.PhotometricInterpretation == "MONOCHROME1"
-        pixels = _grey(dataset, stored, inverted) if grey else _colour(dataset, stored)
-        if not np.isfinite(pixels).all():
-            raise ImageError(f"{path}: holds NaN or infinite values")
-        geometry = _dicom_geometry(dataset, pixels.shape[0], pixels.shape[1])
-        window = _dicom_window(dataset) if grey else None
-        return Slice(pixels, window, geometry, str(dataset.get("Modality") or ""), inverted)
+        return open_dicom(path)
 
 
-def _spread_functional_groups(dataset: Any) -> None:
-    """Puts what enhanced objects say in functional groups where ordinary objects say it; of several frames, the
-    first's."""
-    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for group in (dataset.get(keyword) or [])[:1]:
-            for macro in group:
-                for element in macro.value[0] if macro.VR == "SQ" and macro.value else ():
-                    dataset.setdefault(element.tag, element)
+def _read_frame(file: DicomFile, index: int, given: str | None) -> Slice:
+    notes = Notes(file.path, file.notes.sentences.copy())
+    values = file.frame(index, notes)
+    layout = read_layout(file, values, notes)
+    stored = decode(file, layout, index, notes)
+    geometry = frame_geometry(file, index, layout, notes)
+    modality, source = override(given, values.text("Modality").upper(), notes)
+    common: dict[str, Any] = {"geometry": geometry, "modality": modality, "modality_source": source}
+    common |= {"index": index, "count": file.frames}
+    if layout.photometric == "PALETTE COLOR" or not layout.grey:
+        pixels = _colour(file, values, layout, stored, notes)
+        return Slice(pixels, notes=tuple(notes.sentences), **common)
+    inverted = _inverted(values, layout, notes)
+    grey = _rescaled(values, stored, modality, notes)
+    padding = _padding(values, stored)
+    background = ~np.isfinite(grey) | (padding & ~padding.all())
+    fill_background(grey, background, inverted)
+    window, curve = read_window(values, signed=bool(grey.min() < 0), notes=notes)
+    shown = background if background.any() else None
+    return Slice(
+        as_float32(grey),
+        window,
+        inverted=inverted,
+        curve=curve,
+        background=shown,
+        notes=tuple(notes.sentences),
+        **common,
+    )
 
 
-def _stored_pixels(dataset: Any, path: Path) -> NDArray[Any]:
-    """The decoded pixels before any rescaling, ``[H, W]``, or RGB or palette colour ``[H, W, 3]``."""
-    from pydicom.pixels import apply_color_lut, pixel_array
-
-    if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise ImageError(f"{path}: holds no picture, or is truncated before it")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise ImageError(f"{path}: expected one frame, got {frames}")
-    kind = str(dataset.get("PhotometricInterpretation"))
-    if kind not in (*_MONOCHROME, *_COLOUR):
-        raise ImageError(f"{path}: unsupported photometric interpretation {kind}")
-    try:
-        stored = pixel_array(dataset)
-    except Exception as error:  # decoders raise whatever they like
-        syntax = getattr(dataset.file_meta.get("TransferSyntaxUID"), "name", "unknown")
-        reason = " ".join(str(error).split())
-        raise ImageError(f"{path}: the pixels (transfer syntax {syntax}) cannot be decoded: {reason}") from error
-    stored = stored.reshape(stored.shape[-2:] if kind not in _COLOUR or kind == "PALETTE COLOR" else stored.shape[-3:])
-    return apply_color_lut(stored, dataset) if kind == "PALETTE COLOR" else stored
+def _colour(file: DicomFile, values: Values, layout: Layout, stored: NDArray[Any], notes: Notes) -> NDArray[np.uint8]:
+    """Indexes of a palette, or samples, to 8 bits: ``[H, W, 3]``."""
+    if layout.grey:
+        pixels = apply_palette(stored, values, notes)
+        if pixels is None:
+            raise ImageError(f"{file.path}: its pixels are of a palette that it does not hold")
+        return pixels
+    if layout.stored < 8:
+        return np.rint(stored * (255 / (2**layout.stored - 1))).astype(np.uint8)
+    return np.ascontiguousarray((stored >> (layout.stored - 8)).astype(np.uint8))
 
 
-def _colour(dataset: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """The upper 8 bits of the samples, ``[H, W, 3]``."""
-    palette = dataset.PhotometricInterpretation == "PALETTE COLOR"
-    bits = stored.dtype.itemsize * 8 if palette else int(dataset.BitsStored)
-    return np.ascontiguousarray((stored >> max(bits - 8, 0)).astype(np.uint8))
+def _inverted(values: Values, layout: Layout, notes: Notes) -> bool:
+    """Whether low values are bright: as the photometric interpretation or the shape of the presentation LUT says."""
+    shape, first = values.text("PresentationLUTShape").upper(), layout.photometric == "MONOCHROME1"
+    if shape in ("IDENTITY", "INVERSE") and first != (shape == "INVERSE"):
+        notes.warn(f"PresentationLUTShape {shape} contradicts {layout.photometric}; low values are shown bright")
+    return first or shape == "INVERSE"
 
 
-def _grey(dataset: Any, stored: NDArray[Any], inverted: bool) -> NDArray[np.float32]:
-    """Stored values ``[H, W]`` -> values in the modality's units."""
-    from pydicom.pixels import apply_modality_lut
+def _rescaled(values: Values, stored: NDArray[Any], modality: str, notes: Notes) -> NDArray[np.float64]:
+    """Stored values ``[H, W]`` -> values in the modality's units (C.11.1)."""
+    for item in values.items("ModalityLUTSequence")[:1]:
+        table = read_table(item, "LUT", notes, signed=stored.dtype.kind == "i")
+        if table is not None:
+            return table.look_up(stored).astype(np.float64)
+    slope, intercept = values.number("RescaleSlope"), values.number("RescaleIntercept")
+    dose = values.number("DoseGridScaling")
+    if slope is None and intercept is None and dose:
+        return stored.astype(np.float64) * dose
+    if slope is None and (intercept is not None or modality == "CT"):
+        notes.warn("RescaleSlope is missing; 1 is assumed")
+    if intercept is None and (slope is not None or modality == "CT"):
+        notes.warn("RescaleIntercept is missing; 0 is assumed")
+    if slope == 0:
+        notes.warn("RescaleSlope is 0; 1 is assumed")
+    return stored.astype(np.float64) * (slope or 1) + (intercept or 0)
 
-    for keyword in ("RescaleSlope", "RescaleIntercept"):
-        if keyword in dataset and dataset[keyword].is_empty:
-            del dataset[keyword]
-    values = apply_modality_lut(stored, dataset).astype(np.float64)
-    padding = _padding(dataset, stored)
-    if padding.any() and not padding.all():
-        values[padding] = values[~padding].max() if inverted else values[~padding].min()
-    return values.astype(np.float32)
 
-
-def _padding(dataset: Any, stored: NDArray[Any]) -> NDArray[np.bool_]:
-    value = _numbers(dataset, "PixelPaddingValue")
-    if not value.size or stored.dtype.kind not in "iu":
-        return np.zeros(stored.shape, dtype=np.bool_)
-    ends = np.concatenate([value, _numbers(dataset, "PixelPaddingRangeLimit")])
+def _padding(values: Values, stored: NDArray[Any]) -> NDArray[np.bool_]:
+    if stored.dtype.kind == "f":
+        value = values.numbers("FloatPixelPaddingValue")
+        return stored == value[0] if value.size else np.zeros(stored.shape, np.bool_)
+    value = values.numbers("PixelPaddingValue")
+    if not value.size:
+        return np.zeros(stored.shape, np.bool_)
+    ends = np.concatenate([value[:1], values.numbers("PixelPaddingRangeLimit")[:1]])
     ends = ends.astype(np.int64).astype(stored.dtype)  # some files give a signed value as unsigned: this wraps it
-    return (stored >= ends.min()) & (stored <= ends.max())
-
-
-def _dicom_window(dataset: Any) -> Window | None:
-    centre, width = _numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth")
-    if not centre.size or not width.size or width[0] <= 0:
-        return None
-    return float(centre[0] - width[0] / 2), float(centre[0] + width[0] / 2)
-
-
-def _numbers(dataset: Any, keyword: str, count: int | None = None) -> NDArray[np.float64]:
-    """An element's values; none if it is missing, empty, not finite or has not `count` values."""
-    value = dataset.get(keyword)
-    values = np.atleast_1d(np.asarray([] if value is None or value == "" else value, dtype=np.float64))
-    return values if np.isfinite(values).all() and count in (None, values.size) else np.empty(0)
-
-
-def _dicom_geometry(dataset: Any, rows: int, columns: int) -> Geometry:
-    """The picture as a volume ``[columns, rows, 1]``. DICOM PS3.3, C.7.6.2.1.1, and its LPS+ turned into RAS+."""
-    keywords = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    spacings = [_numbers(dataset, keyword, 2) for keyword in keywords]  # between rows, between columns
-    spacing = next((found for found in spacings if found.size and (found > 0).all()), np.ones(2))
-    depths = [_numbers(dataset, keyword, 1) for keyword in ("SliceThickness", "SpacingBetweenSlices")]
-    depth = next((float(found[0]) for found in depths if found.size and found[0] > 0), 1.0)
-    axes = _numbers(dataset, "ImageOrientationPatient", 6).reshape(-1, 3)
-    if not axes.size or np.linalg.norm(np.cross(axes[0], axes[1])) < 0.5:
-        axes = np.eye(3)[:2]
-    affine = np.eye(4)
-    affine[:3, 0] = axes[0] * spacing[1]
-    affine[:3, 1] = axes[1] * spacing[0]
-    affine[:3, 2] = np.cross(axes[0], axes[1]) * depth
-    position = _numbers(dataset, "ImagePositionPatient", 3)
-    affine[:3, 3] = position if position.size else 0
-    affine[:2] *= -1
-    return Geometry(affine, (columns, rows, 1), (slice(0, columns), slice(0, rows), slice(0, 1)), IDENTITY)
+    return np.asarray((stored >= ends.min()) & (stored <= ends.max()))

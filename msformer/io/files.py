@@ -9,7 +9,11 @@ from pathlib import Path
 from msformer.io.dicom import is_dicom
 from msformer.output import printable
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp", ".avif", ".heic", ".heif", ".hif"),
+    *(".tif", ".tiff", ".btf", ".lsm", ".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm"),
+    *(".dcm", ".dicom", ".nii", ".nii.gz"),
+)
 
 
 def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Iterable[Path] = ()) -> list[Path]:

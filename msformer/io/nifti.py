@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msformer.io.base import AIR, Geometry, ImageError, Slice, decoding, needs_package
+from msformer.io.base import Geometry, ImageError, Slice, as_float32, decoding, fill_background, needs_package
+from msformer.io.modality import find_modality, warn_of_air
+from msformer.io.nifti_file import SUFFIXES_NIFTI, NiftiFile, is_volume, open_nifti
 from msformer.output import complete_file
 
-_SUFFIXES_NIFTI = (".nii", ".nii.gz")
+__all__ = ["count_slices", "is_volume", "read_nifti", "slices_with_labels", "write_nifti"]
 
 IDENTITY = np.array([[0, 1], [1, 1], [2, 1]])
 
@@ -34,149 +36,136 @@ _GEOMETRY_FIELDS = (
 )
 
 
-def is_volume(path: str | PathLike[str]) -> bool:
-    """Whether the path has a suffix of NIfTI."""
-    return Path(path).name.lower().endswith(_SUFFIXES_NIFTI)
-
-
 def count_slices(path: str | PathLike[str]) -> int:
-    """How many slices `read_nifti` can read from the file; 1 for DICOM.
+    """How many slices `read_nifti` can read from the file: those of all of its volumes.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
         ImageError: as for `read_nifti`.
     """
     path = Path(path)
-    if not is_volume(path):
-        return 1
     with decoding(path, "NIfTI"):
-        image = _open_nifti(path)
-        return _volume_shape(image.shape)[_slice_axis(image)]
+        file = open_nifti(path)
+        return file.volume_shape[file.slice_axis] * file.volumes
 
 
-def slices_with_labels(path: str | PathLike[str]) -> list[int]:
-    """The indexes of a NIfTI file's slices, as `read_nifti` counts them, that hold anything but 0.
+def slices_with_labels(path: str | PathLike[str], labels: Sequence[int] = ()) -> list[int]:
+    """The indexes of a NIfTI file's slices, as `read_nifti` counts them, that hold one of the labels; where none is
+    given, anything but 0 and NaN.
 
     Raises:
         FileNotFoundError, PermissionError, ImageError: as for `read_nifti`.
     """
     path = Path(path)
     with decoding(path, "NIfTI"):
-        image = _open_nifti(path)
-        axis = _slice_axis(image)
-        volume = np.asarray(image.dataobj).reshape(_volume_shape(image.shape))
-        filled = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
-        forward = _display_orientation(image, axis)[axis, 1] > 0
-        return sorted(int(i) if forward else volume.shape[axis] - 1 - int(i) for i in filled)
+        file = open_nifti(path)
+        axis, count = file.slice_axis, file.volume_shape[file.slice_axis]
+        volumes = np.nan_to_num(file.read()).reshape(*file.volume_shape, file.volumes, -1, order="F")
+        volumes = np.isin(volumes, labels) if labels else volumes
+        filled = np.moveaxis(volumes, axis, 0).any(axis=(1, 2, 4)).T  # volumes, slices
+        if _display_orientation(file.affine, axis)[axis, 1] < 0:
+            filled = filled[:, ::-1]
+        return [int(volume * count + index) for volume, index in np.argwhere(filled)]
 
 
-def read_nifti(path: str | PathLike[str], index: int | None = None) -> Slice:
-    """A slice of a NIfTI file, ``.nii`` or ``.nii.gz``, with one volume; scl_slope and scl_inter are applied.
+def read_nifti(path: str | PathLike[str], index: int | None = None, modality: str | None = None) -> Slice:
+    """A slice of a NIfTI file, compressed or not; scl_slope and scl_inter are applied, RGB becomes uint8.
 
-    Slices are axial: they follow the axis that is closest to inferior-superior. A volume of a single slice along
-    another axis is shown as it is cut: coronal with the head at the top and the patient's right at the left, sagittal
-    with the head at the top and the front at the left.
+    Slices are axial: they follow the axis that is closest to inferior-superior, without resampling. A volume of a
+    single slice along another axis is shown as it is cut: coronal with the head at the top and the patient's right at
+    the left, sagittal with the head at the top and the front at the left.
+
+    NaN and infinite values are taken for background, which gets the lowest of the slice's other values (0 if there are
+    none) and does not count for the window.
 
     Args:
-        index: counted from the patient's feet, in whichever order the file has the slices; by default the middle one.
+        index: counted from the patient's feet, in whichever order the file has the slices, and where there are several
+            volumes on through all of them; by default the middle one of the first volume.
+        modality: what the file is of, if that is known.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
-        ImageError: not NIfTI, damaged, several volumes, NaN or infinite values, no such slice, nibabel missing.
+        ImageError: not NIfTI, damaged, complex values, no such slice, nibabel missing.
     """
     path = Path(path)
     with decoding(path, "NIfTI"):
-        image = _open_nifti(path)
-        shape = _volume_shape(image.shape)
-        axis = _slice_axis(image)
-        if index is not None and not 0 <= index < shape[axis]:
-            raise ImageError(f"{path}: expected a slice index from 0 to {shape[axis] - 1}, got {index}")
-        index = shape[axis] // 2 if index is None else index
-        orientation = _display_orientation(image, axis)
-        start = index if orientation[axis, 1] > 0 else shape[axis] - 1 - index
-        whole = [slice(0, length) for length in shape]
-        place = (*whole[:axis], slice(start, start + 1), *whole[axis + 1 :])
-        pixels = _nifti_pixels(image, place, orientation)
-        if not np.isfinite(pixels).all():
-            raise ImageError(f"{path}: slice {index} holds NaN or infinite values")
-        geometry = Geometry(np.asarray(image.affine, np.float64), image.shape, place, orientation, image.header.copy())
-        low, high = float(image.header["cal_min"]), float(image.header["cal_max"])
-        window = (low, high) if np.isfinite([low, high]).all() and low < high else None
-        modality = "CT" if _lowest_value(path, path.stat().st_mtime_ns) <= AIR else ""
-        return Slice(pixels, window, geometry, modality)
+        file = open_nifti(path)
+        per_volume = file.volume_shape[file.slice_axis]
+        count = per_volume * file.volumes
+        if index is not None and not 0 <= index < count:
+            volumes = f", {file.volumes} volumes of {per_volume}" if file.volumes > 1 else ""
+            raise ImageError(f"{path}: expected a slice index from 0 to {count - 1}{volumes}, got {index}")
+        if index is None and file.volumes > 1:
+            file.notes.warn(f"a slice of the first of {file.volumes} volumes is read")
+        index = per_volume // 2 if index is None else index
+        return _read_slice(file, index, count, modality)
+
+
+def _read_slice(file: NiftiFile, index: int, count: int, given: str | None) -> Slice:
+    axis, notes = file.slice_axis, file.notes
+    volume, of_volume = divmod(index, file.volume_shape[axis])
+    orientation = _display_orientation(file.affine, axis)
+    place = _place(file, axis, volume, of_volume if orientation[axis, 1] > 0 else -1 - of_volume)
+    pixels = _turned(file.read(place), place, orientation)
+    geometry = Geometry(file.affine, file.shape, place, orientation, file.header.copy())
+    changed = file.path.stat().st_mtime_ns
+    modality, source = find_modality(file.path, given, lambda: _lowest_value(file.path, changed), notes)
+    common: dict[str, Any] = {"modality": modality, "modality_source": source, "index": index, "count": count}
+    if pixels.ndim == 3:
+        return Slice(pixels, None, geometry, notes=tuple(notes.sentences), **common)
+    background = ~np.isfinite(pixels)
+    if background.any():
+        notes.warn("it holds NaN or infinite values, which are taken for background")
+        pixels = pixels.copy()
+        fill_background(pixels, background)
+    warn_of_air(float(pixels.min()), modality, notes)
+    low, high = float(file.header["cal_min"]), float(file.header["cal_max"])
+    window = (low, high) if np.isfinite([low, high]).all() and low < high else None
+    shown = background if background.any() else None
+    return Slice(as_float32(pixels), window, geometry, background=shown, notes=tuple(notes.sentences), **common)
 
 
 @lru_cache(maxsize=16)
 def _lowest_value(path: Path, changed: int) -> float:
     """Of a whole NIfTI file, last changed at this time: a slice of tissue alone is of CT where others hold air."""
-    data = _open_nifti(path).dataobj
-    stored = data.get_unscaled()
-    ends = [float(find.reduce(stored, axis=None)) for find in (np.fmin, np.fmax)]
-    return min(data.slope * end + data.inter for end in ends)
+    values = open_nifti(path).read()
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else 0.0
 
 
-def _open_nifti(path: Path) -> Any:
-    """The file as a nibabel image that is known to hold one volume of real numbers; its pixels are not read yet."""
-    with needs_package("nibabel", path):
-        import nibabel
-        from nibabel.orientations import io_orientation
-    try:
-        image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as error:
-        raise ImageError(f"{path}: not a NIfTI file") from error
-    if not isinstance(image, nibabel.Nifti1Image):
-        raise ImageError(f"{path}: expected a NIfTI file, got {type(image).__name__}")
-    volumes = int(np.prod(image.shape[3:]))
-    if volumes > 1:
-        raise ImageError(f"{path}: expected one volume, got {volumes}")
-    if len(image.shape) < 2 or 0 in image.shape:
-        raise ImageError(f"{path}: expected a picture or a volume, got shape {image.shape}")
-    if image.get_data_dtype().kind not in "iuf":
-        raise ImageError(f"{path}: expected integer or floating-point values, got {image.get_data_dtype()}")
-    if np.isnan(io_orientation(image.affine)).any():
-        raise ImageError(f"{path}: its affine is singular")
-    return image
+def _place(file: NiftiFile, axis: int, volume: int, index: int) -> tuple[slice, ...]:
+    """A slice in the axes as stored, counted from the end of its axis if the index is negative."""
+    place = [slice(0, length) for length in file.volume_shape]
+    start = index % file.volume_shape[axis]
+    place[axis] = slice(start, start + 1)
+    further = np.unravel_index(volume, file.shape[3:], order="F") if len(file.shape) > 3 else ()
+    return (*place, *(slice(int(i), int(i) + 1) for i in further))
 
 
-def _volume_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The first three lengths; a picture is a volume of one slice."""
-    return shape[0], shape[1], shape[2] if len(shape) > 2 else 1
-
-
-def _slice_axis(image: Any) -> int:
-    """The only axis of length 1, else the one closest to inferior-superior."""
-    from nibabel.orientations import io_orientation
-
-    flat = [axis for axis, length in enumerate(_volume_shape(image.shape)) if length == 1]
-    return flat[0] if len(flat) == 1 else int(np.argmax(io_orientation(image.affine)[:, 0]))
-
-
-def _display_orientation(image: Any, axis: int) -> NDArray[Any]:
+def _display_orientation(affine: NDArray[np.float64], axis: int) -> NDArray[Any]:
     """The orientation ``[3, 2]`` that brings the volume to columns, rows, slices as shown."""
     from nibabel import orientations
 
-    stored = orientations.io_orientation(image.affine)
+    stored = orientations.io_orientation(affine)
     shown = orientations.axcodes2ornt(_DISPLAY[int(stored[axis, 0])])
     return np.asarray(orientations.ornt_transform(stored, shown))
 
 
-def _nifti_pixels(image: Any, place: tuple[slice, ...], orientation: NDArray[Any]) -> NDArray[np.float32]:
-    """Reads only this slice from the file -> ``[H, W]`` as shown."""
+def _turned(stored: NDArray[Any], place: tuple[slice, ...], orientation: NDArray[Any]) -> NDArray[Any]:
+    """A slice as stored -> ``[H, W]`` or ``[H, W, 3]`` as shown."""
     from nibabel.orientations import apply_orientation
 
-    axes = len(image.shape)
-    stored = np.asarray(image.dataobj[place[:axes] + (0,) * (axes - 3)])
-    volume = stored.reshape([part.stop - part.start for part in place])
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        return np.ascontiguousarray(apply_orientation(volume, orientation)[:, :, 0].T.astype(np.float32))
+    colour = stored.shape[len(stored.shape) - 1 :] if stored.dtype == np.uint8 and stored.ndim > len(place) else ()
+    volume = stored.reshape([part.stop - part.start for part in place[:3]] + list(colour))
+    return np.ascontiguousarray(np.swapaxes(apply_orientation(volume, orientation)[:, :, 0], 0, 1))
 
 
 def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], Slice]]) -> None:
     """Writes labels or values as a NIfTI file, ``.nii`` or ``.nii.gz``, whose voxels lie exactly on those of the input.
 
-    A label map of a DICOM picture becomes a volume ``[columns, rows, 1]``; those of slices of a NIfTI file one volume
-    of the input's shape that is 0 outside them. The type is the smallest unsigned one that holds the labels; that of
-    values is float32.
+    Label maps of frames of a DICOM file become a volume ``[columns, rows, frames]``; those of slices of a NIfTI file
+    one of the input's shape; both are 0 outside them. The type is the smallest unsigned one that holds the labels;
+    that of values is float32.
 
     Args:
         parts: at least one slice of one file, each with its labels, integers >= 0, or its values, float32; ``[H, W]``
@@ -189,16 +178,18 @@ def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], S
     """
     path = Path(path)
     placed = [(labels, _checked_geometry(labels, slice)) for labels, slice in parts]
-    if not is_volume(path):
+    if not path.name.lower().endswith(SUFFIXES_NIFTI):
         raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path}")
     with needs_package("nibabel", path):
         from nibabel import orientations
 
     whole = placed[0][1]
-    volume = np.zeros(_volume_shape(whole.shape), dtype=_type_of([labels for labels, _ in placed]))
+    shape = (*whole.shape, *[1] * (3 - len(whole.shape)))
+    volume = np.zeros(shape, dtype=_type_of([labels for labels, _ in placed]))
     for labels, geometry in placed:
         undo = orientations.ornt_transform(IDENTITY, geometry.orientation)
-        volume[geometry.place] = orientations.apply_orientation(labels.T[:, :, None], undo)
+        turned = orientations.apply_orientation(labels.T[:, :, None], undo)
+        volume[geometry.place] = turned.reshape(volume[geometry.place].shape)
     content = _nifti_bytes(volume.reshape(whole.shape), whole)
     with complete_file(path) as temporary:
         temporary.write_bytes(gzip.compress(content, mtime=0) if path.name.lower().endswith(".gz") else content)

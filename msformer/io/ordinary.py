@@ -1,102 +1,221 @@
-"""PNG, JPEG, BMP and TIFF, through Pillow, imagecodecs and tifffile."""
+"""Ordinary picture files, by their content: PNG, JPEG, GIF, WebP, BMP, JPEG 2000, AVIF and PNM through Pillow, HEIC
+through pillow-heif, TIFF through `msformer.io.tiff`.
+
+Of an animation or a burst the first picture is read, or the one that the file names. Damage to what stands beside the
+pixels (EXIF, colour profiles, comments) gives a warning, never an error.
+"""
 
 from __future__ import annotations
 
+import io
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from msformer.io.base import ImageError
+from msformer.io.containers import bits_of_jpeg, exif_of, is_heif, is_lossy, is_whole_jpeg, only_pixels
+from msformer.io.raster import MOST_PIXELS, Raster, check_size, eight_bits, turn_upright
+from msformer.io.tiff import SIGNATURES, lab_to_rgb, read_tiff
 
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "JPEG2000", "AVIF", "PPM")
+"""What Pillow may read: no format that runs another program, or that anything can be taken for."""
 
-
-def read_alpha(path: Path) -> NDArray[np.uint8] | None:
-    """The alpha channel ``[H, W]`` of an image that Pillow can read; None if it has none, or is of another kind."""
-    try:
-        with PILImage.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            return np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
-    except (OSError, ValueError):
-        return None
+_ORIENTATION = 0x0112
 
 
 def read_ordinary(path: Path) -> NDArray[np.generic]:
-    data = path.read_bytes()
+    """The pixels of `read_raster`, ``[H, W]`` or ``[H, W, 3]``."""
+    return drop_extra_channels(read_raster(path).pixels, str(path))
+
+
+def read_raster(path: Path) -> Raster:
+    """An ordinary picture file.
+
+    Raises:
+        FileNotFoundError, PermissionError: as the system says, naming the file.
+        ImageError: not a picture, damaged, truncated, too large, or of a kind that is not supported.
+    """
+    with path.open("rb") as file:
+        head = file.read(32)
     try:
-        if data[:4] in TIFF_SIGNATURES:
-            pixels = _decode_tiff(path)
-        elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
-            pixels = _decode_png16(data)
-        else:
-            pixels = _decode_with_pillow(path)
+        if head[:4] in SIGNATURES:
+            return read_tiff(path)
+        data = path.read_bytes()
+        if is_heif(head):
+            return _read_heif(data, path)
+        if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10":
+            return _read_png16(data, path)
+        if head[:2] == b"\xff\xd8" and bits_of_jpeg(data) not in (None, 8):
+            return _read_deep_jpeg(data, path)
+        return _read_with_pillow(data, path)
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not an image that can be read") from error
-    except (PermissionError, FileNotFoundError):
+    except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageError(f"{path}: is damaged, or too large for the memory: {error}") from error
     except Exception as error:  # decoders raise whatever they like on damaged files
         raise ImageError(f"{path}: damaged or unsupported image: {error}") from error
-    return drop_extra_channels(pixels, str(path))
 
 
-def _decode_with_pillow(path: Path) -> NDArray[np.generic]:
-    with PILImage.open(path) as opened:
-        opened.load()
-        return from_pillow(opened)
+def _read_with_pillow(data: bytes, path: Path) -> Raster:
+    try:
+        return _decode_with_pillow(data, path)
+    except ImageError:
+        raise
+    except Exception as error:
+        plain = only_pixels(data)
+        if plain is None:
+            raise
+        try:
+            picture = _decode_with_pillow(plain, path, exif_of(data))
+        except Exception:
+            raise error from None
+        warnings.warn(f"{path}: what stands beside the pixels is damaged and left out: {error}", stacklevel=2)
+        return picture
+
+
+def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Raster:
+    """`exif` is that of the file where `data` has none."""
+    PILImage.init()
+    formats = [name for name in FORMATS if name in PILImage.OPEN]
+    with many_pixels(), PILImage.open(io.BytesIO(data), formats=formats) as image:
+        check_size(path, image.height, image.width)
+        frames, kind = _count_frames(image), str(image.format)
+        image.load()
+        if frames > 1:
+            warnings.warn(f"{path}: the first of {frames} pictures is read", stacklevel=2)
+        turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, str(path))
+        return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
+
+
+@contextmanager
+def many_pixels() -> Iterator[None]:
+    """Within, Pillow opens pictures of as many pixels as are read here, in all threads, without a warning; by default
+    it refuses more than websites have."""
+    global _inside, _limit
+    with _LOCK:
+        if not _inside:
+            _limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, MOST_PIXELS
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                PILImage.MAX_IMAGE_PIXELS = _limit
+
+
+_LOCK = threading.Lock()
+_inside = 0
+_limit: int | None = None
+
+
+def _count_frames(image: PILImage.Image) -> int:
+    """Of an animation; the further pictures of an MPO belong to the first, as depth or the other eye."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # damage behind the first picture
+        return 1
+
+
+def _orientation(read_exif: Callable[[], PILImage.Exif], name: str) -> int:
+    """1, with a warning, where the EXIF is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about entries that do not matter here
+            value = read_exif().get(_ORIENTATION, 1)
+    except Exception as error:
+        warnings.warn(f"{name}: the EXIF is damaged, and the picture taken as it is stored: {error}", stacklevel=2)
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _parsed(exif: bytes) -> PILImage.Exif:
+    found = PILImage.Exif()
+    found.load(exif)
+    return found
 
 
 def from_pillow(image: PILImage.Image) -> NDArray[np.generic]:
-    image = ImageOps.exif_transpose(image)
+    """The pixels of an image of Pillow, upright: ``[H, W]`` or ``[H, W, 3]``."""
+    return turn_upright(_colours(image), _orientation(image.getexif, "image"))
+
+
+def _colours(image: PILImage.Image) -> NDArray[Any]:
+    """``[H, W]`` or ``[H, W, 3]``; alpha is dropped."""
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
-    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    if image.mode in ("1", "L", "LA"):
+        return np.asarray(image.convert("L"))
+    if image.mode == "La":
+        return np.asarray(image.convert("LA"))[..., 0]
+    if image.mode == "LAB":
+        lab = np.asarray(image)
+        return lab_to_rgb(lab[..., :1] / 2.55, np.ascontiguousarray(lab[..., 1:]).view(np.int8))
+    return np.asarray(image.convert("RGBA") if image.mode == "RGBa" else image.convert("RGB"))[..., :3]
 
 
-def _decode_png16(data: bytes) -> NDArray[np.generic]:
-    # pillow keeps only the upper 8 bits of 16-bit colour
+def _alpha(image: PILImage.Image) -> NDArray[np.uint8] | None:
+    return np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+
+
+def _indexes(image: PILImage.Image) -> NDArray[np.uint8] | None:
+    return np.asarray(image) if image.mode == "P" else None
+
+
+def _read_png16(data: bytes, path: Path) -> Raster:
+    """Of which Pillow would keep only the upper 8 bits of colour."""
     import imagecodecs
 
-    return np.asarray(imagecodecs.png_decode(data))
+    check_size(path, *(int.from_bytes(data[at : at + 4], "big") for at in (20, 16)))
+    stored = np.asarray(imagecodecs.png_decode(only_pixels(data) or data))
+    turn = _orientation(lambda: _parsed(exif_of(data)), str(path))
+    transparent = stored.ndim == 3 and stored.shape[2] in (2, 4)
+    return Raster(stored, eight_bits(stored[..., -1], 16) if transparent else None).turned(turn)
 
 
-def _decode_tiff(path: Path) -> NDArray[np.generic]:
-    import tifffile
+def _read_deep_jpeg(data: bytes, path: Path) -> Raster:
+    """Of more than 8 bits a sample, which Pillow does not read."""
+    import imagecodecs
 
-    kinds = tifffile.PHOTOMETRIC
-    with tifffile.TiffFile(path) as tiff:
-        pages = [page for page in tiff.pages if not page.is_reduced]
-        if len(pages) > 1:
-            warnings.warn(f"{path}: the first of {len(pages)} pages is read", stacklevel=4)
-        page = tiff.pages[0]
-        # pillow turns inverted grey back itself, but only that of 8 bits
-        inverted = page.photometric == kinds.MINISWHITE and page.dtype.kind in "iu"
-        if page.photometric in (kinds.MINISBLACK, kinds.RGB) or inverted:
-            pixels: NDArray[Any] = np.asarray(page.asarray())
-            if page.axes == "SYX":  # channels stored one after the other
-                pixels = np.moveaxis(pixels, 0, -1)
-            if inverted:
-                pixels = ~pixels
-            if 1 < page.bitspersample < 8:  # stored in bytes, the upper bits of which mean nothing
-                white = 2**page.bitspersample - 1
-                pixels = (pixels & white) * (255 // white)
-            orientation = page.tags.get("Orientation")
-            return _turn_upright(pixels, 1 if orientation is None else int(orientation.value))
-    # palettes, CMYK, JPEG's YCbCr: pillow knows how to show them
-    return _decode_with_pillow(path)
+    if not is_whole_jpeg(data):  # would be filled up without a word
+        raise ImageError(f"{path}: damaged or unsupported image: it is truncated")
+    return Raster(np.asarray(imagecodecs.jpeg_decode(data)), lossy=True)
 
 
-def _turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Undoes an orientation as TIFF and EXIF number them, 1 to 8 (TIFF 6.0, page 36)."""
-    if orientation in (5, 6, 7, 8):
-        pixels = np.swapaxes(pixels, 0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+def _read_heif(data: bytes, path: Path) -> Raster:
+    """Turned by its reader. Ten bits and more a colour become 8; those of grey stay."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(f'{path}: needs the package pillow-heif: pip install "msformer[heif]"') from error
+    image = pillow_heif.open_heif(io.BytesIO(data))
+    check_size(path, image.size[1], image.size[0])
+    pixels = np.asarray(image)
+    alpha = np.ascontiguousarray(pixels[..., 3]) if image.mode == "RGBA" else None
+    return Raster(pixels, alpha, lossy=True)
+
+
+def read_written(path: Path) -> NDArray[Any]:
+    """The values of a PNG that was written here: the labels of an indexed one, not their colours.
+
+    Raises:
+        OSError, SyntaxError, ValueError: no such file, or it is damaged.
+    """
+    with many_pixels(), PILImage.open(path, formats=("PNG",)) as image:
+        return np.asarray(image)
 
 
 def drop_extra_channels(pixels: NDArray[np.generic], name: str) -> NDArray[np.generic]:

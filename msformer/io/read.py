@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msformer.io.base import AIR, CT_WINDOW, apply_window, show
+from msformer.io.base import CT_WINDOW, Notes, Slice, apply_window, default_window, show
 from msformer.io.medical import is_medical, read_slice
+from msformer.io.modality import GIVEN, find_modality, warn_of_air
 from msformer.io.ordinary import read_ordinary
 
 
@@ -28,43 +29,84 @@ class Reading:
     window: tuple[float, float] | None = None
     """The values that become black and white; None: what the file says, else the usual for its kind."""
     slice_index: int | None = None
-    """The slice of a NIfTI volume, counted from the feet; None: the middle one."""
+    """The slice of a NIfTI volume, counted from the feet, or the frame of a DICOM file; None: the middle one."""
+    modality: str | None = None
+    """As DICOM abbreviates it; None: what the file says."""
 
     def __post_init__(self) -> None:
         if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
             raise ValueError(f"window: expected two numbers, the lower first, got {self.window}")
 
 
-def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArray[np.generic]:
-    """The pixels of a PNG, JPEG, BMP or TIFF file as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits, or floating
-    point. Of a DICOM or NIfTI file (`msformer.io.medical`), the slice as it is shown, 8 bits.
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image file as it was read."""
 
-    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the first is
-    read, with a warning. A window is applied to any grey image; without one, an image of signed integers as low as
-    only CT has, such as a TIFF of Hounsfield units, is shown from -512 to 512.
+    pixels: NDArray[np.generic]
+    """As `read_image` gives them."""
+    modality: str
+    """As DICOM abbreviates it; "" if nothing says it."""
+    facts: dict[str, Any]
+    """How the file was read and what was assumed, as plain JSON."""
+    slice: Slice | None = None
+    """Of a DICOM or NIfTI file."""
+
+
+def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArray[np.generic]:
+    """The pixels of an ordinary picture (`msformer.io.ordinary`) as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits,
+    or floating point. Of a DICOM or NIfTI file (`msformer.io.medical`), the slice as it is shown, 8 bits.
+
+    EXIF orientation is applied, palettes are resolved, alpha is dropped. Of a TIFF with several pages the largest is
+    read, with a warning. A window is applied to any grey image; without one, an image of signed or floating-point
+    values of modality CT is shown from -512 to 512. An image is of CT if `reading` or a sidecar says so, or its name
+    and its values do; never by its values alone.
 
     Raises:
         FileNotFoundError, PermissionError: as the system says, naming the file.
         ImageError: not an image, damaged, truncated, or of a kind that is not supported.
     """
+    return read_picture(path, reading).pixels
+
+
+def read_picture(path: str | PathLike[str], reading: Reading = Reading()) -> Picture:
+    """As `read_image`, with what is known of the file; raises what that does."""
     path = Path(path)
     if is_medical(path):
-        return show(read_slice(path, reading.slice_index), reading.window)
-    pixels = read_ordinary(path)
-    window = CT_WINDOW if reading.window is None and _has_air(pixels) else reading.window
-    return pixels if window is None or pixels.ndim == 3 else apply_window(pixels, *window)
+        return _medical(read_slice(path, reading.slice_index, reading.modality), reading)
+    pixels: NDArray[Any] = read_ordinary(path)
+    notes = Notes(path)
+    modality, source = find_modality(path, reading.modality, lambda: float(pixels.min(initial=0)), notes)
+    plain = pixels.ndim == 3 or pixels.dtype.kind not in "if"
+    if modality == "CT" and plain and reading.window is None:
+        notes.assume("colours and unsigned values are no Hounsfield units; the picture is shown as it is stored")
+    if pixels.dtype.kind == "i" and reading.window is None:
+        warn_of_air(float(pixels.min(initial=0)), modality, notes)
+    window = CT_WINDOW if reading.window is None and modality == "CT" and not plain else reading.window
+    facts: dict[str, Any] = {"modality": modality, "modality_source": source, "notes": notes.sentences}
+    if window is None or pixels.ndim == 3:
+        return Picture(pixels, modality, facts)
+    facts |= {"window": list(window), "window_source": "the modality" if reading.window is None else GIVEN}
+    return Picture(apply_window(pixels, *window), modality, facts)
 
 
-def is_ct(path: Path, slice_index: int | None = None) -> bool:
-    """Whether a file is of computed tomography: as DICOM says, else by values as low as only CT has."""
-    if is_medical(path):
-        return read_slice(path, slice_index).modality == "CT"
-    return _has_air(read_ordinary(path))
+def _medical(found: Slice, reading: Reading) -> Picture:
+    facts: dict[str, Any] = {"modality": found.modality, "modality_source": found.modality_source}
+    facts |= {"index": found.index, "count": found.count, "notes": list(found.notes)}
+    if found.pixels.ndim == 2:
+        facts["window"] = list(default_window(found) if reading.window is None else reading.window)
+        if reading.window is not None:
+            facts["window_source"] = GIVEN
+        elif found.window is not None:
+            facts["window_source"] = "the file"
+            facts["curve"] = "linear" if found.curve is None else type(found.curve).__name__.lower()
+        else:
+            facts["window_source"] = "the modality" if found.modality == "CT" else "percentiles"
+    return Picture(show(found, reading.window), found.modality, facts, found)
 
 
-def _has_air(pixels: NDArray[Any]) -> bool:
-    """Of signed integers; floating-point values as low may be anything."""
-    return pixels.dtype.kind == "i" and bool(pixels.min(initial=0) <= AIR)
+def is_ct(path: Path, reading: Reading = Reading()) -> bool:
+    """Whether a file is of computed tomography; see `read_image`."""
+    return read_picture(path, reading).modality == "CT"
 
 
 def is_colour(image: Tensor) -> bool:

@@ -7,14 +7,10 @@ the same input (by content) is not segmented again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
-from msformer.io.read import is_colour, is_ct, read_image
+from msformer.io.read import Picture, is_colour, read_picture
 from msformer.output import printable, read_record, write_json
 from msformer.runs.executors import Report
 from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
@@ -47,31 +43,32 @@ def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     def step(number: int, labels: int, loss: float) -> None:
         report(number, plan.way.steps, f"{labels} labels, loss {loss:.3f}")
 
-    pixels = read_image(job.source, plan.reading_of(job))
-    rule = None if plan.mask is None else rule_of(job, plan, pixels)
+    picture = read_picture(job.source, plan.reading_of(job))
+    pixels = picture.pixels
+    rule = None if plan.mask is None else rule_of(plan, picture)
     result = plan.way.segment(pixels, rule, step)
     record = {
         "source": printable(str(job.source.resolve())),
         "sha256": fingerprint(job.source),
         "settings": settings_record(plan),
         "size": list(result.labels.shape),
+        "read": picture.facts,
         **result.record,
     }
     if rule is not None:
         record["rule"] = rule
     job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
     write_pictures(job, folder, pixels, result)
-    if is_medical(job.source) and job.slice_index is None:
-        source = read_slice(job.source, plan.reading_of(job).slice_index)
+    if picture.slice is not None and job.slice_index is None:
         for kind in plan.kinds:
-            write_nifti(job.file(folder, f".{kind}.nii.gz"), [(read_values(job, folder, kind), source)])
+            write_nifti(job.file(folder, f".{kind}.nii.gz"), [(read_values(job, folder, kind), picture.slice)])
     write_json(job.file(folder, ".json"), record)
     return record
 
 
-def rule_of(job: Job, plan: Plan, pixels: NDArray[Any]) -> str:
+def rule_of(plan: Plan, picture: Picture) -> str:
     """The rule by which the mask of an image is made."""
     rule = plan.way.rule(plan.mask)
     if rule not in (None, AUTO):
         return str(rule)
-    return rule_for(is_colour(prepare_image(pixels)), is_ct(job.source, plan.reading_of(job).slice_index))
+    return rule_for(is_colour(prepare_image(picture.pixels)), picture.modality == "CT")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import msformer
 from msformer.io.files import plain_name
-from msformer.io.medical import is_medical
-from msformer.io.nifti import count_slices
+from msformer.io.medical import count_slices, is_medical
 from msformer.io.read import Reading
 from msformer.output import printable, read_record
 from msformer.runs.ways import Record, Way
@@ -136,6 +135,7 @@ def settings_record(plan: Plan) -> Record:
     return plan.way.settings() | {
         "window": None if plan.reading.window is None else list(plan.reading.window),
         "slice": plan.reading.slice_index,
+        "modality": plan.reading.modality,
         "mask": plan.mask,
         "version": msformer.__version__,
     }

@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
+from msformer.io.ordinary import read_written
 from msformer.io.prepare import prepare_image
 from msformer.io.read import read_image
 from msformer.output import complete_file, write_json
@@ -86,8 +87,7 @@ def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Result)
 
 def read_labels(path: Path) -> NDArray[Any]:
     """The label map of an indexed PNG."""
-    with PILImage.open(path) as image:
-        return np.asarray(image)
+    return read_written(path)
 
 
 def read_mask(job: Job, folder: Path) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from msformer.options import ALL_SLICES, SliceType, needed_packages
+from msformer.options import ALL_SLICES, SliceType, modality_option, needed_packages
 
 
 class WeightsType(click.ParamType):
@@ -73,7 +73,10 @@ class WeightsType(click.ParamType):
 @click.option("--embed-dim", type=click.IntRange(1), default=32, show_default=True, help="Width of the network.")
 @click.option("--depth", type=click.IntRange(1), default=1, show_default=True, help="Blocks a branch.")
 @click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
-@click.option("--slice", type=SliceType(), default=None, help="Of NIfTI volumes; 'all' for each. [default: middle]")
+@click.option(
+    "--slice", type=SliceType(), default=None, help="Of NIfTI volumes and DICOM frames; 'all': each. [default: middle]"
+)
+@modality_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]")
 @click.option("--workers", type=click.IntRange(1), help="Images that are read at the same time. [default: one a core]")

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 def kind_of(job: Job, reading: Reading, image: Tensor) -> Kind:
     """The kind of an image ``[3, H, W]`` that was read from the file of a job."""
-    return Kind(is_colour(image), is_ct(job.source, reading.slice_index))
+    return Kind(is_colour(image), is_ct(job.source, reading))
 
 
 def look_at(jobs: Sequence[Job], reading: Reading, count: int = SAMPLE) -> list[Kind]:

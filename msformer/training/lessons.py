@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import msformer
+from msformer.io.modality import hint
 from msformer.io.prepare import prepare_image, resize_image
 from msformer.io.read import Reading, read_image
 from msformer.output import OutputError, complete_file
@@ -215,6 +216,7 @@ def _key(request: Request) -> str:
         "suffix": request.job.source.suffix.lower(),
         "window": request.reading.window,
         "slice": request.reading.slice_index,
+        "modality": request.reading.modality or hint(request.job.source)[0],
         "size": TEACHER_SIZE,
         "domain": request.domain.name if request.taught else None,
         "seed": request.seed if request.taught else None,

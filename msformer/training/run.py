@@ -69,6 +69,7 @@ def train(
     depth: int = 1,
     window: tuple[float, float] | None = None,
     slice_index: int | None = None,
+    modality: str | None = None,
     all_slices: bool = False,
     device: str = "auto",
     backend: str | None = None,
@@ -97,6 +98,7 @@ def train(
         embed_dim, depth: of the `MSFormer`.
         window: the values that become black and white; None: what the file says, else the usual for its kind.
         slice_index: of volumes; None: the middle one.
+        modality: of the images, as DICOM abbreviates it; None: what each file says, with the domain ``"ct"`` CT.
         all_slices: takes every slice of volumes as an image.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
         backend: of the kernels, see `msformer_kernels.use_backend`.
@@ -145,7 +147,7 @@ def train(
             domain=domain,
             taught=chosen.taught,
             seed=seed,
-            reading=Reading(window, slice_index),
+            reading=Reading(window, slice_index, modality or ("CT" if domain == "ct" else None)),
             all_slices=all_slices,
             workers=workers or _cores(),
             processes=processes,

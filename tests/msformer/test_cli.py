@@ -378,13 +378,13 @@ def test_the_rule_follows_the_kind_of_image(tmp_path: Path) -> None:
     folder, out = tmp_path / "images", tmp_path / "out"
     save(folder / "photo.png", lesion(disc(60, 70, 16)))
     save(folder / "grey.png", lesion(disc(60, 70, 16))[..., 0])
-    tifffile.imwrite(folder / "chest.tif", chest(lungs(64)))
+    tifffile.imwrite(folder / "chest-ct.tif", chest(lungs(64)))
     write_dicom(folder / "slice", chest(lungs(64)))
     options = ["--size", "41", "--max-steps", "2", "--embed-dim", "6", "--depth", "1", "--window", "-512", "512"]
     result = run("segment", folder, "--out", out, "--mask", *options)
     assert result.exit_code == 0, result.output
     rules = {path.stem: json.loads(path.read_text()).get("rule") for path in out.glob("*.json")}
-    assert rules == {"photo": "lesion", "grey": "central", "chest": "lung", "slice": "lung", "summary": None}
+    assert rules == {"photo": "lesion", "grey": "central", "chest-ct": "lung", "slice": "lung", "summary": None}
     result = run("segment", folder, "--out", out, "--mask", "--select", "central", *options)
     assert json.loads((out / "photo.json").read_text())["rule"] == "central"
     usage = run("segment", folder, "--out", out, "--select", "dark")
@@ -402,13 +402,17 @@ def test_dicom_and_nifti(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(volume, affine), folder / "chest.nii.gz")
     write_dicom(folder / "slice", values)
     options = ["--size", "40", "--max-steps", "2", "--embed-dim", "6", "--depth", "1"]
-    result = run("segment", folder, "--out", out, "--mask", "--select", "lung", "--window", "-600", "600", *options)
+    given = ["--select", "lung", "--window", "-600", "600", "--modality", "ct"]
+    result = run("segment", folder, "--out", out, "--mask", *given, *options)
     assert result.exit_code == 0, result.output
     endings = (".json", ".labels.png", ".labels.nii.gz", ".mask.png", ".mask.nii.gz", ".overlay.png")
     expected = {f"{name}{ending}" for name in ("chest", "slice") for ending in endings}
     assert files(out) == expected | {"contact-sheet.png", "summary.json"}
-    settings = json.loads((out / "chest.json").read_text())["settings"]
-    assert (settings["window"], settings["slice"]) == ([-600, 600], None)
+    record = json.loads((out / "chest.json").read_text())
+    assert record["settings"] | {"window": [-600, 600], "slice": None, "modality": "CT"} == record["settings"]
+    how = {"modality": "CT", "modality_source": "the user", "window": [-600, 600], "window_source": "the user"}
+    assert record["read"] == how | {"index": 1, "count": 3, "notes": []}
+    assert json.loads((out / "slice.json").read_text())["read"]["modality_source"] == "the file"
     written = nibabel.load(out / "chest.labels.nii.gz")
     assert written.shape == volume.shape
     np.testing.assert_allclose(written.affine, affine)

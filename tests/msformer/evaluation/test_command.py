@@ -260,6 +260,27 @@ def test_limit_and_rule_and_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert titles == ["everything", "Otsu", *variants]
 
 
+def test_labels_and_void(tmp_path: Path) -> None:
+    folder, disc = data.make_pairs(tmp_path / "data", ("a", "b")), data.disc()
+    ring = data.disc(radius=12) & ~disc
+    for name, border in (("a", 2), ("b", 255)):
+        data.save(folder / "images" / f"{name}.png", data.lesion(disc))
+        data.save(folder / "masks" / f"{name}.png", (disc * 1 + ring * border).astype(np.uint8))
+    arguments = ("--data", folder, "--methods", "otsu", "--select", "dark", "--out", tmp_path / "out")
+    refused = evaluate(*arguments)
+    assert refused.exit_code == 1, refused.output
+    expected = "a.png: holds the labels 1, 2; say which is the object: --label 1, or all"
+    assert expected in refused.stderr.replace("\n", "")
+    assert not (tmp_path / "out").exists(), "nothing is made before"
+    done = evaluate(*arguments, "--label", 1)
+    assert done.exit_code == 0, done.output
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv").set_index(["image", "method", "protocol"])
+    assert (scores.dsc[:, "otsu", "blind"] > 0.95).all()
+    everything = scores.dsc[:, "everything", "blind"]
+    assert everything["b"] > everything["a"] + 0.02, "void pixels are not found wrongly"
+    assert "label: none of 2 masks has label 7" in evaluate(*arguments, "--label", 7).stderr.replace("\n", "")
+
+
 def test_an_object_that_vanishes_is_not_an_empty_mask(tmp_path: Path) -> None:
     folder = data.make_pairs(tmp_path / "data", ("a", "b"))
     small = np.zeros((400, 480), bool)
@@ -318,7 +339,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     """That by which `msformer segment --mask` makes its masks, unless --select says otherwise."""
     folder = data.make_pairs(tmp_path / "data", ("photo",))
     for name, values, mask in (
-        ("chest", data.chest(data.lungs()), data.lungs()),
+        ("chest-ct", data.chest(data.lungs()), data.lungs()),
         ("bright", 50 + 150 * data.disc().astype(np.uint8), data.disc()),
     ):
         tifffile.imwrite(folder / "images" / f"{name}.tif", values)
@@ -328,7 +349,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     found = scores[(scores.method == "otsu") & (scores.protocol == "blind")].set_index("image")
-    assert found.rule.to_dict() == {"photo": "lesion", "chest": "lung", "bright": "central"}
+    assert found.rule.to_dict() == {"photo": "lesion", "chest-ct": "lung", "bright": "central"}
     assert (found.dsc > 0.9).all()
     text = (tmp_path / "out" / "report.md").read_text()
     assert all(f"{rule} (1)" in text for rule in ("lesion", "lung", "central"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -245,9 +246,76 @@ def test_volumes_give_a_case_for_each_slice_with_a_mask(order: int, tmp_path: Pa
     found = find_cases(tmp_path)
     assert [case.name for case in found.cases] == [f"patient 1-slice-{i:03d}" for i in (1, 2, 4)]
     for case in found.cases:
-        pair = read_pair(case)
+        pair = read_pair(replace(case, modality="CT"))
         assert (pair.truth == truth).all()
         assert pair.image[:, pair.truth].max() < 0.1
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(masks, np.uint8), affine), tmp_path / "masks" / "patient 1.nii.gz")
     with pytest.raises(ValueError, match="the mask is empty"):
         find_cases(tmp_path)
+
+
+def test_several_masks_an_image(tmp_path: Path) -> None:
+    """As BUSI has them; their union is the object."""
+    disc, left = data.disc(), np.mgrid[:40, :48][1] < 24
+    for name, images, masks in (("one", "", ""), ("two", "images", "masks")):
+        data.save(tmp_path / name / images / "benign (1).png", data.lesion(disc))
+        data.save(tmp_path / name / masks / "benign (1)_mask.png", (disc & left).astype(np.uint8))
+        data.save(tmp_path / name / masks / "benign (1)_mask_1.png", (disc & ~left).astype(np.uint8))
+        found = find_cases(tmp_path / name)
+        assert ([case.name for case in found.cases], found.problems) == (["benign (1)"], ())
+        assert (read_pair(found.cases[0]).truth == disc).all()
+    (tmp_path / "one" / "benign (1)_mask.bmp").write_bytes((tmp_path / "one" / "benign (1)_mask.png").read_bytes())
+    with pytest.raises(ValueError, match=r"has several masks: .*mask.bmp, .*mask.png"):
+        find_cases(tmp_path / "one")
+
+
+def test_masks_with_nothing_but_a_number(tmp_path: Path) -> None:
+    data.make_pairs(tmp_path, ("a", "b_1", "c"))
+    for old, new in (("a", "a_2"), ("c", "c_1")):
+        (tmp_path / "masks" / f"{old}.png").rename(tmp_path / "masks" / f"{new}.png")
+    data.save(tmp_path / "masks" / "a_1.png", data.disc().astype(np.uint8))
+    found = find_cases(tmp_path)
+    masks = [[mask.name for mask in (case.mask, *case.more_masks)] for case in found.cases]
+    assert masks == [["a_1.png", "a_2.png"], ["b_1.png"], ["c_1.png"]]
+
+
+def test_a_folder_for_each_image(tmp_path: Path) -> None:
+    """As microscopy has them, a mask for each of its parts."""
+    disc, left = data.disc(), np.mgrid[:40, :48][1] < 24
+    for name in ("f00d", "beef"):
+        data.save(tmp_path / name / "images" / f"{name}.png", data.lesion(disc))
+        for part, mask in (("123", disc & left), ("456", disc & ~left)):
+            data.save(tmp_path / name / "masks" / f"{part}.png", mask.astype(np.uint8) * 255)
+    (tmp_path / "beef" / "masks").rename(tmp_path / "masks of beef")
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    (tmp_path / "empty" / "masks").mkdir()
+    found = find_cases(tmp_path)
+    assert [case.name for case in found.cases] == ["f00d"]
+    assert (read_pair(found.cases[0]).truth == disc).all()
+    assert any("no images" in line for line in found.problems)
+
+
+@pytest.mark.parametrize("folders", [("imagesTr", "labelsTr"), ("images", "labels")])
+def test_channels(folders: tuple[str, str], tmp_path: Path) -> None:
+    """As nnU-Net names them; the first is taken."""
+    volume = np.random.default_rng(0).normal(size=(20, 16, 3)).astype(np.float32)
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    for name in ("case_001_0000", "case_001_0001", "case_002_0000"):
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / folders[0] / f"{name}.nii.gz")
+    for name in ("case_001", "case_002"):
+        labels = (volume > 1).astype(np.uint8) * 2
+        labels[..., 0] = 1
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / folders[1] / f"{name}.nii.gz")
+    found = find_cases(tmp_path, labels=(2,))
+    assert [case.name for case in found.cases] == [f"case_00{i}-slice-00{k}" for i in (1, 2) for k in (1, 2)]
+    assert [line.split("/")[-1] for line in found.problems] == ["case_001_0000.nii.gz"]
+    assert "case_001_0001.nii.gz: another channel of" in found.problems[0]
+    assert len(find_cases(tmp_path).cases) == 6
+
+
+def test_gif_masks(tmp_path: Path) -> None:
+    data.save(tmp_path / "images" / "21_training.tif", data.lesion(data.disc()))
+    data.save(tmp_path / "masks" / "21_training.gif", data.disc().astype(np.uint8) * 255)
+    found = find_cases(tmp_path)
+    assert (read_pair(found.cases[0]).truth == data.disc()).all()

@@ -126,3 +126,30 @@ def test_the_nifti_mask_of_a_dicom_picture(axes: list[int], tmp_path: Path) -> N
     pair = read_pair(Case("a", image, tmp_path / "m.nii.gz"))
     assert (pair.truth == truth).all()
     assert (pair.truth == (pair.image[0] > 0.5).numpy()).all()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["mask with EXIF", "mask on the picture as stored"])
+def test_both_are_turned_as_exif_says(own: bool, tmp_path: Path) -> None:
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    truth = corner()[:, :, 0] > 0
+    PILImage.fromarray(truth.astype(np.uint8) * 200).save(tmp_path / "i.png", exif=exif)
+    PILImage.fromarray(truth.astype(np.uint8) * 255).save(tmp_path / "m.png", exif=exif if own else PILImage.Exif())
+    if own:
+        pair = read_pair(Case("a", tmp_path / "i.png", tmp_path / "m.png"))
+    else:
+        with pytest.warns(UserWarning, match=r"m\.png: the mask is turned as the EXIF of its image says"):
+            pair = read_pair(Case("a", tmp_path / "i.png", tmp_path / "m.png"))
+    assert pair.truth.shape == truth.shape[::-1]
+    assert (pair.truth == (pair.image[0] > 0.5).numpy()).all()
+
+
+def test_parts_of_a_mask_and_void(tmp_path: Path) -> None:
+    image = data.save(tmp_path / "i.png", data.lesion(data.disc()))
+    left, right, unknown = (data.disc() & (np.mgrid[:40, :48][1] % 3 == part) for part in range(3))
+    first = data.save(tmp_path / "1.png", np.where(unknown, 255, left).astype(np.uint8))
+    second = data.save(tmp_path / "2.png", right.astype(np.uint8) * 255)
+    pair = read_pair(Case("a", image, first, more_masks=(second,)))
+    assert (pair.truth == left | right).all()
+    assert pair.void is not None
+    assert (pair.void == unknown).all()

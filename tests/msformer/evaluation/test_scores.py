@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
-from msformer.baselines import Method, otsu
+from msformer.baselines import Method, all_methods, otsu
+from msformer.evaluation.layouts import Case
 from msformer.evaluation.measures import OwnSize, measure, speckle
+from msformer.evaluation.pairs import Pair
 from msformer.evaluation.protocols import PROTOCOLS, predictions, published
+from msformer.evaluation.run import score
+from msformer.evaluation.store import Fitted
 from msformer.evaluation.summary import cell, header, mean_and_interval, summarise, table_rows
 from msformer.io.prepare import resize_labels
 from msformer.scoring import dice
@@ -175,3 +182,21 @@ def test_a_method_that_failed_on_images_says_so() -> None:
     assert lines["One"][0] == "75.0 [75.0, 75.0]"
     assert lines["Two"][0] == "75.0 (without 3)"
     assert lines["Three"] == ["-", "", *["-"] * 7, "0", "-", "-", "-"]
+
+
+def test_void_pixels_count_for_no_score(tmp_path: Path) -> None:
+    """Whatever the map says there."""
+    truth = disc(40, 40)
+    void = np.zeros_like(truth)
+    void[:12] = True
+    image = torch.rand(3, 40, 40, generator=torch.manual_seed(0))
+    maps = [np.where(void, other, truth).astype(np.uint8) for other in (0, 1)]
+    method = next(method for method in all_methods() if method.name == "otsu")
+    found = []
+    for labels in maps:
+        pair = Pair(image, truth & ~void, True, void)
+        fitted = Fitted(labels, 0, 0.0, mask=labels > 0)
+        found.append(score(Case("a", tmp_path, tmp_path), pair, method, fitted, "dark"))
+    for row, other in zip(*found, strict=True):
+        assert row["dsc"] == other["dsc"] == row["dsc_full"] == other["dsc_full"] == 1.0
+        assert row["xor"] == other["xor"] == 0.0

@@ -17,7 +17,6 @@ from PIL import ImageOps
 
 from msformer.io.base import ImageError
 from msformer.io.files import find_images, plain_name
-from msformer.io.ordinary import read_alpha
 from msformer.io.prepare import prepare_image, resize_image, resize_labels
 from msformer.io.read import Reading, is_ct, read_image
 
@@ -94,7 +93,10 @@ def test_orientation_of_a_tiff(orientation: int, tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "a.tif"), expected)
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".tif"), ("TIFF", ".png"), ("BMP", ".jpg")])
+WRONG = [("PNG", ".tif"), ("TIFF", ".png"), ("BMP", ".jpg"), ("PNG", ".dcm"), ("TIFF", ".nii"), ("PNG", ".nii.gz")]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), WRONG)
 def test_the_content_counts_not_the_suffix(kind: str, suffix: str, tmp_path: Path) -> None:
     PILImage.fromarray(COLOUR).save(tmp_path / f"a{suffix}", format=kind)
     assert np.array_equal(read_image(tmp_path / f"a{suffix}"), COLOUR)
@@ -258,18 +260,3 @@ def test_a_tiff_of_four_bits_a_pixel(inverted: bool, tmp_path: Path) -> None:
     path.write_bytes(content)
     expected = np.array([[0, 255, 85, 170]])
     assert np.array_equal(read_image(path), 255 - expected if inverted else expected)
-
-
-def test_alpha(tmp_path: Path) -> None:
-    channel = np.array([[0, 255, 130]], dtype=np.uint8)
-    for mode, suffix in (("RGBA", "png"), ("LA", "png"), ("RGBA", "tif")):
-        image = PILImage.new(mode, (3, 1), 255 if mode == "LA" else "white")
-        image.putalpha(PILImage.fromarray(channel))
-        image.save(tmp_path / f"a.{suffix}")
-        found = read_alpha(tmp_path / f"a.{suffix}")
-        assert found is not None
-        assert np.array_equal(found, channel)
-    PILImage.fromarray(COLOUR).save(tmp_path / "b.png")
-    assert read_alpha(tmp_path / "b.png") is None
-    (tmp_path / "c.png").write_bytes(b"no image")
-    assert read_alpha(tmp_path / "c.png") is None

@@ -162,6 +162,8 @@ def test_scaled_values(tmp_path: Path) -> None:
     (tmp_path / "a.nii").write_bytes(content)
     found = read_nifti(tmp_path / "a.nii", 3)
     assert np.array_equal(found.pixels, shown(3) * 2.0 - 1024)
+    assert found.modality == ""
+    found = read_nifti(tmp_path / "a.nii", 3, modality="CT")
     assert found.modality == "CT"
     assert default_window(found) == (-512, 512)
 
@@ -173,32 +175,10 @@ def test_slice_index_out_of_range(index: int, tmp_path: Path) -> None:
         read_nifti(tmp_path / "a.nii", index)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nifti_that_is_not_finite(value: float, tmp_path: Path) -> None:
-    data = WORLD.astype(np.float32)
-    data[0, 0, 2] = value
-    save_nifti(tmp_path / "a.nii", data=data)
-    with pytest.raises(ImageError, match=r"a\.nii: slice 2 holds NaN or infinite values"):
-        read_nifti(tmp_path / "a.nii")
-    assert np.array_equal(read_nifti(tmp_path / "a.nii", 1).pixels, shown(1))
-
-
-def test_several_volumes_and_other_kinds_of_values(tmp_path: Path) -> None:
+def test_complex_values(tmp_path: Path) -> None:
     path = tmp_path / "a.nii"
-    nibabel.save(nibabel.Nifti1Image(np.stack([WORLD] * 3, axis=-1), AFFINE), path)
-    for read in (read_nifti, count_slices):
-        with pytest.raises(ImageError, match=r"a\.nii: expected one volume, got 3"):
-            read(path)
     nibabel.save(nibabel.Nifti1Image(WORLD.astype(np.complex64), AFFINE), path)
-    with pytest.raises(ImageError, match=r"a\.nii: expected integer or floating-point values, got complex64"):
-        read_nifti(path)
-    affine = AFFINE.copy()
-    affine[:, 0] = 0
-    image = nibabel.Nifti1Image(WORLD, None)
-    image.header["srow_x"], image.header["srow_y"], image.header["srow_z"] = affine[:3]
-    image.header["sform_code"] = 1
-    nibabel.save(image, path)
-    with pytest.raises(ImageError, match=r"a\.nii: its affine is singular"):
+    with pytest.raises(ImageError, match=r"a\.nii: expected integers, floating-point values or colours, got complex64"):
         read_nifti(path)
 
 

@@ -50,7 +50,7 @@ def test_colours_are_standardised() -> None:
 
 def test_training_and_prediction_see_the_same(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
-    path = tmp_path / "slice.tif"
+    path = tmp_path / "ct.tif"
     tifffile.imwrite(path, chest(lungs(129)))
     request = Request(Job(path, "slice"), Reading(), CT, True, 0)
     pool = make_pool({"slice": make_lesson(request, tmp_path)}, CT.sight)
@@ -86,7 +86,7 @@ def test_lungs_are_told_from_the_air_around_the_body(tmp_path: Path) -> None:
     (tmp_path / "slices").mkdir()
     for number in range(4):
         truth = np.roll(lungs(64), number - 2, axis=0)
-        tifffile.imwrite(tmp_path / "slices" / f"{number}.tif", chest(truth))
+        tifffile.imwrite(tmp_path / "slices" / f"ct-{number}.tif", chest(truth))
 
     def trained(domain: str | None) -> TrainedModel:
         return msformer.train(
@@ -106,7 +106,7 @@ def test_lungs_are_told_from_the_air_around_the_body(tmp_path: Path) -> None:
     assert model.domain == "ct"
     assert model.training["final agreement with the targets"] > 0.8
     assert model.doubts == ()
-    found = model.predict(tmp_path / "slices" / "0.tif", gate="net").mask
+    found = model.predict(tmp_path / "slices" / "ct-0.tif", gate="net").mask
     assert not found[:4].any()
     assert found[np.roll(lungs(64), -2, axis=0)].mean() > 0.9
     (doubt,) = trained("generic").doubts
