@@ -28,7 +28,7 @@ from tests.kernels.cases import (
     self_attention_case,
 )
 from tests.kernels.fuzzing.layouts import LAYOUTS, OF_WEIGHTS, laid_out, with_gradient_laid_out
-from tests.kernels.fuzzing.values import REGULAR, SPECIAL, VALUES
+from tests.kernels.fuzzing.values import OVERFLOWING, REGULAR, SPECIAL, VALUES
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 FACTORIES: dict[str, Callable[..., Case]] = {
@@ -167,6 +167,8 @@ def draw(seed: int, index: int, backends: tuple[str, ...] = ("native",), variant
     settings["at"] = rng.choice((first, rng.choice(floating)))
     if others and rng.random() < 0.2:
         settings["frozen"] = ",".join(name for name in others if rng.random() < 0.5)
+    if settings["dtype"] == "f64" and settings["values"] in OVERFLOWING:
+        settings["values"] = "big"  # nothing is more exact than float64
     if operator == "batch_norm" and settings["gradients"] not in OF_WEIGHTS:
         settings["gradients"] = "contiguous"  # of the same gradient for every token nothing is left
     if settings["values"] in SPECIAL and settings.get("activation") == "relu6":
@@ -218,7 +220,7 @@ def _linear(rng: random.Random) -> dict[str, Any]:
 
 def _batch_norm(rng: random.Random) -> dict[str, Any]:
     options = {"batch": rng.choice((1, 2, 3, 5)), "tokens": rng.choice(TOKENS[2:]), "channels": _size(rng, empty=0.03)}
-    return {**options, "affine": rng.random() < 0.7, "eps": rng.choice((1e-5, 1e-5, 0.3, 1e-12))}
+    return {**options, "affine": rng.random() < 0.7, "eps": rng.choice((1e-5, 1e-5, 0.3))}
 
 
 def _attention(rng: random.Random) -> dict[str, Any]:

@@ -43,3 +43,5 @@ VALUES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 SPECIAL = ("nan", "inf", "negative_inf", "big", "huge", "negative_huge", "subnormal", "some_subnormal")
 """Those that overflow, or are too small for relative errors; what matters is where NaN and infinity come out."""
 REGULAR = tuple(name for name in VALUES if name not in SPECIAL)
+OVERFLOWING = ("huge", "negative_huge")
+"""Those of SPECIAL whose sums may overflow in another order than eager's."""

@@ -28,7 +28,8 @@ def test_unit_tests(variant: Variant, tmp_path: Path) -> None:
     if variant.name not in native.available_isas():
         pytest.skip("this machine does not have the variant")
     program = tmp_path / "unit_tests"
-    sources = [Path(__file__).with_name("unit_tests.cpp"), ROOT / "csrc/cpu/base/memory.cpp"]
+    base = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp"))
+    sources = [Path(__file__).with_name("unit_tests.cpp"), *base]
     flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp"]
     subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)

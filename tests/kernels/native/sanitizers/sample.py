@@ -1,6 +1,6 @@
 """What runs under a sanitizer: every operator, forward and backward, in the module that was built for it.
 
-    python -m tests.kernels.native.sanitizers.sample MODULE.so [--fuzz 300] [--threads 3] [--cases small]
+    python -m tests.kernels.native.sanitizers.sample MODULE.so [--fuzz 300] [--threads 3] [--cases small large]
 
 Where the sanitizer finds something it ends the process, or prints it.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 
+import numpy as np
 import torch
 
 NAME = "msformer_kernels._native"
@@ -88,19 +89,46 @@ def run_concurrently(threads: int) -> int:
     return len(numbers)
 
 
+def read_beyond_a_tensor() -> None:
+    """By way of NumPy, which lets a tensor be larger than its memory."""
+    import msformer_kernels as kernels
+
+    memory = np.zeros((7, 16), np.float32)
+    x = torch.from_numpy(np.lib.stride_tricks.as_strided(memory, (1, 8, 16)))
+    kernels.linear(x, torch.zeros(16, 16), backend="native")
+
+
+def write_from_two_threads() -> None:
+    """The same output, by calls that are made for it."""
+    from msformer_kernels import _native
+    from msformer_kernels.native.arguments import activation, addresses
+
+    x, weight, output = torch.ones(1, 4000, 16), torch.ones(16, 16), torch.empty(1, 4000, 16)
+    call = (1, 0, *x.shape, 16, *activation(x), *addresses((weight, None)), *activation(output))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_native.linear_forward, [call] * 8))
+
+
+FAULTS: dict[str, Callable[[], None]] = {"beyond": read_beyond_a_tensor, "race": write_from_two_threads}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("module")
     parser.add_argument("--fuzz", type=int, default=300)
     parser.add_argument("--threads", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=["small", "medium", "large", "empty"])
+    parser.add_argument("--fault", choices=list(FAULTS), help="a call that is wrong, which the sanitizer must find")
+    parser.add_argument("--alone", action="store_true", help="no concurrent calls")
     options = parser.parse_args()
     load(options.module)
+    if options.fault:
+        return FAULTS[options.fault]()
     native = sys.modules[NAME]
     counts = {
         "cases": run_cases(options.cases, options.threads),
         "recipes": run_recipes(options.fuzz),
-        "concurrent calls": run_concurrently(options.threads),
+        "concurrent calls": 0 if options.alone else run_concurrently(options.threads),
     }
     print(f"{native.isa()}: {', '.join(f'{count} {name}' for name, count in counts.items())}", flush=True)
 
