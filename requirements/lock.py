@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent / "pyproject.toml"
@@ -44,7 +45,8 @@ def main() -> None:
     for name, extras in EXTRAS.items():
         own = f".[{','.join(extras)}]" if extras else "."
         # torch is installed before, in the build that fits the machine
-        compile_lock(name, "\n".join([own, torch, *build]), "--no-emit-package", "torch", "--no-emit-package", "msformer")
+        apart = [option for package in ("torch", "msformer") for option in ("--no-emit-package", package)]
+        compile_lock(name, "\n".join([own, torch, *build]), *apart)
     compile_lock("tools", "\n".join(TOOLS))
 
 

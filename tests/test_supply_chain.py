@@ -16,7 +16,8 @@ import torch
 from msformer.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False)}
+SOURCES = ("msformer", "kernels", "benchmarks", "studies")
+NEEDS = {"torch.load": ("weights_only", True), **dict.fromkeys(("np.load", "numpy.load"), ("allow_pickle", False))}
 """Readers that unpickle unless they are told not to."""
 UNPICKLES = re.compile(
     r"(pickle|cloudpickle|dill|marshal|joblib|shelve)\.(load|loads|open|Unpickler)|(pd|pandas)\.read_pickle|"
@@ -42,7 +43,7 @@ def unsafe(path: Path) -> Iterator[str]:
 
 
 def test_nothing_is_unpickled() -> None:
-    paths = [path for folder in ("msformer", "kernels", "benchmarks", "studies") for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 100
     assert [fault for path in paths for fault in unsafe(path)] == []
 
@@ -96,7 +97,8 @@ def test_the_lock_files_hold_what_pyproject_asks_for() -> None:
     extras = project["project"]["optional-dependencies"]
     wanted = {"base": project["project"]["dependencies"] + project["build-system"]["requires"]}
     wanted["bench"] = wanted["base"] + extras["bench"]
-    wanted["all"] = wanted["bench"] + [r for name in ("test", "dev", "cluster", "medical", "train") for r in extras[name]]
+    of_tests = ("test", "dev", "cluster", "medical", "train")
+    wanted["all"] = wanted["bench"] + [requirement for extra in of_tests for requirement in extras[extra]]
     for name, requirements in wanted.items():
         packages = locked(name) | locked("torch-cpu")
         names = {normalized(re.split(r"[<>=;\[ ]", requirement)[0]) for requirement in requirements} - {"msformer"}

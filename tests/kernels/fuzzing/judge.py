@@ -134,7 +134,8 @@ def _inaccurate_products(recipe: Recipe, case: Case) -> list[str]:
     if recipe["precision"] == "high":
         for _ in range(DRAWS_OF_HIGH):
             add_draw_of_precision(rule, case, recipe["backend"], "high", nullcontext, EPS_OF_PRODUCTS["high"])
-        return [f"{n}: largest error {c.worst:.2f} x the bound" for n, c in rule.comparisons.items() if not c.worst <= 1]
+        worst = {name: c.worst for name, c in rule.comparisons.items() if not c.worst <= 1}
+        return [f"{name}: largest error {error:.2f} x the bound" for name, error in worst.items()]
     for count in DRAWS:
         while rule.draws < count:
             add_draw_of_precision(rule, case, recipe["backend"], "medium", _autocast, EPS_OF_PRODUCTS["medium"])

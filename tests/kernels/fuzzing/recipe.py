@@ -313,5 +313,3 @@ def shrunk(recipe: Recipe) -> list[Recipe]:
         if isinstance(value, int) and not isinstance(value, bool) and value > 1 and name not in ("seed", "heads"):
             found += [recipe.changed(**{name: smaller}) for smaller in sorted({1, value // 2, value - 1})]
     return found
-
-

@@ -15,9 +15,7 @@ from tests.kernels.fuzzing.search import judged, made_smaller, search
 from tests.kernels.ops import shared
 
 FOUND = [
-    line
-    for line in Path(__file__).with_name("found.txt").read_text().splitlines()
-    if line and not line.startswith("#")
+    line for line in Path(__file__).with_name("found.txt").read_text().splitlines() if line and not line.startswith("#")
 ]
 CASES = 300
 
@@ -45,7 +43,7 @@ def test_a_recipe_is_read_as_it_was_written() -> None:
         assert again == recipe
         a, b = recipe.case().draw(), again.case().draw()
         assert all(x is None or torch.equal(x.nan_to_num(), b[name].nan_to_num()) for name, x in a.items())
-    with pytest.raises(ValueError, match="expected one of batch_norm, .* first, got 'conv'"):
+    with pytest.raises(ValueError, match=r"expected one of batch_norm, .* first, got 'conv'"):
         Recipe.parse("conv batch=2")
     with pytest.raises(ValueError, match="expected name=value, got 'batch'"):
         Recipe.parse("linear batch")

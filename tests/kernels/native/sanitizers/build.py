@@ -18,6 +18,11 @@ FLAGS = {
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 """Of the compiler, for the interpreter, which is not built with them."""
+VARIANTS, ONCE, SHARED = (
+    list(given) for given in (variants.VARIANTS, extensions.NATIVE_ONCE, extensions.SHARED_LIBRARY)
+)
+COMMON = [flag for flag in variants.FLAGS if flag not in ("-O3", "-DNDEBUG")]
+"""As setup.py has them: each build changes the lists themselves."""
 OPENMP = Path(__file__).with_name("openmp.cpp")
 
 
@@ -26,16 +31,13 @@ def build(kind: str, names: list[str], folder: Path) -> Path:
 
     Raises ValueError for a variant that there is not, BuildFailed where the compiler fails.
     """
-    known = [variant.name for variant in variants.VARIANTS]
+    known = [variant.name for variant in VARIANTS]
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"variants: expected some of {', '.join(known)}; got {', '.join(unknown)}")
-    variants.VARIANTS[:] = [variant for variant in variants.VARIANTS if variant.name in names]
-    optimised = [flag for flag in variants.FLAGS if flag not in ("-O3", "-DNDEBUG")]
-    variants.FLAGS[:] = [*optimised, "-O1", "-g1", "-fno-omit-frame-pointer", *FLAGS[kind]]
-    # the linker gets no FLAGS
-    extensions.SHARED_LIBRARY.extend(FLAGS[kind])
-    if kind == "thread":
-        extensions.NATIVE_ONCE.append(OPENMP)
+    variants.VARIANTS[:] = [variant for variant in VARIANTS if variant.name in names]
+    variants.FLAGS[:] = [*COMMON, "-O1", "-g1", "-fno-omit-frame-pointer", *FLAGS[kind]]
+    extensions.SHARED_LIBRARY[:] = [*SHARED, *FLAGS[kind]]  # the linker gets no FLAGS
+    extensions.NATIVE_ONCE[:] = [*ONCE, *([OPENMP] if kind == "thread" else [])]
     output = folder / "_native.so"
     extensions.build_native(output, folder)
     return output

@@ -119,7 +119,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=["small", "medium", "large", "empty"])
     parser.add_argument("--fault", choices=list(FAULTS), help="a call that is wrong, which the sanitizer must find")
-    parser.add_argument("--alone", action="store_true", help="no concurrent calls")
     options = parser.parse_args()
     load(options.module)
     if options.fault:
@@ -128,7 +127,7 @@ def main() -> None:
     counts = {
         "cases": run_cases(options.cases, options.threads),
         "recipes": run_recipes(options.fuzz),
-        "concurrent calls": 0 if options.alone else run_concurrently(options.threads),
+        "concurrent calls": run_concurrently(options.threads),
     }
     print(f"{native.isa()}: {', '.join(f'{count} {name}' for name, count in counts.items())}", flush=True)
 
