@@ -18,9 +18,7 @@ FLAGS = {
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 """Of the compiler, for the interpreter, which is not built with them."""
-VARIANTS, ONCE, SHARED = (
-    list(given) for given in (variants.VARIANTS, extensions.NATIVE_ONCE, extensions.SHARED_LIBRARY)
-)
+VARIANTS, ONCE, SHARED = variants.VARIANTS[:], extensions.NATIVE_ONCE[:], extensions.SHARED_LIBRARY[:]
 COMMON = [flag for flag in variants.FLAGS if flag not in ("-O3", "-DNDEBUG")]
 """As setup.py has them: each build changes the lists themselves."""
 OPENMP = Path(__file__).with_name("openmp.cpp")
