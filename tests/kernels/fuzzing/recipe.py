@@ -167,6 +167,8 @@ def draw(seed: int, index: int, backends: tuple[str, ...] = ("native",), variant
     settings["at"] = rng.choice((first, rng.choice(floating)))
     if others and rng.random() < 0.2:
         settings["frozen"] = ",".join(name for name in others if rng.random() < 0.5)
+    if settings.get("norm") and settings.get("layout.x") == "one_value":
+        settings["layout.x"] = "one_token"  # a norm of equal values is that of the rounding of their mean
     if settings["dtype"] == "f64" and settings["values"] in OVERFLOWING:
         settings["values"] = "big"  # nothing is more exact than float64
     if operator == "batch_norm" and settings["gradients"] not in OF_WEIGHTS:
