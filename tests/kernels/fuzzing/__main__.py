@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,30 +65,40 @@ def run_all(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         current = Path(folder, "current")
         for i, variant in enumerate(variants):
-            left = options.seconds - (time.monotonic() - start)
-            command = [sys.executable, "-m", __spec__.name, "--of-variant", variant, str(current)]
-            for name in ("cases", "first", "seed", "only"):
-                command += [f"--{name}", str(getattr(options, name))]
-            command += ["--seconds", str(max(0.0, left / (len(variants) - i)))]
-            status = subprocess.run(command, cwd=ROOT, env=os.environ | {"MSFORMER_CPU_ISA": variant}).returncode
-            if status not in (0, 1):
-                print(f"the process ended with {status} in\n  {COMMAND} {shlex.quote(current.read_text())}")
-            wrong += status != 0
+            until = time.monotonic() + (options.seconds - (time.monotonic() - start)) / (len(variants) - i)
+            first, last, status = options.first, options.first + options.cases, -1
+            while status not in (0, 1) and first < last:
+                command = [sys.executable, "-m", __spec__.name, "--of-variant", variant, str(current)]
+                command += ["--first", str(first), "--cases", str(last - first), "--seed", str(options.seed)]
+                command += ["--only", options.only, "--seconds", str(max(0.0, until - time.monotonic()))]
+                environment = os.environ | {"MSFORMER_CPU_ISA": variant}
+                status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+                wrong += status != 0
+                if status not in (0, 1):
+                    number, _, recipe = current.read_text().partition(" ")
+                    print(f"  {COMMAND} {shlex.quote(recipe)}\n    ended the process with {status}", flush=True)
+                    first = int(number) + 1
     print(f"{'FAILED' if wrong else 'right'}, {time.monotonic() - start:.0f} s")
     return 1 if wrong else 0
 
 
 def run_variant(options: argparse.Namespace) -> int:
     from msformer_kernels import _native
-    from tests.kernels.fuzzing.recipe import draw
+    from tests.kernels.fuzzing.recipe import Recipe, draw
     from tests.kernels.fuzzing.search import search
 
     variant, current = options.of_variant
     variants, start = _native.available_isas(), time.monotonic()
     numbers = range(options.first, options.first + options.cases)
-    mine = (number for number in numbers if variants[number % len(variants)] == variant)
-    recipes = (recipe for n in mine if options.only in str(recipe := draw(options.seed, n, BACKENDS, variant)))
-    found = search(recipes, start + options.seconds, before=lambda recipe: Path(current).write_text(str(recipe)))
+
+    def recipes() -> Iterator[Recipe]:
+        for number in (n for n in numbers if variants[n % len(variants)] == variant):
+            recipe = draw(options.seed, number, BACKENDS, variant)
+            if options.only in str(recipe):
+                Path(current).write_text(f"{number} {recipe}")  # if it ends the process, this is left
+                yield recipe
+
+    found = search(recipes(), start + options.seconds)
     for recipe, faults in found.failures:
         print(f"  {COMMAND} {shlex.quote(str(recipe))}", *(f"    {fault}" for fault in faults), sep="\n")
     counts = ", ".join(f"{count} {name}" for name, count in sorted(found.counts.items()))

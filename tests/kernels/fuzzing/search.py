@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from msformer_kernels import BackendError
@@ -69,16 +69,13 @@ class Findings:
     """The time was over."""
 
 
-def search(
-    recipes: Iterable[Recipe], until: float, before: Callable[[Recipe], None] = lambda recipe: None, shrink: bool = True
-) -> Findings:
-    """Judges the recipes until `time.monotonic()` is `until`; `before` hears of each that comes next."""
+def search(recipes: Iterable[Recipe], until: float, shrink: bool = True) -> Findings:
+    """Judges the recipes until `time.monotonic()` is `until`."""
     findings = Findings()
     for recipe in recipes:
         if time.monotonic() > until:
             findings.stopped = True
             break
-        before(recipe)
         try:
             found = judged(recipe)
         except NotServed:
