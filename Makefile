@@ -6,14 +6,25 @@
 #   make ahead-of-time   compiles every Triton kernel for GPUs that need not be there; TRITON=3.6.0: with that version
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
+#   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
+#   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
+#   make large   tensors of more than 2^31 elements; 11 GB of memory
+#   make lock    the lock files anew, requirements/*.txt; make licences: docs/licences.md; make audit: known weaknesses
 #
 # PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
 # on a machine without an NVIDIA GPU, where the package index in use offers one, else the ordinary build.
+#
+# LOCK=1, the default with Python 3.11 on Linux and the CPU build of torch, which the lock files are for: the versions of
+# requirements/*.txt, and no file with another hash. LOCK=0: what the index has today. Where an index has no CPU build
+# its ordinary torch is installed, which brings packages of its vendor along: torch then is not locked, the rest is.
 
 PYTHON ?= python3
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo cpu)
 TORCH_CPU_VERSION := 2.13.0
+LOCK ?= $(if $(filter cpu,$(TORCH)),$(shell $(PYTHON) -c 'import platform as p, sys; \
+	print(int((*sys.version_info[:2], p.system(), p.machine()) == (3, 11, "Linux", "x86_64")))'),0)
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h" -o -name "*.py")
@@ -23,7 +34,7 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time lint build clean
+.PHONY: demo test bench ahead-of-time lint build clean fuzz sanitize large lock licences audit
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -50,20 +61,62 @@ lint: $(VENV)/installed-dev
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
 
+CASES ?= 10000
+SEED ?= 0
+SECONDS ?= 3600
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -W ignore -m tests.kernels.fuzzing --cases $(CASES) --seed $(SEED) --seconds $(SECONDS)
+	$(BIN)/python -m tests.kernels.native.memory
+
+KINDS ?= address thread memcheck
+VARIANTS ?= plain avx512_bf16 emulated_tiles
+sanitize: $(VENV)/installed-test
+	$(BIN)/python -m tests.kernels.native.sanitizers $(KINDS) --variants $(VARIANTS)
+
+large: $(VENV)/installed-test
+	$(BIN)/python -m tests.kernels.native.large
+
+# the tools have an environment of their own; the first lock file of tools is made by those that the index has
+$(VENV)/tools: requirements/tools.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r $<
+
+lock: $(VENV)/tools
+	PATH=$(abspath $(VENV)/tools/bin):$$PATH $(VENV)/tools/bin/python requirements/lock.py
+
+licences: $(VENV)/tools $(VENV)/installed-dev
+	$(VENV)/tools/bin/python requirements/licences.py $(BIN)/python
+
+audit: $(VENV)/tools
+	$(VENV)/tools/bin/python requirements/audit.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_*.so kernels/msformer_kernels/_*_error.txt
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(TORCH),cpu)
+ifeq ($(LOCK),1)
+	$(PIP) install --require-hashes -r requirements/torch-cpu.txt 2>$(VENV)/torch.log || { cat $(VENV)/torch.log >&2; \
+	grep -q "No matching distribution found for torch" $(VENV)/torch.log && \
+	echo "This index has no CPU build of torch; its ordinary build is installed, which is not locked." && \
+	$(PIP) install "torch==$(TORCH_CPU_VERSION)"; }
+else ifeq ($(TORCH),cpu)
 	$(PIP) install "torch==$(TORCH_CPU_VERSION)+cpu" || $(PIP) install "torch>=2.8"
 else
 	$(PIP) install "$(TORCH)"
 endif
 	touch $@
 
+# $(call install,LOCK FILE,EXTRAS)
+ifeq ($(LOCK),1)
+install = $(PIP) install --no-deps --require-hashes -r requirements/$(1).txt && \
+	$(PIP) install --no-deps --no-build-isolation --editable .
+else
+install = $(PIP) install --editable ".$(2)"
+endif
+
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) install --editable .
+	$(call install,base)
 	touch $@
 
 # with the emulations of CUDA kernels and of AMX tiles, for tests; an install without them takes them away
@@ -71,13 +124,13 @@ $(VENV)/installed-bench $(VENV)/installed-test $(VENV)/installed-dev: export MSF
 $(VENV)/installed-bench $(VENV)/installed-test $(VENV)/installed-dev: export MSFORMER_EMULATE_TILES = 1
 
 $(VENV)/installed-bench: $(VENV)/installed
-	$(PIP) install --editable ".[bench]"
+	$(call install,bench,[bench])
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) install --editable ".[test]"
+	$(call install,all,[test])
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
-	$(PIP) install --editable ".[test,dev]"
+	$(call install,all,[test$(comma)dev])
 	touch $@

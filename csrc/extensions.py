@@ -33,7 +33,8 @@ CSRC = Path(__file__).resolve().parent
 SHARED_LIBRARY = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 NATIVE_ONCE = [
-    *(CSRC / name for name in ("module.cpp", "dispatch.cpp", "cpu/base/memory.cpp", "cpu/base/tile_permission.cpp"))
+    *(CSRC / name for name in ("module.cpp", "dispatch.cpp")),
+    *(CSRC / "cpu/base" / name for name in ("fork.cpp", "memory.cpp", "tile_permission.cpp")),
 ]
 NATIVE_KERNELS = sorted(path for path in (CSRC / "cpu").glob("*/*.cpp") if path not in NATIVE_ONCE)
 

@@ -12,6 +12,7 @@
 #include <omp.h>
 #endif
 
+#include "fork.h"
 #include "memory.h"
 #include "vectors.h"
 
@@ -41,7 +42,7 @@ class Arena {
 template <class Task>
 void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
 #ifdef _OPENMP
-  if (num_threads > 1 && count > 1 && !omp_in_parallel()) {
+  if (num_threads > 1 && count > 1 && !omp_in_parallel() && threads_may_be_used()) {
     const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
     bool out_of_memory = false;
 #pragma omp parallel num_threads(team)

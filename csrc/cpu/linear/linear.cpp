@@ -24,7 +24,7 @@ struct Product {
 
   std::int64_t count_ranges() const {
     const std::int64_t tiles = m_tiles * n_tiles;
-    if (tiles >= kWantedTiles || k < 2 * kLeastK) return 1;
+    if (tiles == 0 || tiles >= kWantedTiles || k < 2 * kLeastK) return 1;
     return min_of<std::int64_t>(64 / tiles, k / kLeastK);
   }
 

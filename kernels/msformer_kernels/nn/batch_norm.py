@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from msformer_kernels.core.backends import choose
 from msformer_kernels.nn.honest import LayerExplanation, explained, why_parameters
 from msformer_kernels.ops.batch_norm.api import batch_norm
-from msformer_kernels.ops.batch_norm.reference import as_image, as_tokens
+from msformer_kernels.ops.batch_norm.reference import as_rows, norm_of_tokens
 from msformer_kernels.ops.batch_norm.spec import OPERATOR
 
 
@@ -38,15 +37,15 @@ class TokenBatchNorm(_NormBase):
         statistics: Any = self._modules["statistics"]
         learns = self.training and statistics.training
         if type(statistics) is not _Statistics:
-            return as_tokens(self._synchronized(as_image(x), statistics, learns))
+            return self._synchronized(as_rows(x), statistics, learns).view(x.shape)
         tracked = learns and self.track_running_stats
         if not learns and self.running_mean is not None:
-            image = F.batch_norm(as_image(x), self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-            return as_tokens(image)
+            return norm_of_tokens(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         factor = self._count() if tracked else 0.0
         if choose(OPERATOR, None, x.device.type, x.dtype, None) == "reference":
             running = (self.running_mean, self.running_var) if tracked else (None, None)
-            return as_tokens(F.batch_norm(as_image(x), *running, self.weight, self.bias, True, factor, self.eps))
+            options: dict[str, Any] = {"training": True, "momentum": factor, "eps": self.eps}
+            return norm_of_tokens(x, *running, self.weight, self.bias, **options)
         output, mean, variance = batch_norm(x, self.weight, self.bias, eps=self.eps)
         if tracked:
             self._track(mean, variance, x.shape[0] * x.shape[1], factor)
@@ -79,13 +78,13 @@ class TokenBatchNorm(_NormBase):
         unbiased = variance * (count / max(count - 1, 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
-    def _synchronized(self, image: Tensor, statistics: nn.Module, learns: bool) -> Tensor:
+    def _synchronized(self, rows: Tensor, statistics: nn.Module, learns: bool) -> Tensor:
         """By a SyncBatchNorm with the parameters and buffers of this layer, and the processes of `statistics`."""
         if not isinstance(statistics, nn.SyncBatchNorm):
             raise TypeError(f"statistics: expected what it was, or a SyncBatchNorm, got {type(statistics).__name__}")
         norm = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
         norm.__dict__.update(self.__dict__, training=learns, process_group=statistics.process_group)
-        return norm.forward(image)
+        return norm.forward(rows)
 
 
 class _Statistics(_BatchNorm):

@@ -106,11 +106,11 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def _cast_strided(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.numel() == 0 or x.is_contiguous():
+    if x.numel() == 0 or (x.is_contiguous() and x.storage_offset() == 0):
         return x.detach().to(dtype)
     size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    storage = torch.full((size,), float("nan"), dtype=dtype)
-    out = storage.as_strided(x.shape, x.stride())
+    storage = torch.full((x.storage_offset() + size,), float("nan"), dtype=dtype)
+    out = storage.as_strided(x.shape, x.stride(), x.storage_offset())
     # an expanded dimension holds one slice
     first = tuple(slice(0, 1) if s == 0 else slice(None) for s in x.stride())
     out[first] = x.detach()[first].to(dtype)

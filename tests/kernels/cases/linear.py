@@ -20,7 +20,7 @@ def linear_case(
     def make() -> Tensors:
         return {
             "x": strided(random(batch, tokens, channels), layout),
-            "weight": random(out, channels, scale=channels**-0.5),
+            "weight": random(out, channels, scale=max(1, channels) ** -0.5),
             "bias": random(out) if bias else None,
         }
 
@@ -42,5 +42,11 @@ CASES = Cases(
         linear_case("columns", tokens=137, channels=37, layout="transposed"),
         linear_case("many_tokens", batch=2, tokens=2501, channels=33, out=150),
         linear_case("many_features", batch=1, tokens=20, channels=5003, out=21),
+    ],
+    empty=[
+        linear_case("no_features", tokens=1201, channels=0),
+        linear_case("no_outputs", channels=2503, out=0),
+        linear_case("no_tokens", tokens=0),
+        linear_case("empty_batch", batch=0),
     ],
 )

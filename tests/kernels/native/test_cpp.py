@@ -22,15 +22,21 @@ def compiler() -> str:
     return found
 
 
+def compiled(variant: Variant, program: Path, *more: str) -> Path:
+    """The program of unit_tests.cpp, at this path."""
+    base = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp"))
+    sources = [Path(__file__).with_name("unit_tests.cpp"), *base]
+    flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp", *more]
+    subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
+    return program
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_unit_tests(variant: Variant, tmp_path: Path) -> None:
     native = pytest.importorskip("msformer_kernels._native")
     if variant.name not in native.available_isas():
         pytest.skip("this machine does not have the variant")
-    program = tmp_path / "unit_tests"
-    sources = [Path(__file__).with_name("unit_tests.cpp"), ROOT / "csrc/cpu/base/memory.cpp"]
-    flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp"]
-    subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
+    program = compiled(variant, tmp_path / "unit_tests")
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout
     assert done.stdout == "0 failures\n"

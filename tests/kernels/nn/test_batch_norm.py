@@ -72,8 +72,8 @@ def test_conversion_to_synchronized_batch_norm(nested: bool, options: dict[str, 
         mock.patch("torch._C._get_privateuse1_backend_name", return_value="cpu"),  # the devices that it serves
     ):
         layer(torch.randn(2, 7, 5))
-    image, weight, bias, mean, *_, eps, factor, group, processes = synchronized.call_args.args
-    assert image.shape == (2, 5, 7, 1)
+    rows, weight, bias, mean, *_, eps, factor, group, processes = synchronized.call_args.args
+    assert rows.shape == (14, 5)
     assert weight is ours.weight
     assert bias is ours.bias
     assert mean is (ours.running_mean if ours.track_running_stats else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import MonteCarloArithmetic, Results, Rule, uncertainty
 from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.core.precision import float32_products
 from tests.kernels.cases import Case, Cases, cast, require, run
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -75,6 +76,19 @@ def draw_once(
     """
     ours = run(case, cast(case.draw(seed), dtype), backend, seed=seed)
     rule.add(ours, *reference_results(case, dtype, seed, eager_mode, eps))
+
+
+def add_draw_of_precision(
+    rule: Rule, case: Case, backend: str, precision: str, eager_mode: Any, eps: float, mode: Any = nullcontext
+) -> None:
+    """One draw of the error rule against eager in a mode of its own, whose results may be rounded further; `mode` is
+    ours."""
+    seed = rule.draws
+    eager, exact, spread = reference_results(case, torch.float32, seed, eager_mode, eps)
+    rounding = {name: x.dtype for name, x in eager.items()}  # of the gradients that come in
+    with float32_products(precision), mode():
+        ours = run(case, cast(case.draw(seed), torch.float32), backend, rounding, seed)
+    rule.add(*({name: x.float() for name, x in found.items()} for found in (ours, eager)), exact, spread)
 
 
 def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100, medium: bool = False) -> None:

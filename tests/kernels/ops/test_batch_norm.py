@@ -99,3 +99,21 @@ def test_other_mixtures_are_refused(dtype: torch.dtype, of_parameters: torch.dty
 def test_too_few_tokens(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="x: expected at least 2 tokens in all"):
         kernels.batch_norm(torch.randn(*shape))
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "native"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_that_come_in_another_layout_than_x(batch: int, backend_name: str) -> None:
+    """And a weight with gaps. PyTorch 2.13 reads both wrongly where an image of one column is normalised."""
+    require(backend_name)
+    torch.manual_seed(0)
+    x = torch.randn(batch, 9, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64)[::2].requires_grad_()
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(batch, 9, 4, dtype=torch.float64)
+    mean, variance = x.mean((0, 1)), x.var((0, 1), correction=0)
+    expected = torch.autograd.grad((x - mean) / (variance + 1e-5).sqrt() * weight + bias, (x, weight, bias), given)
+    for incoming in (given, given.transpose(1, 2).contiguous().transpose(1, 2)):
+        output = kernels.batch_norm(x, weight, bias, backend=backend_name)[0]
+        for found, value in zip(torch.autograd.grad(output, (x, weight, bias), incoming), expected, strict=True):
+            torch.testing.assert_close(found, value)

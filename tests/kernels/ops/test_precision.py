@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.accuracy import Rule
 from msformer_kernels.core.precision import cpu_float32_precision, float32_products
-from tests.kernels.cases import Case, cast, run
+from tests.kernels.cases import Case
 from tests.kernels.cases.efficient_attention import CASES as ATTENTION
 from tests.kernels.cases.efficient_self_attention import CASES as SELF_ATTENTION
 from tests.kernels.cases.linear import CASES as LINEAR
 from tests.kernels.cases.mix_ffn import CASES as MIX_FFN
-from tests.kernels.ops.shared import reference_results
+from tests.kernels.ops.shared import add_draw_of_precision
 
 CASES = [
     *(pytest.param(case, id=f"attention-{case}") for case in ATTENTION.small[:3]),
@@ -29,25 +28,13 @@ DRAWS = 3
 autocast = partial(torch.autocast, "cpu", torch.bfloat16)
 
 
-def add_draw(
-    rule: Rule, case: Case, backend: str, precision: str, eager_mode: Any, eps: float, mode: Any = nullcontext
-) -> None:
-    """One draw of the error rule against eager in a mode of its own, whose results may be rounded further."""
-    seed = rule.draws
-    eager, exact, spread = reference_results(case, torch.float32, seed, eager_mode, eps)
-    rounding = {name: x.dtype for name, x in eager.items()}  # of the gradients that come in
-    with float32_products(precision), mode():
-        ours = run(case, cast(case.draw(seed), torch.float32), backend, rounding, seed)
-    rule.add(*({name: x.float() for name, x in found.items()} for found in (ours, eager)), exact, spread)
-
-
 @pytest.mark.accuracy
 @pytest.mark.parametrize("case", CASES)
 def test_high_f32(case: Case, float64_backend: str) -> None:
     """Two bfloat16 parts, so 16 bits, as PyTorch documents it: no value is further off than such arithmetic may be."""
     rule = Rule()
     for _ in range(DRAWS):
-        add_draw(rule, case, float64_backend, "high", nullcontext, 2**-15)
+        add_draw_of_precision(rule, case, float64_backend, "high", nullcontext, 2**-15)
     worst = {name: c.worst for name, c in rule.comparisons.items() if not c.worst <= 1}
     assert not worst
 
@@ -59,7 +46,7 @@ def test_medium_f32(case: Case, float64_backend: str) -> None:
     rule = Rule()
     for count in (DRAWS, 4 * DRAWS, 16 * DRAWS):
         while rule.draws < count:
-            add_draw(rule, case, float64_backend, "medium", autocast, torch.finfo(torch.bfloat16).eps)
+            add_draw_of_precision(rule, case, float64_backend, "medium", autocast, torch.finfo(torch.bfloat16).eps)
         if not rule.faults():
             return
     raise AssertionError("\n".join(rule.faults()))
@@ -72,7 +59,9 @@ def test_float32_activations_under_autocast(case: Case, float64_backend: str) ->
     rule = Rule()
     for count in (DRAWS, 4 * DRAWS, 16 * DRAWS):
         while rule.draws < count:
-            add_draw(rule, case, float64_backend, "highest", autocast, torch.finfo(torch.bfloat16).eps, autocast)
+            add_draw_of_precision(
+                rule, case, float64_backend, "highest", autocast, torch.finfo(torch.bfloat16).eps, autocast
+            )
         if not rule.faults():
             return
     raise AssertionError("\n".join(rule.faults()))

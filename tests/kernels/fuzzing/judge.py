@@ -1,0 +1,212 @@
+"""Whether one call is right: the error rule of `benchmarks.accuracy` against eager PyTorch, where NaN and infinity come
+out, the same bits on any number of threads, inputs that stay as they are.
+
+The rule is applied twice. First to one draw and without the uncertainty of the reference, which costs five more runs
+of it: what passes there passes the whole rule. What does not is judged by the whole rule, over more draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import BOUND, Comparison, Results, Rule, uncertainty
+from msformer_kernels.core.operator import OPERATORS
+from msformer_kernels.core.precision import float32_products
+from msformer_kernels.native import arguments
+from tests.kernels.cases import Case, Tensors, cast, run
+from tests.kernels.fuzzing.recipe import Recipe
+from tests.kernels.fuzzing.values import OVERFLOWING
+from tests.kernels.ops.shared import add_draw_of_precision, draw_once
+
+DRAWS = (1, 4, 16)
+"""A verdict is asked for after so many draws; a good one counts."""
+DRAWS_OF_HIGH = 3
+FLOAT64 = 1e-12
+"""Of the largest value: what float64 results may differ by without a closer look."""
+EPS_OF_PRODUCTS = {"highest": 0.0, "high": 2**-15, "medium": torch.finfo(torch.bfloat16).eps}
+"""Of float32, where it is more than float32's own."""
+
+
+@contextmanager
+def as_asked(recipe: Recipe) -> Iterator[None]:
+    """Threads and form of the recipe; new memory is full of NaN, so that what a kernel does not write shows."""
+    new_empty, empty_like, threads = Tensor.new_empty, torch.empty_like, torch.get_num_threads()
+
+    def fill(x: Tensor) -> Tensor:
+        return x.fill_(float("nan") if x.is_floating_point() else 1)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Tensor, "new_empty", lambda *a, **kw: fill(new_empty(*a, **kw))))
+        stack.enter_context(patch.object(torch, "empty_like", lambda *a, **kw: fill(empty_like(*a, **kw))))
+        stack.enter_context(patch.object(arguments, "FORM", getattr(arguments, recipe["form"].upper())))
+        torch.set_num_threads(recipe["threads"])
+        stack.callback(torch.set_num_threads, threads)
+        yield
+
+
+def exercise(recipe: Recipe) -> Results:
+    """The outputs and gradients of the call, judged by nobody."""
+    case = recipe.case()
+    with as_asked(recipe), float32_products(recipe["precision"]):
+        return run(case, cast(case.draw(), recipe.dtype), recipe["backend"])
+
+
+def faults(recipe: Recipe) -> list[str]:
+    """What is wrong with the call; nothing if it is right. Raises BackendError where the backend does not serve it."""
+    case = recipe.case()
+    tensors = cast(case.draw(), recipe.dtype)
+    before = {name: x.detach().clone() for name, x in tensors.items() if x is not None}
+    with as_asked(recipe):
+        with float32_products(recipe["precision"]):
+            ours = run(case, tensors, recipe["backend"])
+            found = _written(tensors, before) + _other_bits(recipe, case, tensors, ours)
+        if found:
+            return found
+        if not recipe.is_regular:
+            return _misplaced(recipe, case, tensors, ours)
+        return _inaccurate(recipe, case, tensors, ours)
+
+
+def _written(tensors: Tensors, before: dict[str, Tensor]) -> list[str]:
+    now = {name: x.detach() for name, x in tensors.items() if x is not None}
+    return [f"{name}: was written to" for name, x in before.items() if not _same_bits(now[name], x)]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN equals NaN, 0 is not -0."""
+    as_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.dtype.itemsize, a.dtype)
+    return torch.equal(a.view(as_numbers), b.view(as_numbers))
+
+
+def _other_bits(recipe: Recipe, case: Case, tensors: Tensors, ours: Results) -> list[str]:
+    if recipe["threads"] == 1:
+        return []
+    torch.set_num_threads(1)
+    alone = run(case, tensors, recipe["backend"])
+    torch.set_num_threads(recipe["threads"])
+    return [f"{name}: other bits than on one thread" for name, x in ours.items() if not _same_bits(x, alone[name])]
+
+
+def _references(recipe: Recipe, case: Case, tensors: Tensors) -> tuple[Results, Results]:
+    """Eager's results in the dtype, and the exact ones."""
+    torch.set_num_threads(1)
+    eager = run(case, tensors, "reference")
+    exact = run(case, cast(tensors, torch.float64), "reference", {name: x.dtype for name, x in eager.items()})
+    return eager, exact
+
+
+def _inaccurate(recipe: Recipe, case: Case, tensors: Tensors, ours: Results) -> list[str]:
+    eager, exact = _references(recipe, case, tensors)
+    if recipe.dtype == torch.float64:
+        return _inaccurate_in_float64(case, tensors, ours, exact)
+    rule = Rule()
+    rule.add(ours, eager, exact, {name: torch.zeros_like(x) for name, x in exact.items()})
+    if not rule.faults():
+        return []
+    if recipe["precision"] != "highest" and recipe["dtype"] == "f32":
+        return _inaccurate_products(recipe, case)
+    rule = Rule()
+    for count in DRAWS:
+        while rule.draws < count:
+            draw_once(case, recipe.dtype, recipe["backend"], rule.draws, rule)
+        if not (found := _faults_of(rule)):
+            return []
+    return found
+
+
+def _faults_of(rule: Rule) -> list[str]:
+    """Those of the rule, but for errors that are within the uncertainty of the reference: random values may cancel to
+    nothing in eager's order of operations and in no other."""
+    uncertain = {n for n, c in rule.comparisons.items() if math.sqrt(c.ours / c.values) <= 1 and c.worst <= 1}
+    return [fault for fault in rule.faults() if fault.partition(":")[0] not in uncertain]
+
+
+def _inaccurate_products(recipe: Recipe, case: Case) -> list[str]:
+    """The rules of tests/kernels/ops/test_precision.py."""
+    rule = Rule()
+    if recipe["precision"] == "high":
+        for _ in range(DRAWS_OF_HIGH):
+            add_draw_of_precision(rule, case, recipe["backend"], "high", nullcontext, EPS_OF_PRODUCTS["high"])
+        worst = {name: c.worst for name, c in rule.comparisons.items() if not c.worst <= 1}
+        return [f"{name}: largest error {error:.2f} x the bound" for name, error in worst.items()]
+    for count in DRAWS:
+        while rule.draws < count:
+            add_draw_of_precision(rule, case, recipe["backend"], "medium", _autocast, EPS_OF_PRODUCTS["medium"])
+        if not (found := _faults_of(rule)):
+            return []
+    return found
+
+
+def _autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def _inaccurate_in_float64(case: Case, tensors: Tensors, ours: Results, exact: Results) -> list[str]:
+    """The reference has errors, too: a result may differ by as much as that is uncertain."""
+
+    def far_off(name: str) -> bool:
+        return bool(((ours[name] - exact[name]).abs() > FLOAT64 * max(1.0, exact[name].abs().max().item())).any())
+
+    found = [name for name, x in exact.items() if x.numel() and far_off(name)]
+    if not found:
+        return []
+
+    def perturbed(arithmetic: Any) -> Results:
+        inputs = {n: x if x is None else arithmetic.perturbed(x.detach()) for n, x in tensors.items()}
+        given = {n: x if x is None or x.dtype == torch.bool else x.requires_grad_() for n, x in inputs.items()}
+        return run(case, given, "reference")
+
+    spread = uncertainty(perturbed, exact, torch.finfo(torch.float64).eps)
+    comparisons = {name: Comparison() for name in found}
+    for name, comparison in comparisons.items():
+        comparison.add(ours[name], exact[name], exact[name], spread[name])
+    return [f"{name}: largest error {c.worst:.2f} x the bound" for name, c in comparisons.items() if not c.worst <= 1]
+
+
+def _misplaced(recipe: Recipe, case: Case, tensors: Tensors, ours: Results) -> list[str]:
+    """Where NaN, infinity and what is finite come out, against eager in the dtype and the exact results.
+
+    Outputs have NaN where eager's have it. Gradients may have more where eager's have some, and, where NaN shows in an
+    output already, less: sums that are folded differ in what they touch.
+    """
+    eager, exact = _references(recipe, case, tensors)
+    zero = OPERATORS[recipe.operator].zero_gradient
+    eps = {"f32": EPS_OF_PRODUCTS[recipe["precision"]], "f64": FLOAT64}.get(recipe["dtype"], 0.0)
+    may_overflow = recipe["values"] in OVERFLOWING
+    shows = not all(x.isfinite().all() for name, x in ours.items() if name.startswith("output"))
+    found = []
+    for name, value in exact.items():
+        if not value.numel() or name.removeprefix("grad_") in zero:
+            continue
+        own, theirs, is_output = ours[name], eager[name], name.startswith("output")
+        if (is_output or not shows) and (value.isnan() & own.isfinite()).any():
+            found.append(f"{name}: finite where the exact result is NaN")
+        # what an infinite weight leaves is infinite or NaN, as its products are folded or not
+        same = torch.isfinite if recipe["at"] else torch.isnan
+        if is_output and not may_overflow and not torch.equal(same(own), same(theirs)):
+            found.append(f"{name}: NaN or infinity in other places than eager's")
+        if not may_overflow and theirs.isfinite().all() and not own.isfinite().all():
+            found.append(f"{name}: not finite, eager's is")
+        found += [f"{name}: {what}" for what in _wrong_numbers(own, theirs, value, eps)]
+    return found
+
+
+def _wrong_numbers(ours: Tensor, eager: Tensor, exact: Tensor, eps: float) -> list[str]:
+    """Of the finite numbers."""
+    limits = torch.finfo(ours.dtype)
+    mine, theirs = ours.double(), eager.double()
+    if ((exact.abs() > limits.max * (1 + 4 * max(eps, limits.eps))) & (mine.isfinite() | (mine == -exact))).any():
+        return ["finite, or of the other sign, where the exact result is infinite"]
+    both = exact.isfinite() & theirs.isfinite() & mine.isfinite()
+    if not both.any():
+        return []
+    error, rounding = (mine - exact)[both].abs().max().item(), max(eps, limits.eps) * exact[both].abs().max().item()
+    allowed = BOUND * max(rounding, (theirs - exact)[both].abs().max().item(), limits.tiny)
+    return [] if error <= allowed else [f"largest error {error / allowed:.2f} x the bound"]
