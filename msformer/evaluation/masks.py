@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,8 @@ def truth_of(raster: Raster, labels: Labels, path: Path) -> Truth:
     if raster.lossy or values.dtype.kind == "f":
         if labels:
             raise ValueError(f"{path}: expected labels, got the values of a lossy or soft mask; leave out --label")
+        if raster.lossy and 0 < values.max() < 16:
+            warnings.warn(f"{path}: the values up to {values.max()} of a lossy mask are taken for black", stacklevel=2)
         return Truth(_upper_half(values, raster.lossy))
     return _by_label(values, labels, colours, path)
 
@@ -140,8 +143,8 @@ def _by_label(values: NDArray[Any], labels: Labels, colours: bool, path: Path) -
         if colours and not np.isin(labels, found).any() and max(labels) < 256:
             listed = _listed(found, colours)
             raise ValueError(f"{path}: expected a --label of the colours {listed}, got {_listed(np.array(labels))}")
-        void = values == VOID if VOID not in labels and found[-1] == VOID else None
-        return Truth(np.isin(values, labels), void if void is not None and void.any() else None)
+        unknown = found[-1] == VOID and VOID not in labels and not colours and not _are_greys(others)
+        return Truth(np.isin(values, labels), values == VOID if unknown else None)
     has_void = not colours and found[-1] == VOID and others.size > 0 and others[-1] < _FEW
     several = others.size + (VOID in found and not has_void) > 1
     if several and not colours and not _are_labels(values, found):
@@ -152,6 +155,12 @@ def _by_label(values: NDArray[Any], labels: Labels, colours: bool, path: Path) -
         raise LabelNeeded(f"{path}: holds the labels {listed}; say which is the object: --label {example}, or {ALL}")
     void = values == VOID if has_void else None
     return Truth((values != 0) if void is None else (values != 0) & ~void, void)
+
+
+def _are_greys(others: NDArray[Any]) -> bool:
+    """Whether labels beside 255 are so spread between 0 and it that they can be told apart by eye: 128; 85 and 170."""
+    steps = [others * parts / VOID for parts in range(2, 6)]
+    return any(bool((np.abs(step - step.round()) < 0.02).all() and (step > 0.5).all()) for step in steps if step.size)
 
 
 def _are_labels(values: NDArray[Any], found: NDArray[Any]) -> bool:

@@ -101,6 +101,20 @@ def test_void(labels: tuple[int, ...] | None, tmp_path: Path) -> None:
     assert (read_mask(path, labels=(255,)) == RING).all()
 
 
+@pytest.mark.parametrize("value", [127, 128])
+def test_greys_that_end_at_white_have_no_void(value: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.where(DISC, 0, np.where(RING, value, 255)).astype(np.uint8))
+    truth = read_truth(path, labels=(value,))
+    assert (truth.object == RING).all()
+    assert truth.void is None
+    assert (read_mask(path, labels=(0,)) == DISC).all()
+
+
+def test_labels_in_a_lossy_file(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"m\.jpg: the values up to [1-5] of a lossy mask are taken for black"):
+        assert not read_mask(save(tmp_path / "m.jpg", CLASSES, quality=100)).any()
+
+
 def test_two_values_are_a_mask(tmp_path: Path) -> None:
     for low, high in ((0, 255), (0, 1), (0, 7)):
         truth = read_truth(save(tmp_path / "m.png", np.where(DISC, high, low).astype(np.uint8)))
