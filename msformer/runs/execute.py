@@ -15,7 +15,7 @@ from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
 from msformer.io.read import is_colour, is_ct, read_image
-from msformer.output import printable, read_record, write_json
+from msformer.output import printable, read_record, remove, write_json
 from msformer.runs.executors import Report
 from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
 from msformer.runs.write import read_values, write_pictures
@@ -59,7 +59,7 @@ def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     }
     if rule is not None:
         record["rule"] = rule
-    job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
+    remove(job.file(folder, ".json"))  # an older record is not that of the new files
     write_pictures(job, folder, pixels, result)
     if is_medical(job.source) and job.slice_index is None:
         source = read_slice(job.source, plan.reading_of(job).slice_index)
