@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from msformer.io.files import RESULTS_MARK
 from msformer.output import OutputError, is_open_as, locked, machine, make_folder, remove_leftovers, writing
 from msformer.text import say
 
@@ -36,7 +35,7 @@ class FolderInUse(OutputError):
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Prepares a folder of results, which is this run's alone within the block, and marks it as one.
+    """Prepares a folder of results, which is this run's alone within the block.
 
     Raises:
         FolderInUse: another run writes there.
@@ -51,7 +50,6 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         beating.start()
         remove_leftovers(folder, now)
-        mark_results(folder)
         yield
     finally:
         over.set()
@@ -61,14 +59,6 @@ def claimed(folder: Path) -> Iterator[None]:
             if is_open_as(handle, path):  # not that of a run which found this one silent for long
                 path.unlink()
         os.close(handle)
-
-
-def mark_results(folder: Path) -> None:
-    """So that later runs tell what this one writes from images."""
-    mark = folder / RESULTS_MARK
-    with writing(mark):
-        if not mark.exists():
-            mark.write_text("Results of msformer lie here; its later runs do not take them for images.\n")
 
 
 def _open_alone(folder: Path) -> int:

@@ -30,6 +30,8 @@ try:
 except ImportError:  # Windows, where a file that is open cannot be renamed
     fcntl = None  # type: ignore[assignment]
 
+SIGNATURE = ("Software", "msformer")
+"""Keyword and text in the PNG files that are written."""
 OLD = 3600.0
 """Seconds after which a temporary file of another machine is nobody's."""
 _TEMPORARY = re.compile(r"\.msformer-(?:.+-)?([0-9a-f]+)-(?:[0-9a-f]{12}|probe)")
@@ -246,7 +248,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The object that a JSON file holds; None if there is none, or the file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

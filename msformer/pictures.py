@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageFilter
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from msformer.output import complete_file
+from msformer.output import SIGNATURE, complete_file
 from msformer.scoring import Mask
 from msformer.text import visible
 
@@ -115,9 +115,16 @@ def write_png(picture: PILImage.Image, path: Path, optimize: bool = False) -> No
         OutputError: it cannot be written. (An encoder that writes to the disk itself would not say that it is full.)
     """
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=optimize)
+    picture.save(buffer, format="PNG", optimize=optimize, pnginfo=_signature())
     with complete_file(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def _signature() -> PngInfo:
+    """By which later runs tell results from images."""
+    found = PngInfo()
+    found.add_text(*SIGNATURE)
+    return found
 
 
 def read_labels(path: Path) -> NDArray[Any]:
@@ -129,8 +136,8 @@ def read_labels(path: Path) -> NDArray[Any]:
 def picture_url(pixels: NDArray[np.uint8]) -> str:
     """A picture as text that stands in a page itself."""
     buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    PILImage.fromarray(pixels).save(buffer, format="WEBP", quality=75, method=2)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -198,5 +205,5 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
         axis.set_xlabel(title, fontsize=9, color="#444444")
     buffer = io.BytesIO()
     with quiet_fonts():
-        figure.savefig(buffer, dpi=110, format="png")
+        figure.savefig(buffer, dpi=110, format="png", metadata=dict([SIGNATURE]))
     path.write_bytes(buffer.getvalue())

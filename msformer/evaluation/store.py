@@ -24,7 +24,7 @@ from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import Pair
 from msformer.io.prepare import resize_image
 from msformer.memory import kept_memory
-from msformer.output import read_record, remove, write_json
+from msformer.output import check_name, read_record, remove, write_json
 from msformer.pictures import indexed_png, read_labels, write_png
 from msformer.runs.executors import Report
 from msformer.runs.plan import fingerprint
@@ -87,6 +87,11 @@ class Store:
             return self._record(method, case) is not None
         except OSError:
             return False
+
+    def check_names(self, method: Method, case: Case) -> None:
+        """Raises NameRefused where the files of an image cannot have their names."""
+        for suffix in (".png", ".json"):
+            check_name(self._file(method, case, suffix))
 
     def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
         found = read_record(self._file(method, case, ".json"))

@@ -7,29 +7,28 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
 from msformer.io.dicom import is_dicom
-from msformer.output import read_record
+from msformer.output import SIGNATURE, read_record
 from msformer.text import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
 
-RESULTS_MARK = ".msformer-results"
-"""File in a folder that a run writes its results to."""
 _RESULT = re.compile(r"(.+)\.(?:labels|overlay|mask|probability)\.(?:png|nii\.gz)|contact-sheet(?:-\d+)?\.png")
 _MAPS = "maps"
-"""Folder of an evaluation's label maps, in that of its results."""
-_EVALUATION = "run.json"
-"""Which an evaluation writes."""
+"""Folder of an evaluation's label maps."""
 _KINDS = {
     stat.S_IFIFO: "named pipe",
     stat.S_IFSOCK: "socket",
     stat.S_IFCHR: "character device",
     stat.S_IFBLK: "block device",
 }
+_START = 512
+"""Bytes of a PNG file in which its signature is."""
 _NAMED = 5
 """Entries of a kind that are named in a warning."""
 
@@ -88,26 +87,23 @@ class _Walk:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Entries by the reason why they are left out."""
     results: Counter[Path] = field(default_factory=Counter)
-    """Files of earlier runs, by the folder of these."""
+    """Files of earlier runs, by folder."""
 
     def images(self) -> Iterator[Path]:
         """In the order of their paths; without recursion, as folders may be nested as deeply as they like."""
         seen: set[tuple[int, int]] = set()
-        stack: list[tuple[Path, Path | None]] = [(self.top, None)]
-        """Files and folders still to be given, the next one last, with the folder of the results that they lie in."""
+        stack = [self.top]
+        """Files and folders still to be given, the next one last."""
         while stack:
-            path, within = stack.pop()
+            path = stack.pop()
             mode = self._mode(path)
             if mode is not None and not stat.S_ISDIR(mode):
-                if self._is_image(path, mode, within):
+                if self._is_image(path, mode):
                     yield path
             elif mode is not None and self._is_new(path, seen):
                 entries = self._entries(path)
-                if RESULTS_MARK in entries or (_EVALUATION in entries and _is_evaluation(path / _EVALUATION)):
-                    within = path
-                hidden = self._maps(path, entries) if within == path else ()
                 shown = (name for name in entries if not name.startswith(".") and name.upper() != "DICOMDIR")
-                stack += [(path / name, within) for name in sorted(shown, reverse=True) if name not in hidden]
+                stack += [path / name for name in sorted(shown, reverse=True)]
 
     def _is_new(self, folder: Path, seen: set[tuple[int, int]]) -> bool:
         """Whether a folder is to be looked into: it was not yet, and is not excluded."""
@@ -116,6 +112,9 @@ class _Walk:
         if key in seen or not self.excluded.isdisjoint((place, *place.parents)):
             return False
         seen.add(key)
+        if folder.name == _MAPS and folder != self.top and _is_of_maps(folder):
+            self.results[folder] += 1
+            return False
         return True
 
     def _entries(self, folder: Path) -> list[str]:
@@ -137,7 +136,7 @@ class _Walk:
             self._leave_out(path, f"cannot be read, {error.strerror}")
             return None
 
-    def _is_image(self, path: Path, mode: int, within: Path | None) -> bool:
+    def _is_image(self, path: Path, mode: int) -> bool:
         if stat.S_ISLNK(mode):
             return path.name.lower().endswith(SUFFIXES)  # reading it says what is wrong
         if not stat.S_ISREG(mode):
@@ -145,20 +144,10 @@ class _Walk:
             return False
         if not (path.name.lower().endswith(SUFFIXES) or is_dicom(path)):
             return False
-        if _is_result(path, within is not None):
-            self.results[within or path.parent] += 1
+        if _is_result(path):
+            self.results[path.parent] += 1
             return False
         return True
-
-    def _maps(self, folder: Path, entries: list[str]) -> tuple[str, ...]:
-        """The folder of label maps, in one of results: it has folders of methods, and no images of its own."""
-        maps = folder / _MAPS
-        if _MAPS not in entries or not maps.is_dir():
-            return ()
-        if any(name.lower().endswith(SUFFIXES) for name in self._entries(maps)):
-            return ()
-        self.results[folder] += 1
-        return (_MAPS,)
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.left_out.setdefault(reason, []).append(path.relative_to(self.top).as_posix())
@@ -173,18 +162,39 @@ class _Walk:
             warnings.warn(f"{self.top}: left out: {'; '.join(parts)}", stacklevel=3)
 
 
-def _is_result(path: Path, marked: bool) -> bool:
-    """Whether an earlier run wrote a file, by its name, and by the folder's mark or the record beside it."""
+def _is_result(path: Path) -> bool:
+    """Whether an earlier run wrote a file: by its name, and by the record or the signed label map that come with it."""
     match = _RESULT.fullmatch(path.name)
-    if match is None or marked:
-        return match is not None
-    names = ("summary.json",) if match[1] is None else (f"{match[1]}.json", f"{match[1]}-slice-000.json")
-    records = (read_record(path.with_name(name)) for name in names)
-    return any(record is not None and "settings" in record for record in records)
+    if match is None:
+        return False
+    if match[1] is None:
+        return _is_signed(path) or "settings" in (read_record(path.with_name("summary.json")) or {})
+    sisters = (path.with_name(name) for name in (f"{match[1]}.json", f"{match[1]}-slice-000.json"))
+    return any(_is_record(sister) or _is_signed(sister.with_suffix(".labels.png")) for sister in sisters)
 
 
-def _is_evaluation(path: Path) -> bool:
-    return "blind rule" in (read_record(path) or {})
+def _is_of_maps(folder: Path) -> bool:
+    """Whether the label maps of an evaluation lie below a folder, and the first that is found there is one."""
+    with suppress(OSError):
+        for path in folder.rglob("*.png"):
+            return _is_signed(path) or _is_record(path.with_suffix(".json"))
+    return False
+
+
+def _is_record(path: Path) -> bool:
+    """Of a result."""
+    return {"settings", "sha256"} <= (read_record(path) or {}).keys()
+
+
+def _is_signed(path: Path) -> bool:
+    """Whether msformer wrote a PNG file. (Earlier versions did not sign.)"""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return "\0".join(SIGNATURE).encode() in file.read(_START)
+    except OSError:
+        return False
 
 
 def plain_name(path: Path) -> str:

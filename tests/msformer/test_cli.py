@@ -24,7 +24,6 @@ import msformer.runs.execute
 import msformer.runs.ways
 import msformer_kernels as kernels
 from msformer.cli import main
-from msformer.io.files import RESULTS_MARK
 from msformer.output import OutputError, complete_file, machine, prepare_folder
 from msformer.scoring import dice
 from tests.msformer.conftest import QUICK_OPTIONS
@@ -47,9 +46,7 @@ def images(tmp_path: Path, picture: Picture) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    """Without the mark of a folder of results."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return found - {RESULTS_MARK}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_segment_a_folder(images: Path, tmp_path: Path, picture: Picture) -> None:

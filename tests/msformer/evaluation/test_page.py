@@ -36,10 +36,10 @@ def test_the_page_is_self_contained(report: Path) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("http://matplotlib.org", ""), "nothing is fetched; namespaces of SVG are names only"
-    assert text.count("data:image/jpeg;base64,") == 4 * (2 + 3 * 2)
+    assert text.count("data:image/webp;base64,") == 4 * (2 + 3 * 2)
     assert "alone.png: has no image" in text
     assert "a &lt;b&gt;" in text
-    assert "<b>" not in text.split("a &lt;b&gt;")[0].split("<main")[1]
+    assert "<b>" not in text.split("a &lt;b&gt;")[0].split("<template")[1]
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
