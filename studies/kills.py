@@ -1,21 +1,32 @@
-"""Runs that are killed again and again: afterwards every file is whole, and the resumed run equals the uninterrupted
-one, byte by byte.
+"""Runs that are killed or cannot write, again and again: afterwards every file is whole, and the resumed run equals the
+uninterrupted one, byte by byte.
 
     python -m studies.kills                          # 200 kills of each command, about 20 minutes
     python -m studies.kills --kills 20 evaluate      # 20 of one
 
 The real commands run in forks of this process, which has imported what takes seconds, with the clock of durations
-stopped, since these are the only numbers that differ. A kill is SIGKILL at a random moment, SIGKILL at a random one of
-the run's operations on files (just before it opens, renames or removes one), or SIGINT, as of Ctrl-C, at a random
-moment. After each kill every file under its own name must be that of the uninterrupted run. After one to four kills
-the command is given once more: then all files must be those, and nothing else be there.
+stopped, since these are the only numbers that differ. A kill is one of:
+
+- SIGKILL at a random moment, or at a random one of the run's operations on files, just before it opens, renames or
+  removes one;
+- SIGINT, as of Ctrl-C, at a random moment;
+- a disk that is full from a random operation on, or a limit on the size of files, past which the system writes a part.
+
+After each kill every file under its own name must be that of the uninterrupted run; where the run ended by itself, what
+it writes of all images together must be whole. After one to four kills the command is given once more: then all files
+must be those, and nothing else be there.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import gzip
+import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import sys
@@ -32,6 +43,10 @@ from PIL import Image as PILImage
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.utime", "os.truncate")
 """Audit events of Python before operations on files."""
 MOMENT, OPERATION, INTERRUPT = "at a moment", "at a file operation", "by Ctrl-C"
+FULL, LIMIT = "by a full disk", "by a limit of size"
+WEIGHTS = {MOMENT: 4, OPERATION: 4, INTERRUPT: 2, FULL: 2, LIMIT: 1}
+OF_ALL = re.compile(r"summary\.json|contact-sheet.*|run\.json|report\..*|.*\.csv|.*\.nii\.gz")
+"""Files of all images together, or all slices of a volume: of those that could be written, where some could not."""
 MOST_IN_A_ROW = 4
 INTERRUPTED = 130
 HIDDEN = ".msformer-"
@@ -52,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         for name in options.commands or COMMANDS:
             counts = killed(Path(folder) / name, COMMANDS[name], options.kills, random.Random(options.seed))
-            kinds = ", ".join(f"{counts[kind]} {kind}" for kind in (MOMENT, OPERATION, INTERRUPT))
+            kinds = ", ".join(f"{counts[kind]} {kind}" for kind in WEIGHTS)
             print(
                 f"{name}: {options.kills} kills ({kinds}), {counts['resumed']} runs completed after kills: "
                 f"all {counts['files']} files equal to those of the uninterrupted run",
@@ -78,13 +93,14 @@ def killed(folder: Path, make: Callable[[Path], Sequence[str]], kills: int, chan
     while done < kills:
         shutil.rmtree(out)
         for _ in range(min(chance.randint(1, MOST_IN_A_ROW), kills - done)):
-            how = chance.choices((MOMENT, OPERATION, INTERRUPT), (2, 2, 1))[0]
+            how = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             while not _kill(arguments, folder, how, seconds, operations, chance):
                 pass  # it was over before
             done += 1
             counts[how] += 1
             found = {name: content for name, content in contents(out).items() if HIDDEN not in name}
-            wrong = sorted(name for name, content in found.items() if expected.get(name) != content)
+            loose = OF_ALL if how in (FULL, LIMIT) else None
+            wrong = sorted(name for name, content in found.items() if not _is_right(name, content, expected, loose))
             _check(not wrong, folder, f"after kill {done}, {how}: not as in the uninterrupted run: {wrong}")
         _check(_forked(arguments, folder).wait() == 0, folder, f"the run after kill {done} failed")
         found = contents(out)
@@ -98,13 +114,36 @@ def _kill(
     arguments: Sequence[str], folder: Path, how: str, seconds: float, operations: int, chance: random.Random
 ) -> bool:
     """Starts a run and kills it; False if it was over before."""
+    log = folder / "log"
     if how == OPERATION:
         return _forked(arguments, folder, die_at=chance.randrange(operations)).wait() == -signal.SIGKILL
-    run = _forked(arguments, folder)
-    time.sleep(chance.uniform(0, seconds))
-    status = run.end(signal.SIGINT if how == INTERRUPT else signal.SIGKILL)
-    _check(status in (0, INTERRUPTED, -signal.SIGKILL), folder, f"killed {how}: exit status {status}")
+    if how in (FULL, LIMIT):
+        full_at = chance.randrange(operations) if how == FULL else None
+        limit = chance.randrange(1, 6000) if how == LIMIT else None
+        status = _forked(arguments, folder, full_at=full_at, limit=limit).wait()
+        said = log.read_text(errors="replace")
+        reason = os.strerror(errno.ENOSPC if how == FULL else errno.EFBIG)
+        _check(status == 0 or (status == 1 and reason in said), folder, f"killed {how}: exit status {status}")
+    else:
+        run = _forked(arguments, folder)
+        time.sleep(chance.uniform(0, seconds))
+        status = run.end(signal.SIGINT if how == INTERRUPT else signal.SIGKILL)
+        _check(status in (0, INTERRUPTED, -signal.SIGKILL), folder, f"killed {how}: exit status {status}")
+    _check("Traceback" not in log.read_text(errors="replace"), folder, f"killed {how}: a traceback")
     return status != 0
+
+
+def _is_right(name: str, content: bytes, expected: Mapping[str, bytes], loose: re.Pattern[str] | None) -> bool:
+    """Whether a file is that of the uninterrupted run, or one of those that may differ, and whole."""
+    if expected.get(name) == content:
+        return True
+    if loose is None or not loose.fullmatch(Path(name).name):
+        return False
+    ends = {".png": b"IEND\xaeB`\x82", ".html": b"</html>", ".csv": b"\n", ".md": b"\n"}
+    suffix = Path(name).suffix
+    if suffix == ".json":
+        return isinstance(json.loads(content), dict)
+    return (suffix == ".gz" and bool(gzip.decompress(content))) or content.endswith(ends.get(suffix, b"?"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -135,12 +174,22 @@ class _Run:
         return self.wait()
 
 
-def _forked(arguments: Sequence[str], folder: Path, die_at: int | None = None, count: bool = False) -> _Run:
+def _forked(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    die_at: int | None = None,
+    full_at: int | None = None,
+    limit: int | None = None,
+    count: bool = False,
+) -> _Run:
     """The command in a fork of this process.
 
     Args:
         die_at: the operation on files before which it dies.
-        count: writes the number of these to ``folder/operations``.
+        full_at: from that operation on, whatever needs room on the disk fails.
+        limit: bytes of a file that it may write.
+        count: writes the number of operations to ``folder/operations``.
     """
     import msformer.cli
     import msformer.evaluation.command
@@ -165,9 +214,13 @@ def _forked(arguments: Sequence[str], folder: Path, die_at: int | None = None, c
             if event in OPERATIONS and str(details[0]).startswith(str(folder / "out")):
                 if seen == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if full_at is not None and seen >= full_at and _needs_room(event, details):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 seen += 1
 
         sys.addaudithook(audit)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
             msformer.cli.main(list(arguments))
         except SystemExit as ended:
@@ -178,6 +231,11 @@ def _forked(arguments: Sequence[str], folder: Path, die_at: int | None = None, c
         status = INTERRUPTED
     finally:
         os._exit(status)
+
+
+def _needs_room(event: str, details: tuple[Any, ...]) -> bool:
+    """Whether an operation fails on a full disk."""
+    return event == "os.mkdir" or (event == "open" and bool(details[2] & (os.O_WRONLY | os.O_RDWR)))
 
 
 def _images(folder: Path, count: int, masks: bool = False) -> None:
