@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import warnings
@@ -47,27 +48,33 @@ def find_images(paths: Iterable[str | PathLike[str]], *, exclude: Iterable[Path]
         PermissionError: a given folder that cannot be read.
         ValueError: no image at all, a given path that is neither file nor folder, or a given folder is to be left out.
     """
-    found: dict[Path, Path] = {}
+    found: dict[tuple[int, int, str], Path] = {}
+    """By the folder and the name in it: links to one image are several."""
     given = [Path(path) for path in paths]
-    excluded = {folder.resolve() for folder in exclude}
+    excluded = {Path(os.path.realpath(folder)) for folder in exclude}
     for path in given:
-        kind = _kind_of(path)
+        kind, place = _kind_of(path), Path(os.path.realpath(path))
         if kind == stat.S_IFREG:
-            found.setdefault(path.parent.resolve() / path.name, path)
+            found.setdefault((*_identity(path.parent), path.name), path)
         elif kind != stat.S_IFDIR:
             raise ValueError(f"{path}: expected a file or folder, got a {_KINDS.get(kind, 'file of another kind')}")
-        elif path.resolve() in excluded:
+        elif place in excluded:
             raise ValueError(f"{path}: results cannot go into the folder that the images are in; expected another")
         else:
-            walk = _Walk(path, excluded - {path.resolve(), *path.resolve().parents})
+            walk = _Walk(path, excluded - {place, *place.parents})
             for file in walk.images():
-                if walk.excluded.isdisjoint(file.resolve().parents):
-                    found.setdefault(file.parent.resolve() / file.name, file)  # links to one image are several
+                found.setdefault((*_identity(file.parent), file.name), file)
             walk.warn()
     if not found:
         listed = ", ".join(map(str, given))
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in: {listed}")
     return list(found.values())
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for all paths of a folder."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _kind_of(path: Path) -> int:
@@ -107,15 +114,21 @@ class _Walk:
 
     def _is_new(self, folder: Path, seen: set[tuple[int, int]]) -> bool:
         """Whether a folder is to be looked into: it was not yet, and is not excluded."""
-        place, found = folder.resolve(), folder.stat()
-        key = (found.st_dev, found.st_ino)
-        if key in seen or not self.excluded.isdisjoint((place, *place.parents)):
+        here = _identity(folder)
+        if here in seen or self._is_excluded(folder):
             return False
-        seen.add(key)
+        seen.add(here)
         if folder.name == _MAPS and folder != self.top and _is_of_maps(folder):
             self.results[folder] += 1
             return False
         return True
+
+    def _is_excluded(self, path: Path) -> bool:
+        """Of a path in a folder that is not: whether it is itself, or leads there."""
+        if not self.excluded:
+            return False
+        place = Path(os.path.realpath(path))
+        return not self.excluded.isdisjoint((place, *place.parents))
 
     def _entries(self, folder: Path) -> list[str]:
         try:
@@ -143,6 +156,8 @@ class _Walk:
             self._leave_out(path, _KINDS.get(stat.S_IFMT(mode), "no regular file"))
             return False
         if not (path.name.lower().endswith(SUFFIXES) or is_dicom(path)):
+            return False
+        if path.is_symlink() and self._is_excluded(path):
             return False
         if _is_result(path):
             self.results[path.parent] += 1

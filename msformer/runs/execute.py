@@ -6,6 +6,7 @@ the same input (by content) is not segmented again.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from msformer.selection import AUTO, rule_for
 
 def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
     """The record of this image, if it is complete and was made from the same input with the same settings."""
-    wanted = {"settings": settings_record(plan), "source": printable(str(job.source.resolve()))}
+    wanted = {"settings": settings_record(plan), "source": printable(os.path.realpath(job.source))}
     record = read_record(job.file(folder, ".json"))
     if record is None or any(record.get(key) != value for key, value in wanted.items()):
         return None
@@ -51,7 +52,7 @@ def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     rule = None if plan.mask is None else rule_of(job, plan, pixels)
     result = plan.way.segment(pixels, rule, step)
     record = {
-        "source": printable(str(job.source.resolve())),
+        "source": printable(os.path.realpath(job.source)),
         "sha256": fingerprint(job.source),
         "settings": settings_record(plan),
         "size": list(result.labels.shape),

@@ -62,7 +62,7 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_
     folders = [Path(os.path.abspath(root)) for root in roots if root.is_dir()]
     present = _Present(folder)
     for source in sources:
-        resolved = source.resolve()
+        resolved = Path(os.path.realpath(source))
         place = Path(os.path.abspath(source))  # where a link lies, not where it leads
         root = next((root for root in folders if root in place.parents), place.parent)
         plain = printable(place.relative_to(root).with_name(plain_name(place)).as_posix())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,15 +41,13 @@ def test_links_in_circles(tmp_path: Path) -> None:
 
 
 def test_folders_nested_deeper_than_python_recurses(tmp_path: Path) -> None:
-    here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1200):
-        os.mkdir("d", dir_fd=here)
-        inner = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    os.close(os.open("a.png", os.O_CREAT, dir_fd=here))
-    os.close(here)
-    assert names(tmp_path) == ["a.png"]
+    touched(tmp_path.joinpath(*["d"] * 200, "a.png"))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        assert names(tmp_path) == ["a.png"]
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_what_is_no_regular_file_is_left_out_and_named(tmp_path: Path) -> None:
@@ -83,14 +83,12 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_results_are_no_images(tmp_path: Path) -> None:
-    """Of segment, evaluate, demo, complete or interrupted at any point, beside images or below them."""
+    """Of segment and evaluate, complete or interrupted, beside images or below them."""
     folder = tmp_path / "d"
-    data.make_pairs(folder, ("a", "b"))
+    data.make_pairs(folder, ("a",))
     images = sorted(folder.rglob("*.png"))
-    for out in (folder / "r1", folder / "images"):
-        inputs = [folder / "images"] if out.name == "r1" else sorted((folder / "images").glob("*.png"))
-        result = run("segment", *inputs, "--mask", "--out", out, *QUICK_OPTIONS)
-        assert result.exit_code == 0, result.output
+    result = run("segment", folder / "images" / "a.png", "--mask", "--out", folder / "images", *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
     result = run("evaluate", "--data", folder, "--methods", "otsu", "--size", "33", "--out", folder / "r2")
     assert result.exit_code == 0, result.output
     with pytest.warns(UserWarning, match="results of an earlier run in"):
