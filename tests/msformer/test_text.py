@@ -45,9 +45,8 @@ def test_cells_are_on_one_line_and_not_calculated(tmp_path: Path) -> None:
 
 
 def test_markdown_shows_the_text_itself() -> None:
-    assert markdown_text("a_b <i> [x](y) | *z* _w_ & `c`\n") == (
-        r"a_b &lt;i&gt; \[x\](y) \| \*z\* \_w\_ &amp; \`c\`\\n"
-    )
+    shown = markdown_text("a_b <i> [x](y) | *z* _w_ & `c`\n")
+    assert shown == (r"a_b &lt;i&gt; \[x\](y) \| \*z\* \_w\_ &amp; \`c\`\\n")
 
 
 def test_warnings_are_safe_lines() -> None:
