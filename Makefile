@@ -4,6 +4,7 @@
 #   make test    the tests; those of accuracy in other environments, too (tests/kernels/test_environments.py)
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
 #   make ahead-of-time   compiles every Triton kernel for GPUs that need not be there; TRITON=3.6.0: with that version
+#   make kills   kills runs of the commands 200 times each, at random points, and compares what is left
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
@@ -34,7 +35,7 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time lint build clean fuzz sanitize large lock licences audit
+.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -44,6 +45,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks
+
+kills: $(VENV)/installed-test
+	$(BIN)/python -m studies.kills
 
 ahead-of-time: $(VENV)/installed-test $(if $(TRITON),$(VENV)/triton/$(TRITON))
 	PYTHONPATH=$(if $(TRITON),$(VENV)/triton/$(TRITON):)kernels $(BIN)/python -m benchmarks.ahead_of_time

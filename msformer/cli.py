@@ -26,6 +26,7 @@ from msformer.options import (
     needed_packages,
     run_options,
 )
+from msformer.text import plain_warnings, say
 from msformer.training.command import train
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def segment(
     if select != "auto" and not mask:
         raise click.UsageError("--select is for --mask, which is not given")
     with friendly_errors():
+        from msformer.claim import claimed
         from msformer.io.files import find_images
         from msformer.io.read import Reading
         from msformer.runs.plan import Plan, plan_jobs
@@ -108,16 +110,17 @@ def segment(
         plan = Plan(way, reading, select if mask else None)
         executor = make_executor(cluster, threads, way.device, at_once, images_at_once(way.device))
         sources = find_images(paths, exclude=[out])
-        jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
-        doubts = way.doubts(jobs, reading)
-        for doubt in doubts:
-            click.echo(f"warning: {doubt}", err=True)
-        finished, failures = run_all(jobs, out, plan, overwrite, executor)
-        write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
-        drawn: dict[str, Any] = {"warnings": doubts} if doubts else {}
-        if mask:
-            drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
-        finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)
+        with claimed(out):
+            jobs = plan_jobs(sources, paths, out, all_slices=slice == ALL_SLICES)
+            doubts = way.doubts(jobs, reading)
+            for doubt in doubts:
+                say(f"warning: {doubt}", err=True)
+            finished, failures = run_all(jobs, out, plan, overwrite, executor)
+            failures |= write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
+            drawn: dict[str, Any] = {"warnings": doubts} if doubts else {}
+            if mask:
+                drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
+            finish(jobs, finished, failures, out, plan, **drawn, **executor.facts)
     sys.exit(1 if failures else 0)
 
 
@@ -135,27 +138,30 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
     size is smaller than that of `segment`, to be quick.
     """
     with friendly_errors():
+        from msformer.claim import claimed
         from msformer.demo import make_images, print_scores, score_all
         from msformer.io.read import Reading
         from msformer.runs.executors import Local
         from msformer.runs.plan import Plan, plan_jobs
 
-        sources, masks = make_images(out, count, options["seed"])
+        seed = options["seed"]
         plan = Plan(make_fit(options), Reading())
-        jobs = plan_jobs(sources, [out / "images"], out)
         executor = Local(at_once or images_at_once(plan.way.device))
-        finished, failures = run_all(jobs, out, plan, overwrite, executor)
-        scores = score_all(finished, masks, out)
-        finish(
-            jobs,
-            finished,
-            failures,
-            out,
-            plan,
-            caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].oracle:.0f}",
-            mask=lambda job: masks[job.name],
-            scores={name: value._asdict() for name, value in scores.items()},
-        )
+        with claimed(out):
+            sources, masks = make_images(out, count, seed)
+            jobs = plan_jobs(sources, [out / "images"], out)
+            finished, failures = run_all(jobs, out, plan, overwrite, executor)
+            scores = score_all(finished, masks, out)
+            finish(
+                jobs,
+                finished,
+                failures,
+                out,
+                plan,
+                caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].oracle:.0f}",
+                mask=lambda job: masks[job.name],
+                scores={name: value._asdict() for name, value in scores.items()},
+            )
         print_scores(scores)
     sys.exit(1 if failures else 0)
 
@@ -255,7 +261,8 @@ def _cpu_name() -> str:
 def friendly_errors() -> Iterator[None]:
     """Turns errors that a user can do something about into a line on stderr and exit code 1; Ctrl-C into 130."""
     try:
-        yield
+        with plain_warnings():
+            yield
     except KeyboardInterrupt:
         message = "interrupted; finished images are complete, the same command goes on where it stopped"
         click.echo(f"\n{message}", err=True)
@@ -265,7 +272,7 @@ def friendly_errors() -> Iterator[None]:
 
         if isinstance(error, RuntimeError) and not isinstance(error, BackendError):
             raise
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(1)
 
 
@@ -277,12 +284,11 @@ def run_all(
 
     from torch import OutOfMemoryError
 
-    from msformer.output import OutputError, prepare_folder
+    from msformer.output import NameRefused, OutputError
     from msformer.progress import RunProgress
     from msformer.runs.execute import done_before, run_job
     from msformer_kernels import BackendError
 
-    prepare_folder(out)
     finished: dict[str, Record] = {}
     failures: dict[str, str] = {}
 
@@ -291,15 +297,21 @@ def run_all(
         """What goes wrong with an image is said and does not end the run."""
         try:
             yield
-        except (OutputError, BackendError):
-            raise
-        except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
-            failures[job.origin] = str(error)
-            progress.ended(job.name, f"failed: {error}")
+        except (OutputError, BackendError) as error:
+            if not isinstance(error, NameRefused):
+                raise
+            failed(job, error)
+        except (ValueError, OSError, FloatingPointError, OutOfMemoryError, MemoryError) as error:
+            failed(job, error)
+
+    def failed(job: Job, error: Exception) -> None:
+        failures[job.origin] = str(error) or type(error).__name__
+        progress.ended(job.name, f"failed: {failures[job.origin]}")
 
     def settled(job: Job) -> bool:
         """Whether there is nothing to make, as the image was done before, or cannot be read."""
         with of_image(job):
+            plan.check_names(job, out)  # before minutes of a fit
             record = None if overwrite else done_before(job, out, plan)
             if record is None:
                 progress.begin()
@@ -343,9 +355,10 @@ def finish(
     caption = caption or (lambda job, record: plan.way.caption(record))
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
-    sheets = write_sheets(complete, records, out, plan, caption, mask, border) if complete else []
+    sheets, not_drawn = write_sheets(complete, records, out, plan, caption, mask, border) if complete else ([], {})
     write_summary(complete, records, failures, out, settings_record(plan), **more)
-    for source, error in failures.items():
-        click.echo(f"failed: {error if source in error else f'{source}: {error}'}", err=True)
+    for what, errors in (("failed", failures), ("not on a contact sheet", not_drawn)):
+        for source, error in errors.items():
+            say(f"{what}: {error if source in error else f'{source}: {error}'}", err=True)
     pictures = ", ".join(sheet.name for sheet in sheets) or "no pictures"
-    click.echo(f"{len(complete)} of {len(jobs)} images in {out}: {pictures}, summary.json")
+    say(f"{len(complete)} of {len(jobs)} images in {out}: {pictures}, summary.json")

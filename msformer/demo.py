@@ -10,9 +10,9 @@ from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
-from msformer.output import complete_file, prepare_folder
+from msformer.output import prepare_folder
+from msformer.pictures import read_labels, write_png
 from msformer.runs.plan import Record
-from msformer.runs.write import read_labels
 from msformer.scoring import Scores, score
 from msformer.synthetic import synthetic_lesion
 
@@ -28,8 +28,7 @@ def make_images(
         lesion = synthetic_lesion(seed * 1000 + number, varied=varied)
         name = f"lesion-{seed}-{number + 1:02d}"
         for kind, pixels in (("images", lesion.image), ("masks", lesion.mask)):
-            with complete_file(out / kind / f"{name}.png") as temporary:
-                PILImage.fromarray(pixels).save(temporary, format="PNG")
+            write_png(PILImage.fromarray(pixels), out / kind / f"{name}.png")
         sources.append(out / "images" / f"{name}.png")
         masks[name] = lesion.mask
     return sources, masks

@@ -19,11 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageFilter
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from msformer.output import SIGNATURE, complete_file
+from msformer.scoring import Mask
+from msformer.text import visible
 
 OKABE_ITO = ("#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#999999")
 ROWS_PER_SHEET = 6
 TALLEST = 9.0
 """Inches that a row of a contact sheet is high at most; its pictures are 3 wide."""
+LARGEST = 1320
+"""Pixels of a side of what is drawn there, at least half of that: four times what is seen."""
+BAND = 1 << 22
+"""Pixels that are tinted at a time."""
 
 
 def palette(count: int = 256) -> NDArray[np.uint8]:
@@ -64,9 +73,14 @@ def line_width(shape: tuple[int, ...]) -> int:
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[Any], strength: float = 0.38) -> NDArray[np.uint8]:
     """An image ``[H, W, 3]`` tinted with the colours of its labels, white lines around its segments."""
-    tinted = image * (1 - strength) + colour_labels(labels) * strength
+    tinted = np.empty_like(image)
+    step = max(1, BAND // max(1, image.shape[1]))
+    colours = palette(int(labels.max()) + 1)
+    for top in range(0, image.shape[0], step):
+        rows = slice(top, top + step)
+        tinted[rows] = (image[rows] * (1 - strength) + colours[labels[rows]] * strength).round()
     tinted[drawable_borders(labels, line_width(image.shape))] = 255
-    return tinted.round().astype(np.uint8)
+    return tinted
 
 
 def outline(
@@ -94,11 +108,36 @@ def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
     return image
 
 
+def write_png(picture: PILImage.Image, path: Path, optimize: bool = False) -> None:
+    """Whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written. (An encoder that writes to the disk itself would not say that it is full.)
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=optimize, pnginfo=_signature())
+    with complete_file(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _signature() -> PngInfo:
+    """By which later runs tell results from images."""
+    found = PngInfo()
+    found.add_text(*SIGNATURE)
+    return found
+
+
+def read_labels(path: Path) -> NDArray[Any]:
+    """The label map of an indexed PNG that `write_png` wrote, however large it is."""
+    with PngImageFile(path) as image:  # `PIL.Image.open` refuses what is large, for it might come from a stranger
+        return np.asarray(image)
+
+
 def picture_url(pixels: NDArray[np.uint8]) -> str:
     """A picture as text that stands in a page itself."""
     buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    PILImage.fromarray(pixels).save(buffer, format="WEBP", quality=75, method=2)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -118,11 +157,29 @@ def _shortened(name: str, most: int = 40) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2) :]}"
 
 
+def small_row(name: str, caption: str, image: NDArray[np.uint8], labels: NDArray[Any], mask: Mask | None) -> SheetRow:
+    """A row whose pictures are no larger than what is seen of them."""
+    step = -(-max(labels.shape) // LARGEST)
+    if step > 1:
+        size = labels.shape[1] // step or 1, labels.shape[0] // step or 1
+        image = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.BOX))
+        labels = _nearest(labels, image.shape)
+        mask = None if mask is None else _nearest(mask, image.shape)
+    return SheetRow(name, caption, image, labels, mask)
+
+
+def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(shape[:2], values.shape, strict=True))
+    return values[np.ix_(rows, columns)]
+
+
 def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
     """Draws one page, a row an image: the image, the overlay, the label map; as PNG. `border` is what the masks' is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    from msformer.drawing import drawn, quiet_fonts
 
     heights = [min(3 * row.image.shape[0] / row.image.shape[1], TALLEST) for row in rows]
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.03, hspace=0.01, wspace=0.01)
@@ -141,9 +198,12 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        left.set_title(_shortened(row.name), fontsize=10, fontweight="bold", loc="left", parse_math=False)
+        left.set_title("", fontsize=10, fontweight="bold", loc="left").set(**drawn(_shortened(visible(row.name))))
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
     first = "image" if rows[0].mask is None else f"image, {border} in green"
     for axis, title in zip(axes[-1], [first, "overlay", "labels"], strict=True):
         axis.set_xlabel(title, fontsize=9, color="#444444")
-    figure.savefig(path, dpi=110, format="png")
+    buffer = io.BytesIO()
+    with quiet_fonts():
+        figure.savefig(buffer, dpi=110, format="png", metadata=dict([SIGNATURE]))
+    path.write_bytes(buffer.getvalue())

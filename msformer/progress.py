@@ -11,6 +11,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from msformer.text import visible
 
 Update = Callable[[int, int, str], None]
 
@@ -30,10 +33,10 @@ class RunProgress:
         self._first_start: float | None = None
         self._made = self._skipped = 0
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
+            TextColumn("{task.fields[details]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
@@ -61,7 +64,7 @@ class RunProgress:
     def start(self, name: str) -> Update:
         """The next item; returns what is to be called as ``update(steps done, steps, details)``."""
         self.begin()
-        bar = self._running[name] = self._bars.add_task(name, total=None, details="")
+        bar = self._running[name] = self._bars.add_task(visible(name), total=None, details="")
 
         def update(done: int, steps: int, details: str = "") -> None:
             self._bars.update(bar, completed=done, total=steps, details=details)
@@ -94,4 +97,4 @@ class RunProgress:
         return f"; about {seconds:.0f} s left" if seconds < 100 else f"; about {seconds / 60:.0f} min left"
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(visible(line)), soft_wrap=True)

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import msformer
 from msformer.baselines import Method, choose_methods
+from msformer.claim import claimed
 from msformer.evaluation.layouts import Found, find_cases
 from msformer.evaluation.masks import parse_labels
 from msformer.evaluation.models import is_model, model_methods
@@ -29,9 +30,10 @@ from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.io.read import Reading
 from msformer.options import make_executor
-from msformer.output import complete_file, prepare_folder, write_json
+from msformer.output import complete_file, write_json
 from msformer.segmentation import find_device
 from msformer.selection import AUTO, RULES
+from msformer.text import markdown_text, say, visible
 from msformer_kernels.core.backends import resolve
 
 FLOORS = ("everything", "otsu")
@@ -85,13 +87,13 @@ def run(
     executor = make_executor(cluster, threads, device, at_once=None, here=1)
     cases = found.cases[:limit]
     check_labels(cases)
-    prepare_folder(out)
     for problem in found.problems:
-        click.echo(f"left out: {problem}", err=True)
-    outcome = evaluate(cases, chosen, rule, Store(out, settings), executor)
-    if not outcome.rows:
-        raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
-    _write(out, found, chosen, settings, outcome, executor.facts)
+        say(f"left out: {problem}", err=True)
+    with claimed(out):
+        outcome = evaluate(cases, chosen, rule, Store(out, settings), executor)
+        if not outcome.rows:
+            raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
+        _write(out, found, chosen, settings, outcome, executor.facts)
     return outcome.failures
 
 
@@ -117,7 +119,8 @@ def _write(
         temporary.write_text(_markdown(report), encoding="utf-8")
     write_json(out / "run.json", {**about, "failures": outcome.failures, "left out": list(found.problems)})
     scored = [case for case in found.cases if case.name in set(scores.image)]
-    write_page(report, scored, Store(out, settings), out / "report.html")
+    for name, error in write_page(report, scored, Store(out, settings), out / "report.html").items():
+        say(f"not in report.html: {name}: {error}", err=True)
     _print(report, out)
 
 
@@ -141,18 +144,18 @@ def _markdown(report: Report) -> str:
     if report.failures:
         parts.append(f"## Failed\n\n{_listed(report.failures.items())}")
     if report.left_out:
-        parts.append("## Left out\n\n" + "".join(f"- {problem}\n" for problem in report.left_out))
+        parts.append("## Left out\n\n" + "".join(f"- {markdown_text(problem)}\n" for problem in report.left_out))
     return "\n".join(parts)
 
 
 def _listed(items: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"- {name}: {value}\n" for name, value in items)
+    return "".join(f"- {markdown_text(name)}: {markdown_text(value)}\n" for name, value in items)
 
 
 def _print(report: Report, out: Path) -> None:
     """Failures, the mean Dice coefficients, and where everything is."""
     for name, error in report.failures.items():
-        click.echo(f"failed: {name}: {error}", err=True)
+        say(f"failed: {name}: {error}", err=True)
     table = Table(title="Mean DSC, %")
     table.add_column("method")
     for protocol in PROTOCOLS:
@@ -160,10 +163,10 @@ def _print(report: Report, out: Path) -> None:
     means = report.summary.set_index(["method", "protocol"]).dsc
     for method in report.methods:
         cells = [means.get((method.name, protocol), float("nan")) for protocol in PROTOCOLS]
-        table.add_row(method.title, *(percent(value) for value in cells))
+        table.add_row(Text(visible(method.title)), *(percent(value) for value in cells))
     Console().print(table)
     images = report.scores.image.nunique()
-    click.echo(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
+    say(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
 
 
 def headings_of(rules: str) -> dict[str, str]:

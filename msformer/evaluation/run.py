@@ -21,7 +21,7 @@ from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Settings, Store
 from msformer.io.prepare import resize_labels
-from msformer.output import OutputError, printable
+from msformer.output import NameRefused, OutputError, printable
 from msformer.progress import RunProgress
 from msformer.runs.executors import Executor, Local, Report
 from msformer_kernels import BackendError
@@ -134,6 +134,7 @@ class _Run:
             for j, method in enumerate(self.methods):
                 asked = None
                 with self.failing((i, j), f"{case.name}, {method.title}", progress):
+                    self.store.check_names(method, case)
                     asked = Asked(case, (i, j), chosen, self.store.load(method, case))
                 if asked is not None:
                     progress.begin()
@@ -144,11 +145,12 @@ class _Run:
         """What goes wrong with an image, or with a method on it, is said and does not end the run."""
         try:
             yield
-        except (OutputError, BackendError):
-            raise
         except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-            self.failures[place] = name, printable(str(error))
-            progress.ended(name, f"failed: {printable(str(error))}", items=items)
+            if isinstance(error, OutputError | BackendError) and not isinstance(error, NameRefused):
+                raise
+            reason = printable(str(error)) or type(error).__name__
+            self.failures[place] = name, reason
+            progress.ended(name, f"failed: {reason}", items=items)
 
 
 def _check_object(case: Case, pair: Pair, size: int) -> None:

@@ -24,11 +24,10 @@ from msformer.evaluation.layouts import Case
 from msformer.evaluation.pairs import Pair
 from msformer.io.prepare import resize_image
 from msformer.memory import kept_memory
-from msformer.output import complete_file, read_record, write_json
-from msformer.pictures import indexed_png
+from msformer.output import check_name, read_record, remove, write_json
+from msformer.pictures import indexed_png, read_labels, write_png
 from msformer.runs.executors import Report
 from msformer.runs.plan import fingerprint
-from msformer.runs.write import read_labels
 from msformer.scoring import Mask
 from msformer.segmentation import order_by_area
 from msformer.selection import select
@@ -89,6 +88,11 @@ class Store:
         except OSError:
             return False
 
+    def check_names(self, method: Method, case: Case) -> None:
+        """Raises NameRefused where the files of an image cannot have their names."""
+        for suffix in (".png", ".json"):
+            check_name(self._file(method, case, suffix))
+
     def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
         found = read_record(self._file(method, case, ".json"))
         if found is None or not self._file(method, case, ".png").exists():
@@ -109,11 +113,11 @@ class Store:
         seconds = round(time.perf_counter() - started, 3)
         fitted = Fitted(order_by_area(made.labels), made.steps, seconds, made.mask)
         record = self._file(method, case, ".json")
-        record.unlink(missing_ok=True)  # an older one is not that of the new map
-        _write(self._file(method, case, ".png"), fitted.labels)
+        remove(record)  # an older one is not that of the new map
+        write_png(indexed_png(fitted.labels), self._file(method, case, ".png"), optimize=True)
         facts = {"steps": fitted.steps, "seconds": fitted.seconds}
         if fitted.mask is not None:
-            _write(self._mask_file(method, case), fitted.mask)
+            write_png(indexed_png(fitted.mask), self._mask_file(method, case), optimize=True)
             facts["mask"] = True
         write_json(record, self._key(method, case) | facts)
         return fitted
@@ -136,9 +140,3 @@ class Store:
             "version": msformer.__version__,
             "sha256": fingerprint(case.image),
         }
-
-
-def _write(path: Path, labels: NDArray[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_file(path) as temporary:
-        indexed_png(labels).save(temporary, format="PNG", optimize=True)

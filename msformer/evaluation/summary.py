@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from msformer.baselines import Method
 from msformer.evaluation.protocols import PROTOCOLS
 from msformer.evaluation.run import Row
 from msformer.output import complete_file
+from msformer.text import cell_text, markdown_text
 
 MEASURES = {
     "dsc": "DSC",
@@ -127,12 +129,20 @@ def markdown(summary: pd.DataFrame, headings: dict[str, str]) -> str:
     columns = header(summary)
     parts = []
     for protocol, heading in headings.items():
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *table_rows(summary, protocol)]
+        names = list(map(markdown_text, columns))
+        cells = [[markdown_text(row[0]), *row[1:]] for row in table_rows(summary, protocol)]
+        lines = [names, ["---", *["---:"] * (len(columns) - 1)], *cells]
         parts.append(f"### {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; text as `cell_text` writes it."""
+    names = table.select_dtypes(exclude=["number", "bool"])
+    shown = table.assign(**{name: names[name].map(_cell) for name in names})
     with complete_file(path) as temporary:
-        table.to_csv(temporary, index=False)
+        shown.to_csv(temporary, index=False)
+
+
+def _cell(value: Any) -> Any:
+    return cell_text(value) if isinstance(value, str) else value

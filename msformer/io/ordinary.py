@@ -208,16 +208,6 @@ def _read_heif(data: bytes, path: Path) -> Raster:
     return Raster(pixels, alpha, lossy=True)
 
 
-def read_written(path: Path) -> NDArray[Any]:
-    """The values of a PNG that was written here: the labels of an indexed one, not their colours.
-
-    Raises:
-        OSError, SyntaxError, ValueError: no such file, or it is damaged.
-    """
-    with many_pixels(), PILImage.open(path, formats=("PNG",)) as image:
-        return np.asarray(image)
-
-
 def drop_extra_channels(pixels: NDArray[np.generic], name: str) -> NDArray[np.generic]:
     """``[H, W, 1..4]`` -> ``[H, W]`` or ``[H, W, 3]``."""
     if pixels.ndim == 3 and pixels.shape[2] in (1, 2):

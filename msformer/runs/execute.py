@@ -6,12 +6,13 @@ the same input (by content) is not segmented again.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
 from msformer.io.read import Picture, is_colour, read_picture
-from msformer.output import printable, read_record, write_json
+from msformer.output import printable, read_record, remove, write_json
 from msformer.runs.executors import Report
 from msformer.runs.plan import Job, Plan, Record, fingerprint, settings_record
 from msformer.runs.write import read_values, write_pictures
@@ -20,7 +21,7 @@ from msformer.selection import AUTO, rule_for
 
 def done_before(job: Job, folder: Path, plan: Plan) -> Record | None:
     """The record of this image, if it is complete and was made from the same input with the same settings."""
-    wanted = {"settings": settings_record(plan), "source": printable(str(job.source.resolve()))}
+    wanted = {"settings": settings_record(plan), "source": printable(os.path.realpath(job.source))}
     record = read_record(job.file(folder, ".json"))
     if record is None or any(record.get(key) != value for key, value in wanted.items()):
         return None
@@ -48,7 +49,7 @@ def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     rule = None if plan.mask is None else rule_of(plan, picture)
     result = plan.way.segment(pixels, rule, step)
     record = {
-        "source": printable(str(job.source.resolve())),
+        "source": printable(os.path.realpath(job.source)),
         "sha256": fingerprint(job.source),
         "settings": settings_record(plan),
         "size": list(result.labels.shape),
@@ -57,7 +58,7 @@ def run_job(job: Job, folder: Path, report: Report, *, plan: Plan) -> Record:
     }
     if rule is not None:
         record["rule"] = rule
-    job.file(folder, ".json").unlink(missing_ok=True)  # an older record is not that of the new files
+    remove(job.file(folder, ".json"))  # an older record is not that of the new files
     write_pictures(job, folder, pixels, result)
     if picture.slice is not None and job.slice_index is None:
         for kind in plan.kinds:

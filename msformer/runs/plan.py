@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import msformer
 from msformer.io.files import plain_name
 from msformer.io.medical import count_slices, is_medical
 from msformer.io.read import Reading
-from msformer.output import printable, read_record
+from msformer.output import check_name, printable, read_record
 from msformer.runs.ways import Record, Way
 
 SUMMARY = "summary"  # summary.json; no image may have this name
@@ -50,13 +53,15 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_
     suffix.
 
     Where two would have the same name, or the results of another image have it already, the suffix and if need be a
-    hash of the image's path are added, so that nothing is overwritten.
+    hash of the image's path are added, so that nothing is overwritten. Names that differ in upper and lower case, or in
+    how accents are encoded, are the same, since some disks do not tell them apart.
     """
     taken: set[str] = set()
     jobs = []
     folders = [Path(os.path.abspath(root)) for root in roots if root.is_dir()]
+    present = _Present(folder)
     for source in sources:
-        resolved = source.resolve()
+        resolved = Path(os.path.realpath(source))
         place = Path(os.path.abspath(source))  # where a link lies, not where it leads
         root = next((root for root in folders if root in place.parents), place.parent)
         plain = printable(place.relative_to(root).with_name(plain_name(place)).as_posix())
@@ -66,12 +71,17 @@ def plan_jobs(sources: Iterable[Path], roots: Iterable[Path], folder: Path, all_
         for candidate in candidates:
             # a volume's own name is that of the file which holds all of its slices
             names = list(dict.fromkeys([candidate, *(f"{candidate}{_slice_suffix(index)}" for index in slices)]))
-            free = taken.isdisjoint(names) and all(_free(folder, name, resolved) for name in names)
+            free = taken.isdisjoint(map(_key, names)) and all(present.is_free(name, resolved) for name in names)
             if free or candidate == candidates[-1]:
                 break
-        taken.update(names)
+        taken.update(map(_key, names))
         jobs += [Job(source, f"{candidate}{_slice_suffix(index)}", index) for index in slices]
     return jobs
+
+
+def _key(name: str) -> str:
+    """What names of files are the same by, on one disk or another."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _slices(source: Path) -> list[int | None]:
@@ -83,12 +93,32 @@ def _slices(source: Path) -> list[int | None]:
     return [None] if count == 1 else list(range(count))
 
 
-def _free(folder: Path, name: str, source: Path) -> bool:
-    if name == SUMMARY:
-        return False
-    path = folder / f"{name}.json"
+class _Present:
+    """The records that a folder of results has."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listed = cache(self._list)
+
+    def is_free(self, name: str, source: Path) -> bool:
+        """Whether a name is nobody's, or this image's."""
+        if _key(name) == SUMMARY:
+            return False
+        path = self._folder / f"{name}.json"
+        return all(_is_of(found, source) for found in self._listed(path.parent).get(_key(path.name), ()))
+
+    def _list(self, folder: Path) -> dict[str, list[Path]]:
+        """The files of a folder by `_key`."""
+        found: dict[str, list[Path]] = {}
+        with suppress(OSError):
+            for path in folder.iterdir():
+                found.setdefault(_key(path.name), []).append(path)
+        return found
+
+
+def _is_of(path: Path, source: Path) -> bool:
     record = read_record(path)
-    return not path.exists() if record is None else record.get("source") == printable(str(source))
+    return record is not None and record.get("source") == printable(str(source))
 
 
 def fingerprint(source: Path) -> str:
@@ -115,6 +145,11 @@ class Plan:
         medical = is_medical(job.source) and job.slice_index is None
         volumes = [f".{kind}.nii.gz" for kind in self.kinds] if medical else []
         return [*(f".{kind}.png" for kind in self.kinds), ".overlay.png", *volumes]
+
+    def check_names(self, job: Job, folder: Path) -> None:
+        """Raises NameRefused where a file of an image cannot have its name."""
+        for suffix in [*self.suffixes(job), ".json"]:
+            check_name(job.file(folder, suffix))
 
     def reading_of(self, job: Job) -> Reading:
         """How the file of a job is read."""

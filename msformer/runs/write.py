@@ -15,11 +15,10 @@ from PIL import Image as PILImage
 
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
-from msformer.io.ordinary import read_written
 from msformer.io.prepare import prepare_image
 from msformer.io.read import read_image
-from msformer.output import complete_file, write_json
-from msformer.pictures import ROWS_PER_SHEET, SheetRow, contact_sheet, indexed_png, overlay
+from msformer.output import NameRefused, OutputError, complete_file, remove, write_json
+from msformer.pictures import ROWS_PER_SHEET, contact_sheet, indexed_png, overlay, read_labels, small_row, write_png
 from msformer.runs.plan import SUMMARY, Job, Plan
 from msformer.runs.ways import Record, Result
 
@@ -31,27 +30,40 @@ SUMMARISED = (
 _SHEET = re.compile(r"contact-sheet(-\d+)?\.png")
 
 
-def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> None:
+def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> dict[str, str]:
     """Puts the label maps, masks and probabilities of slices of volumes together into a NIfTI file each.
 
     Args:
         jobs: finished ones; those that are not slices are left alone.
         kinds: as of a `Plan`.
 
+    Returns:
+        Errors by file, of volumes that cannot be read any more, or whose results cannot have their name.
+
     Raises:
-        ValueError, OSError: a volume, or what was made of it, cannot be read any more.
-        OutputError: a result cannot be written.
+        OutputError: nothing can be written.
     """
     volumes: dict[str, list[Job]] = {}
+    failures: dict[str, str] = {}
     for job in jobs:
         if job.slice_index is not None:
             volumes.setdefault(job.volume, []).append(job)
     for name, slices in volumes.items():
-        (folder / f"{name}.json").unlink(missing_ok=True)  # of a single slice, whose files these replace
-        places = [read_slice(job.source, job.slice_index) for job in slices]
-        for kind in kinds:
-            values = [read_values(job, folder, kind) for job in slices]
-            write_nifti(folder / f"{name}.{kind}.nii.gz", list(zip(values, places, strict=True)))
+        try:
+            _write_volume(name, slices, folder, kinds)
+        except (ValueError, OSError, SyntaxError, MemoryError) as error:
+            if isinstance(error, OutputError) and not isinstance(error, NameRefused):
+                raise
+            failures[str(slices[0].source)] = str(error)
+    return failures
+
+
+def _write_volume(name: str, slices: Sequence[Job], folder: Path, kinds: Sequence[str]) -> None:
+    remove(folder / f"{name}.json")  # of a single slice, whose files these replace
+    places = [read_slice(job.source, job.slice_index) for job in slices]
+    for kind in kinds:
+        values = [read_values(job, folder, kind) for job in slices]
+        write_nifti(folder / f"{name}.{kind}.nii.gz", list(zip(values, places, strict=True)))
 
 
 def read_values(job: Job, folder: Path, kind: str) -> NDArray[Any]:
@@ -79,15 +91,8 @@ def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Result)
         pictures["mask"] = PILImage.fromarray(result.mask.astype(np.uint8) * 255)
     if result.probability is not None:
         pictures["probability"] = PILImage.fromarray((result.probability * 255).round().astype(np.uint8))
-    job.file(folder, "").parent.mkdir(parents=True, exist_ok=True)
     for kind, picture in pictures.items():
-        with complete_file(job.file(folder, f".{kind}.png")) as temporary:
-            picture.save(temporary, format="PNG", optimize=kind == "labels")
-
-
-def read_labels(path: Path) -> NDArray[Any]:
-    """The label map of an indexed PNG."""
-    return read_written(path)
+        write_png(picture, job.file(folder, f".{kind}.png"), optimize=kind == "labels")
 
 
 def read_mask(job: Job, folder: Path) -> NDArray[np.bool_]:
@@ -103,27 +108,34 @@ def write_sheets(
     caption: Callable[[Job, Record], str],
     mask: Callable[[Job], NDArray[np.bool_] | None],
     border: str,
-) -> list[Path]:
-    """Contact sheets of all finished images: one page, or numbered pages; returns their paths."""
+) -> tuple[list[Path], dict[str, str]]:
+    """Contact sheets of all finished images: one page, or numbered pages.
+
+    Returns:
+        The paths of the pages, and the errors by origin of images that cannot be drawn, as they are gone meanwhile.
+    """
     pages = [list(zip(jobs, records, strict=True))[i : i + ROWS_PER_SHEET] for i in range(0, len(jobs), ROWS_PER_SHEET)]
     names = ["contact-sheet.png"] if len(pages) == 1 else [f"contact-sheet-{i + 1}.png" for i in range(len(pages))]
+    missing: dict[str, str] = {}
+    written = []
     for page, name in zip(pages, names, strict=True):
-        rows = [
-            SheetRow(
-                Path(job.name).name,
-                caption(job, record),
-                display_image(read_image(job.source, plan.reading_of(job))),
-                read_labels(job.file(folder, ".labels.png")),
-                mask(job),
-            )
-            for job, record in page
-        ]
-        with complete_file(folder / name) as temporary:
-            contact_sheet(rows, temporary, border)
+        rows = []
+        for job, record in page:
+            try:
+                pixels = display_image(read_image(job.source, plan.reading_of(job)))
+                labels, drawn_mask = read_labels(job.file(folder, ".labels.png")), mask(job)
+            except (ValueError, OSError, SyntaxError, MemoryError) as error:
+                missing[job.origin] = str(error)
+                continue
+            rows.append(small_row(Path(job.name).name, caption(job, record), pixels, labels, drawn_mask))
+        if rows:
+            with complete_file(folder / name) as temporary:
+                contact_sheet(rows, temporary, border)
+            written.append(folder / name)
     for stale in folder.iterdir():
-        if _SHEET.fullmatch(stale.name) and stale.name not in names:
-            stale.unlink()
-    return [folder / name for name in names]
+        if _SHEET.fullmatch(stale.name) and stale not in written:
+            remove(stale)
+    return written, missing
 
 
 def write_summary(

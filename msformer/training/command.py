@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from msformer.options import ALL_SLICES, SliceType, modality_option, needed_packages
+from msformer.text import say
 
 
 class WeightsType(click.ParamType):
@@ -115,4 +116,4 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
             raise ValueError("the GPU has too little memory for a batch; split it: --accumulate 2") from error
     if speaks():
         folder = shlex.quote(str(model.folder))
-        click.echo(f"model in {folder}; use it: msformer segment FOLDER --model {folder} --mask --out RESULTS")
+        say(f"model in {folder}; use it: msformer segment FOLDER --model {folder} --mask --out RESULTS")

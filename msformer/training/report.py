@@ -4,22 +4,21 @@ the teachers and the network see in them.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from msformer.drawing import svg
 from msformer.model import MSFormer
 from msformer.output import complete_file
+from msformer.page import rendered
 from msformer.pictures import OKABE_ITO, outline, overlay, picture_url
 from msformer.training.following import some_of
 from msformer.training.lessons import Pool
@@ -62,14 +61,11 @@ def write_report(folder: Path, facts: Facts, history: Mapping[str, Sequence[floa
     Raises:
         OutputError: it cannot be written.
     """
-    source = files("msformer.training").joinpath("report.html").read_text(encoding="utf-8")
-    html = (
-        Environment(autoescape=True)
-        .from_string(source)
-        .render(facts=facts, curves=curves(history) if history else "", grid=grid)
+    parts = rendered(
+        "msformer.training", "report.html", facts=facts, curves=curves(history) if history else "", grid=grid
     )
-    with complete_file(folder / REPORT) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    with complete_file(folder / REPORT) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
 
 
 def pictures(network: MSFormer, pool: Pool, sight: Sight) -> list[Picture]:
@@ -109,10 +105,8 @@ def curves(history: Mapping[str, Sequence[float]]) -> Markup:
     for each in axes:
         each.set_xlabel("step")
         each.grid(alpha=0.3)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    drawn = buffer.getvalue()
-    return Markup(drawn[drawn.index("<svg") :])
+    shown = ", ".join(losses) + (" and the agreement with the teachers" if agreed.any() else "")
+    return svg(figure, f"Curves over the steps: {shown}")
 
 
 def smoothed(values: Sequence[float] | NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 
 import msformer
 import msformer_kernels
+from msformer.claim import claimed
 from msformer.io.read import Reading
 from msformer.memory import kept_memory
 from msformer.model import MSFormer
 from msformer.output import prepare_folder
 from msformer.segmentation import find_device
+from msformer.text import say
 from msformer.training import checkpoint
 from msformer.training.batches import Batches
 from msformer.training.checkpoint import State
@@ -115,7 +118,7 @@ def train(
     paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     chosen = find_objective(objective, weights)
     out = Path(out)
-    with joined(device) as processes:
+    with joined(device) as processes, ExitStack() as alone:
         settings = Settings(
             objective=objective,
             weights=chosen.weights,
@@ -134,7 +137,7 @@ def train(
         )
         settings.check_split(processes.count)
         if processes.first:
-            prepare_folder(out)
+            alone.enter_context(claimed(out))
             prepare_folder(out / TEACHERS)
             if overwrite and not started_again():
                 (out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
@@ -160,7 +163,7 @@ def train(
         wait_for_all()
     model = load(out, device=device)
     for doubt in model.doubts if shown else ():
-        click.echo(f"warning: {doubt}")
+        say(f"warning: {doubt}")
     return model
 
 

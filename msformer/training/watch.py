@@ -7,6 +7,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from msformer.text import visible
 
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -28,10 +31,10 @@ class Watch:
         self._first, self._begun = done, time.monotonic()
         self._last_line = self._begun
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
+            TextColumn("{task.fields[details]}", markup=False),
             console=self._console,
             transient=True,
             disable=not (shown and self._console.is_terminal),
@@ -61,7 +64,7 @@ class Watch:
     def say(self, line: str) -> None:
         """Prints a line."""
         if self._shown:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(Text(visible(line)), soft_wrap=True)
 
     def _left(self, done: int, now: float) -> str:
         if done <= self._first or done >= self._count:

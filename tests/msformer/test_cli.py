@@ -24,7 +24,7 @@ import msformer.runs.execute
 import msformer.runs.ways
 import msformer_kernels as kernels
 from msformer.cli import main
-from msformer.output import OutputError, complete_file, prepare_folder
+from msformer.output import OutputError, complete_file, machine, prepare_folder
 from msformer.scoring import dice
 from tests.msformer.conftest import QUICK_OPTIONS
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs, save
@@ -233,16 +233,16 @@ def test_output_folder_that_cannot_be_written_to(images: Path, tmp_path: Path, m
 def test_disk_full_while_writing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     saved: list[Path] = []
-    original = PILImage.Image.save
+    original = Path.write_bytes
 
-    def fill_up(self: PILImage.Image, path: Any, **options: Any) -> None:
-        saved.append(path)
-        if len(saved) == 4:  # the overlay of the second image
-            Path(path).write_bytes(b"half a pic")
+    def fill_up(self: Path, content: bytes) -> int:
+        saved.append(self)
+        if len(saved) == 5:  # the overlay of the second image; the first was to see whether there is a folder
+            original(self, content[: len(content) // 2])
             raise OSError(28, "No space left on device")
-        original(self, path, **options)
+        return original(self, content)
 
-    monkeypatch.setattr(PILImage.Image, "save", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     result = run("segment", images, "--out", out, *QUICK_OPTIONS)
     assert result.exit_code == 1
     assert "b.overlay.png: No space left on device" in result.output
@@ -345,14 +345,20 @@ def test_complete_file_leaves_the_old_one_on_failure(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.txt"}
 
 
-def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    dead, alive = tmp_path / f".msformer-{process.pid}-a.png", tmp_path / f".msformer-{os.getppid()}-a.png"
-    dead.touch()
-    alive.touch()
-    prepare_folder(tmp_path)
-    assert files(tmp_path) == {alive.name}
+def test_leftovers_that_nobody_writes_are_removed(tmp_path: Path) -> None:
+    """At once where the machine says so, those of other machines and older versions after an hour."""
+    random = "0123456789ab"
+    names = {name: f".msformer-host-{name}-{random}" for name in (machine(), "0a0a0a0a", "0b0b0b0b")}
+    names |= {"12345": f".msformer-12345-{random}", "12346": ".msformer-12346-probe"}
+    for name in names.values():
+        (tmp_path / name).touch()
+    for old in ("0a0a0a0a", "12345", "12346"):
+        os.utime(tmp_path / names[old], (time.time() - 3700,) * 2)
+    with complete_file(tmp_path / "a.png") as temporary:
+        temporary.write_text("half")
+        prepare_folder(tmp_path)
+        assert files(tmp_path) == {names["0b0b0b0b"], temporary.name}
+    assert files(tmp_path) == {names["0b0b0b0b"], "a.png"}
 
 
 def test_masks(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import nibabel
@@ -13,7 +14,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from msformer.pictures import SheetRow, contact_sheet
+from msformer.pictures import SheetRow, contact_sheet, indexed_png, read_labels, small_row, write_png
+from msformer.progress import RunProgress
 from msformer.runs.plan import plan_jobs
 from tests.msformer.conftest import QUICK_OPTIONS
 from tests.msformer.evaluation.data import chest, disc, lesion, lungs, save
@@ -158,3 +160,72 @@ def test_a_tall_image_does_not_make_a_huge_sheet(tmp_path: Path) -> None:
     contact_sheet([row], tmp_path / "sheet.png")
     with PILImage.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width * sheet.height < 3e6
+
+
+def test_a_name_that_cannot_be_written_fails_alone_and_before_its_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too long with what is added to it, in a folder that is a file there, or refused by the disk."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a", "y" * 245, "x" * 251, "sub/c", "refused", "z[/b]\x1b[31m"):
+        save(folder / f"{name}.png", lesion(disc()))
+    out.mkdir()
+    (out / "sub").touch()
+    original = os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        if Path(target).name.startswith("refused"):
+            raise OSError(84, "Invalid or incomplete multibyte or wide character")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    result = run("segment", folder, "--out", out, *QUICK_OPTIONS)
+    assert result.exit_code == 1
+    assert "2 of 6 images in" in result.output
+    assert r"z[/b]\x1b[31m: " in result.output
+    assert "\x1b" not in result.output
+    lines = json.loads((out / "summary.json").read_text())["images"]
+    failed = {Path(line["source"]).stem: line["error"] for line in lines if line["status"] == "failed"}
+    reasons = {"y" * 245: "File name too long", "x" * 251: "File name too long", "c": "Not a directory"}
+    assert {name: error.rpartition(": ")[2] for name, error in failed.items() if name != "refused"} == reasons
+    assert "multibyte" in failed["refused"]
+    assert {line["name"] for line in lines if line["status"] == "done"} == {"a", "z[/b]\x1b[31m"}
+
+
+def test_names_that_some_disks_take_for_the_same(tmp_path: Path) -> None:
+    names = ("Lesion.png", "lesion.png", "lesion.bmp", "\u00e4.png", "a\u0308.png", "SUMMARY.png")
+    sources = [save(tmp_path / "in" / name, lesion(disc())) for name in names]
+    found = [job.name for job in plan_jobs(sources, [tmp_path / "in"], tmp_path / "out")]
+    assert len({unicodedata.normalize("NFC", name.casefold()) for name in found}) == len(names)
+    assert found[:3] == ["Lesion", "lesion-png", "lesion-bmp"]
+    assert found[-1] == "SUMMARY-png"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lesion.json").write_text(json.dumps({"source": str(sources[1])}))
+    later = {job.source.name: job.name for job in plan_jobs(sources[:2], [tmp_path / "in"], tmp_path / "out")}
+    assert later == {"Lesion.png": "Lesion-png", "lesion.png": "lesion"}, "who has results keeps the name"
+
+
+def test_an_image_that_is_gone_when_sheets_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / "in" / f"{name}.png", lesion(disc()))
+    ended = RunProgress.ended
+
+    def gone(self: RunProgress, name: str, outcome: str, items: int = 1) -> None:
+        if name == "a":
+            (tmp_path / "in" / "a.png").unlink()
+        ended(self, name, outcome, items)
+
+    monkeypatch.setattr(RunProgress, "ended", gone)
+    result = run("segment", tmp_path / "in", "--out", tmp_path / "out", *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert "not on a contact sheet" in result.output
+    assert {"contact-sheet.png", "summary.json"} <= files(tmp_path / "out")
+
+
+def test_a_label_map_larger_than_pillow_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 100)
+    labels = np.arange(40 * 50, dtype=np.uint8).reshape(40, 50) % 7
+    write_png(indexed_png(labels), tmp_path / "a.png", optimize=True)
+    assert (read_labels(tmp_path / "a.png") == labels).all()
+    row = small_row("a", "", np.zeros((3000, 1500, 3), np.uint8), np.zeros((3000, 1500), np.uint8), None)
+    assert row.image.shape[:2] == row.labels.shape == (1000, 500)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from msformer.io.base import ImageError
-from msformer.io.ordinary import read_ordinary, read_raster, read_written
+from msformer.io.ordinary import read_ordinary, read_raster
 from msformer.io.prepare import prepare_image
-from msformer.pictures import indexed_png
+from msformer.pictures import indexed_png, read_labels
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -173,7 +173,7 @@ def test_pictures_that_pillow_takes_for_bombs(kind: str, tmp_path: Path, monkeyp
     assert PILImage.MAX_IMAGE_PIXELS == 10, "others keep it"
     labels = np.arange(24 * 32).reshape(24, 32) % 5
     indexed_png(labels).save(tmp_path / "labels.png")
-    assert np.array_equal(read_written(tmp_path / "labels.png"), labels)
+    assert np.array_equal(read_labels(tmp_path / "labels.png"), labels)
 
 
 def test_more_pixels_than_are_read(tmp_path: Path) -> None:
