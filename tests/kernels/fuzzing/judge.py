@@ -28,6 +28,8 @@ from tests.kernels.ops.shared import add_draw_of_precision, draw_once
 DRAWS = (1, 4, 16)
 """A verdict is asked for after so many draws; a good one counts."""
 DRAWS_OF_HIGH = 3
+TINY = 64
+"""Times the smallest normal number: sums of products that AMX tiles round to zero."""
 REPEATED = 4.0
 """How many times the uncertainty, which is that of independent errors, is allowed where tokens are all the same."""
 FLOAT64 = 1e-12
@@ -213,5 +215,5 @@ def _wrong_numbers(ours: Tensor, eager: Tensor, exact: Tensor, eps: float) -> li
     if not both.any():
         return []
     error, rounding = (mine - exact)[both].abs().max().item(), max(eps, limits.eps) * exact[both].abs().max().item()
-    allowed = BOUND * max(rounding, (theirs - exact)[both].abs().max().item(), limits.tiny)
+    allowed = BOUND * max(rounding, (theirs - exact)[both].abs().max().item(), TINY * limits.tiny)
     return [] if error <= allowed else [f"largest error {error / allowed:.2f} x the bound"]

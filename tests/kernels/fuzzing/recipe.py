@@ -179,6 +179,8 @@ def draw(seed: int, index: int, backends: tuple[str, ...] = ("native",), variant
         settings["values"] = "big"  # nothing is more exact than float64
     if operator == "batch_norm" and settings.get("layout.x") in ("one_token", "one_value"):
         settings["layout.x"] = "expanded"  # nothing is left of tokens that are all the same
+    if settings.get("norm") and (settings["values"], settings["at"]) == ("subnormal", first):
+        settings["values"] = "some_subnormal"  # a norm makes tokens of it that are all the same
     if operator == "batch_norm" and settings["values"] == "same_tokens":
         settings["values"] = "constant"
     if operator == "batch_norm" and settings["gradients"] not in OF_WEIGHTS:
