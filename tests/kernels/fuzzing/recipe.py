@@ -100,6 +100,12 @@ class Recipe:
         return DTYPES[self["dtype"]]
 
     @property
+    def repeats_itself(self) -> bool:
+        """Whether all tokens are the same: their errors are, too, and add up instead of averaging out."""
+        layouts = {value for name, value in self.settings.items() if name.startswith("layout.")}
+        return bool(layouts & {"one_token", "one_value"}) or self["values"] in ("same_tokens", "constant")
+
+    @property
     def is_regular(self) -> bool:
         """Whether the error rule holds for the values."""
         return self["values"] in REGULAR
@@ -171,6 +177,12 @@ def draw(seed: int, index: int, backends: tuple[str, ...] = ("native",), variant
         settings["layout.x"] = "one_token"  # a norm of equal values is that of the rounding of their mean
     if settings["dtype"] == "f64" and settings["values"] in OVERFLOWING:
         settings["values"] = "big"  # nothing is more exact than float64
+    if operator == "batch_norm" and settings.get("layout.x") in ("one_token", "one_value"):
+        settings["layout.x"] = "expanded"  # nothing is left of tokens that are all the same
+    if settings.get("norm") and (settings["values"], settings["at"]) == ("subnormal", first):
+        settings["values"] = "some_subnormal"  # a norm makes tokens of it that are all the same
+    if operator == "batch_norm" and settings["values"] == "same_tokens":
+        settings["values"] = "constant"
     if operator == "batch_norm" and settings["gradients"] not in OF_WEIGHTS:
         settings["gradients"] = "contiguous"  # of the same gradient for every token nothing is left
     if settings["values"] in SPECIAL and settings.get("activation") == "relu6":

@@ -29,7 +29,7 @@ def test_random_calls(first: int, threads: None) -> None:
     assert found.counts.total() == 50
 
 
-@pytest.mark.parametrize("line", FOUND)
+@pytest.mark.parametrize("line", FOUND, ids=[line.partition(" ")[0] for line in FOUND])
 def test_what_was_found(line: str, threads: None) -> None:
     recipe = Recipe.parse(line)
     require(recipe["backend"])
