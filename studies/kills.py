@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image as PILImage
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.utime", "os.truncate")
@@ -82,10 +83,9 @@ def killed(folder: Path, make: Callable[[Path], Sequence[str]], kills: int, chan
     arguments = [*make(folder), "--out", str(out)]
     _forked(arguments, folder).wait()  # the first fills caches
     shutil.rmtree(out)
-    started = time.monotonic()
     counting = _forked(arguments, folder, count=True)
     _check(counting.wait() == 0, folder, "the uninterrupted run failed")
-    seconds = time.monotonic() - started
+    seconds = counting.seconds
     operations = int((folder / "operations").read_text())
     expected = contents(out)
     counts = Counter(files=len(expected))
@@ -125,9 +125,8 @@ def _kill(
         reason = os.strerror(errno.ENOSPC if how == FULL else errno.EFBIG)
         _check(status == 0 or (status == 1 and reason in said), folder, f"killed {how}: exit status {status}")
     else:
-        run = _forked(arguments, folder)
-        time.sleep(chance.uniform(0, seconds))
-        status = run.end(signal.SIGINT if how == INTERRUPT else signal.SIGKILL)
+        number = signal.SIGINT if how == INTERRUPT else signal.SIGKILL
+        status = _forked(arguments, folder).end(number, chance.uniform(0, seconds))
         _check(status in (0, INTERRUPTED, -signal.SIGKILL), folder, f"killed {how}: exit status {status}")
     _check("Traceback" not in log.read_text(errors="replace"), folder, f"killed {how}: a traceback")
     return status != 0
@@ -163,13 +162,20 @@ class _Run:
 
     def __init__(self, process: int) -> None:
         self._process = process
+        self.seconds = 0.0
+        """That it calculated."""
 
     def wait(self) -> int:
         """Its exit status, or minus a signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        _, status, used = os.wait4(self._process, 0)
+        self.seconds = used.ru_utime + used.ru_stime
+        return os.waitstatus_to_exitcode(status)
 
-    def end(self, number: int) -> int:
-        """Sends a signal, and waits."""
+    def end(self, number: int, seconds: float) -> int:
+        """Sends a signal once it has calculated for that long, and waits. (Time on the wall is that of others, too.)"""
+        process = psutil.Process(self._process)
+        while process.status() != psutil.STATUS_ZOMBIE and sum(process.cpu_times()[:2]) < seconds:
+            time.sleep(0.003)
         os.kill(self._process, number)
         return self.wait()
 
