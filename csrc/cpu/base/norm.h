@@ -7,7 +7,8 @@
 namespace msformer::MSFORMER_VARIANT {
 
 // mean (zero if not centred) and 1 / sqrt(variance + eps) of one row, variance about that (two passes over a row that
-// is in L1)
+// is in L1). The second pass also sums what the first mean is off by: of a row of nearly equal values, its rounding
+// error would be divided by sqrt(eps).
 template <class T>
 inline void row_statistics(const T* row, std::int64_t channels, T eps, bool centred, T& mean, T& rstd) {
   constexpr int W = kWidth<T>;
@@ -18,16 +19,19 @@ inline void row_statistics(const T* row, std::int64_t channels, T eps, bool cent
     for (std::int64_t c = 0; c < padded<T>(channels); c += W) sum += load(row + c);  // padding is zero
     mean = horizontal_sum<T>(sum) / static_cast<T>(channels);
   }
-  Vector<T> squares{};
-  for (std::int64_t c = 0; c < whole; c += W) {
-    const Vector<T> d = load(row + c) - mean;
+  Vector<T> squares{}, rests{};
+  const auto add = [&](Vector<T> d) {
     squares += d * d;
+    rests += d;
+  };
+  for (std::int64_t c = 0; c < whole; c += W) add(load(row + c) - mean);
+  if (whole < channels) add(keep_lanes<T>(load(row + whole) - mean, channels - whole));
+  T variance = horizontal_sum<T>(squares) / static_cast<T>(channels);
+  if (centred) {
+    const T rest = horizontal_sum<T>(rests) / static_cast<T>(channels);
+    mean += rest;
+    variance = variance > rest * rest ? variance - rest * rest : variance != variance ? variance : T(0);
   }
-  if (whole < channels) {
-    const Vector<T> d = keep_lanes<T>(load(row + whole) - mean, channels - whole);
-    squares += d * d;
-  }
-  const T variance = horizontal_sum<T>(squares) / static_cast<T>(channels);
   rstd = T(1) / static_cast<T>(sizeof(T) == 4 ? __builtin_sqrtf(static_cast<float>(variance + eps))
                                               : __builtin_sqrt(static_cast<double>(variance + eps)));
 }
