@@ -150,7 +150,7 @@ def test_records_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def write(path: Path, content: bytes) -> int:
         if content == b"labels":
-            assert files(tmp_path) == {"sub/a.mask.png"}
+            assert files(tmp_path) == {"sub/a.mask.png", path.relative_to(tmp_path).as_posix()}
             raise OSError(28, "No space left on device")
         return original(path, content)
 
