@@ -160,14 +160,16 @@ def _check(right: bool, folder: Path, message: str) -> None:
 class _Run:
     """A fork."""
 
-    def __init__(self, process: int) -> None:
-        self._process = process
+    def __init__(self, process: int, printed: int, log: Path) -> None:
+        self._process, self._printed, self._log = process, printed, log
         self.seconds = 0.0
         """That it calculated."""
 
     def wait(self) -> int:
         """Its exit status, or minus a signal."""
         _, status, used = os.wait4(self._process, 0)
+        with open(self._printed, "rb") as printed:
+            self._log.write_bytes(printed.read())
         self.seconds = used.ru_utime + used.ru_stime
         return os.waitstatus_to_exitcode(status)
 
@@ -202,15 +204,16 @@ def _forked(
     import msformer.evaluation.page
     import msformer.runs.execute
 
+    printed, prints = os.pipe()  # a limit of size holds for files; what a run prints has room in a pipe
     process = os.fork()
     if process:
-        return _Run(process)
+        os.close(prints)
+        return _Run(process, printed, folder / "log")
     status = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        os.dup2(prints, 1)
+        os.dup2(prints, 2)
         time.perf_counter = lambda: 0.0
         sys.argv = ["msformer", *arguments]
         seen = 0
