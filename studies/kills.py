@@ -214,6 +214,7 @@ def _forked(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(prints, 1)
         os.dup2(prints, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         time.perf_counter = lambda: 0.0
         sys.argv = ["msformer", *arguments]
         seen = 0
