@@ -30,8 +30,13 @@ from msformer_kernels.native.arguments import (
 from msformer_kernels.ops.efficient_self_attention.spec import OPERATOR, few_tokens, kernel_parameters
 
 
+def _is_unfolded(call: Any) -> bool:
+    """Whether kernels take the form for few tokens, where weights may be bfloat16; never where there is nothing."""
+    return bool(few_tokens(call)) and call.x.shape[0] > 0
+
+
 def _dtypes(call: Any) -> list[torch.dtype]:
-    return parameter_dtypes(OPERATOR, call, bool(few_tokens(call)))
+    return parameter_dtypes(OPERATOR, call, _is_unfolded(call))
 
 
 def _inputs(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
@@ -42,7 +47,7 @@ def _inputs(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
         call.query_weight.shape[0],
         call.value_weight.shape[0],
         call.num_heads,
-        arguments.FEW_TOKENS if few_tokens(call) else arguments.MANY_TOKENS,
+        arguments.FEW_TOKENS if _is_unfolded(call) else arguments.MANY_TOKENS,
         arguments.DTYPES[matrix_dtype],
         call.norm_eps,
         call.norm_kind == "layer",

@@ -30,8 +30,13 @@ _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _BY_HALVES = ("fc1_weight", "fc1_bias", "dw_weight", "dw_bias")
 
 
+def _works_on_whole_images(call: Any) -> bool:
+    """Whether kernels take the form for few tokens, where weights may be bfloat16; never where there is nothing."""
+    return has_few_tokens(call) and min(*call.x.shape[:2], call.fc1_weight.shape[0]) > 0
+
+
 def _dtypes(call: Any) -> list[torch.dtype]:
-    return parameter_dtypes(OPERATOR, call, has_few_tokens(call))
+    return parameter_dtypes(OPERATOR, call, _works_on_whole_images(call))
 
 
 def _options(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
@@ -45,7 +50,7 @@ def _options(call: Any, matrix_dtype: torch.dtype) -> tuple[Any, ...]:
         channels,
         call.fc1_weight.shape[0],
         call.dw_weight.shape[2],
-        arguments.FEW_TOKENS if has_few_tokens(call) else arguments.MANY_TOKENS,
+        arguments.FEW_TOKENS if _works_on_whole_images(call) else arguments.MANY_TOKENS,
         arguments.DTYPES[matrix_dtype],
         call.norm_eps,
         call.skip,
