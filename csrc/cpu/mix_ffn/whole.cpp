@@ -287,7 +287,7 @@ struct WholeProducts {
 }  // namespace
 
 bool mix_ffn_fits_whole(const MixFFNArguments& a) {
-  return a.form == Form::few_tokens;
+  return a.form == Form::few_tokens && a.batch * a.height * a.width * a.hidden > 0;
 }
 
 void mix_ffn_whole_forward(const MixFFNArguments& a) {

@@ -6,7 +6,7 @@
 namespace msformer::MSFORMER_VARIANT {
 
 inline bool self_attention_is_unfolded(const SelfAttentionArguments& a) {
-  return a.form == Form::few_tokens;
+  return a.form == Form::few_tokens && a.batch > 0;
 }
 void self_attention_unfolded_forward(const SelfAttentionArguments& a);
 void self_attention_unfolded_backward(const SelfAttentionArguments& a);

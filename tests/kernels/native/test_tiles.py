@@ -39,8 +39,8 @@ def compiled(folder: Path) -> Path:
         flags = [f"-DMSFORMER_{key}={value}" for key, value in definitions.items()]
         # the vector code of both is that of any processor with AVX2; the instructions of AMX need no flag
         commands[f"{name}.o"] = [*base, *EMULATED_TILES.flags, *flags, "-c", str(FOLDER / "products.cpp")]
-    base = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp", "tile_permission.cpp"))
-    for source in (*base, FOLDER / "trap.cpp"):
+    of_all = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp", "tile_permission.cpp"))
+    for source in (*of_all, FOLDER / "trap.cpp"):
         commands[f"{source.stem}.o"] = [*base, *EMULATED_TILES.flags, "-c", str(source)]
     for name, command in commands.items():
         subprocess.run([*command, "-o", str(folder / name)], check=True)

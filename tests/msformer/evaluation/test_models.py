@@ -135,7 +135,7 @@ def left(out: Path) -> dict[str, object]:
 def test_killed_before_some_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command goes on to the files of an evaluation that nobody stopped; also over those of another seed."""
     model, pairs = save_dark_model(tmp_path / "moles"), data.make_pairs(tmp_path / "data", ("a",))
-    monkeypatch.setattr("msformer.evaluation.command.write_page", lambda *about: None)
+    monkeypatch.setattr("msformer.evaluation.command.write_page", lambda *about: {})
     arguments = ("--data", pairs, "--methods", f"kmeans-2,{model}/,{model}/:net")
     assert evaluate(*arguments, "--out", tmp_path / "whole").exit_code == 0
     expected = left(tmp_path / "whole")

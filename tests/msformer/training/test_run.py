@@ -82,7 +82,7 @@ def test_the_command_leaves_a_model_with_a_report(tmp_path: Path) -> None:
     page = (tmp_path / "model" / "report.html").read_text()
     assert page.count("<figure>") == 3
     assert "<svg" in page
-    assert "&lt;b&gt;: agreement" in page
+    assert "&lt;b&gt;</bdi>: agreement" in page
     assert "<b>" not in page
     assert "3 images are few" in page
     assert 'http-equiv="refresh"' not in page
@@ -113,7 +113,7 @@ def test_a_signal_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.Mon
     save_lesions(tmp_path / "images", 3)
     options = {**QUICK, "steps": 30}
     msformer.train(tmp_path / "images", tmp_path / "whole", **options)
-    make = msformer.training.batches.Batches.make
+    make, handler = msformer.training.batches.Batches.make, signal.getsignal(signal.SIGTERM)
 
     def stopped(self: Any, step: int) -> Any:
         if step == 7:
@@ -124,7 +124,7 @@ def test_a_signal_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.Mon
         changed.setattr("msformer.training.batches.Batches.make", stopped)
         with pytest.raises(KeyboardInterrupt):
             msformer.train(tmp_path / "images", tmp_path / "model", **options)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert not (tmp_path / "model" / "model.json").exists()
     assert 'http-equiv="refresh"' in (tmp_path / "model" / "report.html").read_text()
     msformer.train(tmp_path / "images", tmp_path / "model", **options)
@@ -259,8 +259,8 @@ def test_lessons_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_lessons_that_cannot_be_kept_end_the_run(tmp_path: Path) -> None:
     """A full disk is no reason to leave images out."""
     save_lesions(tmp_path / "images", 2, 64)
-    with pytest.raises(OutputError, match=r"cannot write .*No such file"):
-        learn(requests(tmp_path / "images"), tmp_path / "nowhere", lambda done: None)
+    with pytest.raises(OutputError, match=r"cannot write .*"):
+        learn(requests(tmp_path / "images"), tmp_path / "images" / "00.png", lambda done: None)
 
 
 def test_workers_make_the_same_lessons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

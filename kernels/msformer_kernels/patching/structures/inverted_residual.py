@@ -40,11 +40,16 @@ class InvertedResidualPlan(MixFFNPlan):
         return folded(module.get_submodule(name), module.get_submodule(norm))
 
     def compute(self, module: nn.Module, tokens: Tensor, *size: int, **options: Any) -> Tensor:
-        """See `MixFFNPlan`. Folded weights of bfloat16 layers are float32, and so are the products with them: rounded
-        once more they would shift whole gradients."""
-        if tokens.dtype.itemsize >= 4 or autocast_enabled(tokens.device.type):
-            return super().compute(module, tokens, *size, **options)
-        return super().compute(module, tokens.float(), *size, **options).to(tokens.dtype)
+        """See `MixFFNPlan`. Folded weights are float32, and so are the products with them, of bfloat16 layers and under
+        autocast, too: rounded once more they would shift whole gradients."""
+        device = tokens.device.type
+        if not autocast_enabled(device):
+            wide = tokens if tokens.dtype.itemsize >= 4 else tokens.float()
+            return super().compute(module, wide, *size, **options).to(tokens.dtype)
+        dtype = tokens.dtype if tokens.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            wide = tokens if tokens.dtype.itemsize >= 4 else tokens.float()
+            return super().compute(module, wide, *size, **options).to(dtype)
 
     def fused(self) -> tuple[str, ...]:
         return (*super().fused(), *self.evaluated())
