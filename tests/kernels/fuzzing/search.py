@@ -19,10 +19,10 @@ class NotServed(Exception):
     """The backend does not take the call, and says so; or the reference does not, either."""
 
 
-def judged(recipe: Recipe) -> list[str]:
+def judged(recipe: Recipe, coarse: bool = False) -> list[str]:
     """What is wrong, errors that are raised among it. Raises NotServed for a call that is refused for a reason."""
     try:
-        return faults(recipe)
+        return faults(recipe, coarse)
     except BackendError as error:
         if recipe["backend"] != "native":
             raise NotServed(str(error)) from error
@@ -69,7 +69,7 @@ class Findings:
     """The time was over."""
 
 
-def search(recipes: Iterable[Recipe], until: float, shrink: bool = True) -> Findings:
+def search(recipes: Iterable[Recipe], until: float, shrink: bool = True, coarse: bool = False) -> Findings:
     """Judges the recipes until `time.monotonic()` is `until`."""
     findings = Findings()
     for recipe in recipes:
@@ -77,12 +77,12 @@ def search(recipes: Iterable[Recipe], until: float, shrink: bool = True) -> Find
             findings.stopped = True
             break
         try:
-            found = judged(recipe)
+            found = judged(recipe, coarse)
         except NotServed:
             findings.counts["not served"] += 1
             continue
         findings.counts[recipe.operator] += 1
         if found:
             smaller = made_smaller(recipe) if shrink else recipe
-            findings.failures.append((smaller, judged(smaller)))
+            findings.failures.append((smaller, judged(smaller, coarse)))
     return findings
