@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from tests.kernels.native.sanitizers.build import ROOT, build, preload
-from tests.kernels.native.test_cpp import AVX2, compiled
+from tests.kernels.native.test_cpp import VARIANTS, compiled
 
 KINDS = ["address", "thread", "memcheck"]
 FOLDER = ROOT / "build/sanitize"
@@ -63,7 +63,8 @@ def sanitized(kind: str, variants: list[str], fuzz: int) -> bool:
 def memcheck() -> bool:
     """Whether memcheck finds nothing in the unit tests of the kernels' parts."""
     with tempfile.TemporaryDirectory() as folder:
-        program = compiled(AVX2, Path(folder, "unit_tests"), "-g")
+        avx2 = next(variant for variant in VARIANTS if variant.name == "avx2")
+        program = compiled(avx2, Path(folder, "unit_tests"), "-g")
         command = [str(shutil.which("valgrind")), "--error-exitcode=9", str(program)]
         variables = os.environ | {"OMP_NUM_THREADS": "1"}  # what libgomp keeps for its threads counts as lost
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
