@@ -99,7 +99,7 @@ def layer_norm_backward(
         grad,
         x,
         added,
-        weight,
+        weight.contiguous(),
         grad_x,
         partial,
         tokens,
