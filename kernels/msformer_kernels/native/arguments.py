@@ -73,7 +73,8 @@ def parameter_dtypes(operator: Operator[Any], call: Any, few_tokens: bool = Fals
     """In which dtypes a kernel takes `operator.parameters`: the arithmetic dtype. Of few tokens it takes the
     weights of linear layers as they are, where all are bfloat16: converting them would take longer than products."""
     wide = arithmetic_dtype(call.x.dtype)
-    narrow = few_tokens and all(m.dtype is torch.bfloat16 for m in operator.matrices_of(call))
+    all_narrow = all(m.dtype is torch.bfloat16 for m in operator.matrices_of(call))
+    narrow = few_tokens and wide is torch.float32 and all_narrow
     return [torch.bfloat16 if narrow and name in operator.matrices else wide for name in operator.parameters]
 
 

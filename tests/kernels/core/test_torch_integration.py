@@ -297,7 +297,12 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["mix_ffn", "efficient_self_attention"])
 @pytest.mark.parametrize(
     ("dtype", "of_parameters"),
-    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float64)],
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.float64),
+        (torch.float16, torch.bfloat16),
+    ],
 )
 def test_gradients_of_parameters_have_their_dtype_under_autocast(
     name: str, dtype: torch.dtype, of_parameters: torch.dtype, backend: str
@@ -329,6 +334,22 @@ def test_products_with_float32_activations_are_of_bfloat16_under_autocast() -> N
     gradient = gradients(block, output.square().sum())["mlp.fc1.weight"]
     assert torch.equal(gradient, gradient.bfloat16().float())
     assert not torch.equal(output, block(x, 3, 4)[0])
+
+
+@pytest.mark.parametrize("name", ["mix_ffn", "efficient_self_attention"])
+def test_float64_activations_beside_bfloat16_weights_under_autocast(name: str) -> None:
+    """Weights of few tokens go to the kernels as they are beside float32 alone."""
+    require("native")
+    operator, case = OPERATORS[name], CASES[name][0]
+    inputs = {
+        n: None if x is None else x.to(torch.bfloat16 if n in operator.parameters else torch.float64)
+        for n, x in case.draw().items()
+    }
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = case.call(inputs, "native")[0]
+    with torch.no_grad():
+        expected = case.call(cast(inputs, torch.float64), "reference")[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_with_mixed_inputs() -> None:
