@@ -48,6 +48,7 @@ bench: $(VENV)/installed-bench
 
 kills: $(VENV)/installed-test
 	$(BIN)/python -m studies.kills
+	MSFORMER_TEST_EVERY=1 $(BIN)/python -m pytest tests/msformer/training/test_killed.py
 
 ahead-of-time: $(VENV)/installed-test $(if $(TRITON),$(VENV)/triton/$(TRITON))
 	PYTHONPATH=$(if $(TRITON),$(VENV)/triton/$(TRITON):)kernels $(BIN)/python -m benchmarks.ahead_of_time
@@ -76,6 +77,7 @@ KINDS ?= address thread memcheck
 VARIANTS ?= plain avx512_bf16 emulated_tiles
 sanitize: $(VENV)/installed-test
 	$(BIN)/python -m tests.kernels.native.sanitizers $(KINDS) --variants $(VARIANTS)
+	MSFORMER_TEST_SANITIZERS=1 $(BIN)/python -m pytest tests/kernels/cuda/test_sanitizers.py
 
 large: $(VENV)/installed-test
 	$(BIN)/python -m tests.kernels.native.large
