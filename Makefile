@@ -120,7 +120,7 @@ install = $(PIP) install --editable ".$(2)"
 endif
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(call install,base)
+	$(call install,base,[segment])
 	touch $@
 
 # with the emulations of CUDA kernels and of AMX tiles, for tests; an install without them takes them away
