@@ -2,7 +2,7 @@
 
 `segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. `train`
 trains one network on a folder of images, `load` reads it again. The command line is ``msformer``. The operators it is
-built on are in the package `msformer_kernels`. A plain install has the model; the rest needs extras (`msformer.extras`).
+built on are in the package `msformer_kernels`. A plain install has the model, the rest needs extras (`extras.py`).
 """
 
 from importlib import import_module

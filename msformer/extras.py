@@ -1,6 +1,6 @@
 """What is missing, and which extra of the package brings it, in one sentence.
 
-A plain install has the model and the kernels. Everything else belongs to an extra, and says so where it is used without:
+A plain install has the model and the kernels. All else belongs to an extra, and says so where it is used without:
 `explain_imports` does that for every module of this package, `missing_package` for imports within functions.
 """
 
