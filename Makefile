@@ -7,6 +7,7 @@
 #   make kills   kills runs of the commands 200 times each, at random points, and compares what is left
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
+#   make compatibility   the wheel on several versions of Python and torch (docs/compatibility.md)
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
 #   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
 #   make large   tensors of more than 2^31 elements; 11 GB of memory
@@ -35,7 +36,7 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
+.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit compatibility
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -65,6 +66,13 @@ lint: $(VENV)/installed-dev
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
+
+$(VENV)/nox:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip --disable-pip-version-check --quiet install "nox>=2024.10"
+
+compatibility: $(VENV)/nox
+	$(VENV)/nox/bin/nox
 
 CASES ?= 10000
 SEED ?= 0
@@ -122,7 +130,7 @@ install = $(PIP) install --editable ".$(2)"
 endif
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(call install,base)
+	$(call install,base,[segment])
 	touch $@
 
 # with the emulations of CUDA kernels and of AMX tiles, for tests; an install without them takes them away

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from msformer.extras import missing_package
 from msformer.presets import DEFAULT, PRESETS, find_preset
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def needed_packages(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        if name in ("msformer", "msformer_kernels"):
+        sentence = missing_package(error, extra)
+        if sentence is None:
             raise
-        raise ValueError(f"{name} is not installed; run: pip install 'msformer[{extra}]'") from error
+        raise ValueError(sentence) from error
 
 
 def fit_options(size: int | None) -> Callable[[Command], Command]:

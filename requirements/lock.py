@@ -19,7 +19,7 @@ import tomllib
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent / "pyproject.toml"
 TORCH = "2.13.0+cpu"
-EXTRAS = {"base": (), "bench": ("bench",), "all": ("test", "dev", "bench")}
+EXTRAS = {"base": ("segment",), "bench": ("bench",), "all": ("test", "dev", "bench")}
 TOOLS = ("uv", "pip-audit", "pip-licenses")
 PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
 QUIET = ["--quiet", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
@@ -43,7 +43,7 @@ def main() -> None:
     torch = f"torch=={TORCH}"
     compile_lock("torch-cpu", torch)
     for name, extras in EXTRAS.items():
-        own = f".[{','.join(extras)}]" if extras else "."
+        own = f".[{','.join(extras)}]"
         # torch is installed before, in the build that fits the machine
         apart = [option for package in ("torch", "msformer") for option in ("--no-emit-package", package)]
         compile_lock(name, "\n".join([own, torch, *build]), *apart)
