@@ -3,8 +3,8 @@
     python csrc/wheels.py [--out dist] [--targets x86_64 aarch64] [--pythons 3.10 3.11 3.12 3.13 3.14]
 
 Runs in an environment of requirements/wheels.txt, whose compiler is zig's clang: it holds the symbols of every glibc
-and compiles for other processors. The interpreters give their headers alone, and need no packages; one that is not here is
-left out, and is named. The kernels do not know of Python and are compiled once for each processor.
+and compiles for other processors. The interpreters give their headers alone, and need no packages; one that is not here
+is left out, and is named. The kernels do not know of Python and are compiled once for each processor.
 
 Two builds of one commit give the same bytes: times are that of the commit, and files have the same permissions.
 """

@@ -83,7 +83,7 @@ def test_a_compiler_for_another_processor_gets_the_variant_that_runs_anywhere(tm
 
 def test_wheels_can_leave_cuda_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MSFORMER_CUDA", "0")
-    with pytest.raises(NotBuilt, match="MSFORMER_CUDA=0.*--no-binary msformer") as caught:
+    with pytest.raises(NotBuilt, match=r"MSFORMER_CUDA=0.*--no-binary msformer") as caught:
         EXTENSIONS["_cuda"].build(tmp_path / "x.so", tmp_path)
     assert not isinstance(caught.value, BuildFailed)
 

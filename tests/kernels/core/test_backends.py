@@ -338,7 +338,8 @@ def test_extension_shares_the_openmp_of_torch() -> None:
         "kernels.linear(torch.ones(1, 4000, 64), torch.ones(64, 64), backend='native')\n"
         "started = len(os.listdir('/proc/self/task')) - before\n"
         "lines = [line.strip() for line in open('/proc/self/maps')]\n"
-        "runtimes = {line.split(' ')[-1] for line in lines if any(n in line for n in ('libgomp', 'libomp', 'libiomp'))}\n"
+        "names = ('libgomp', 'libomp', 'libiomp')\n"
+        "runtimes = {line.split(' ')[-1] for line in lines if any(name in line for name in names)}\n"
         "print(started, len(runtimes), os.path.realpath(_native.thread_library()) in runtimes)"
     )
     assert _run(code).stdout.split() == ["2", "1", "True"]

@@ -3,8 +3,8 @@
     python -m tests.kernels.native.arm dist/msformer-*-aarch64.whl
 
 qemu-user runs the extension of the wheel in a Debian for Arm, which apt fetches into build/arm; PyTorch and the
-reference run here (host.py). Every operator is held to the error rule of its tests in float32, bfloat16 and float16, and
-compared with the reference in float64, in its small cases and some large ones, on two threads.
+reference run here (host.py). Every operator is held to the error rule of its tests in float32, bfloat16 and float16,
+and compared with the reference in float64, in its small cases and some large ones, on two threads.
 """
 
 from __future__ import annotations
