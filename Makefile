@@ -8,6 +8,9 @@
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
 #   make compatibility   the wheel on several versions of Python and torch (docs/compatibility.md)
+#   make wheels  wheels for Linux in dist/, for every CPython that is here and two processors (docs/wheels.md)
+#   make wheel-test   installs each in an environment of its own, and the sdist without compiler and git
+#   make wheel-test-aarch64   runs the kernels of the wheel for Arm in qemu-user
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
 #   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
 #   make large   tensors of more than 2^31 elements; 11 GB of memory
@@ -36,7 +39,8 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit compatibility
+.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit \
+	wheels wheel-test wheel-test-aarch64 compatibility
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -73,6 +77,22 @@ $(VENV)/nox:
 
 compatibility: $(VENV)/nox
 	$(VENV)/nox/bin/nox
+
+$(VENV)/wheels: requirements/wheels.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r $<
+	touch $@
+
+WHEELS = $(VENV)/wheels/bin/python csrc/wheels.py $(if $(PYTHONS),--pythons $(PYTHONS))
+wheels: $(VENV)/wheels
+	$(WHEELS) $(if $(TARGETS),--targets $(TARGETS))
+
+wheel-test: $(VENV)/wheels
+	$(VENV)/wheels/bin/python -m tests.installs
+
+wheel-test-aarch64: $(VENV)/wheels $(VENV)/installed-test
+	$(WHEELS) --targets aarch64
+	$(BIN)/python -m tests.kernels.native.arm dist/*aarch64.whl
 
 CASES ?= 10000
 SEED ?= 0
