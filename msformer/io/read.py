@@ -15,7 +15,7 @@ from torch import Tensor
 from msformer.io.base import CT_WINDOW, Notes, Slice, apply_window, default_window, show
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.modality import GIVEN, find_modality, warn_of_air
-from msformer.io.ordinary import read_ordinary
+from msformer.io.ordinary import drop_extra_channels, read_raster
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def read_picture(path: str | PathLike[str], reading: Reading = Reading()) -> Pic
     path = Path(path)
     if is_medical(path):
         return _medical(read_slice(path, reading.slice_index, reading.modality), reading)
-    pixels: NDArray[Any] = read_ordinary(path)
-    notes = Notes(path)
+    raster = read_raster(path)
+    pixels: NDArray[Any] = drop_extra_channels(raster.pixels, str(path))
+    notes = Notes(path, list(raster.notes))
     modality, source = find_modality(path, reading.modality, lambda: float(pixels.min(initial=0)), notes)
     plain = pixels.ndim == 3 or pixels.dtype.kind not in "if"
     if modality == "CT" and plain and reading.window is None:

@@ -23,12 +23,12 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import click
 import ray
 import torch
 from ray.exceptions import RayError
 
 import msformer
+from msformer.messages import say
 from msformer.output import write_files
 from msformer.runs.executors import Executor, Item, Report, Value, Work
 
@@ -92,7 +92,7 @@ class Cluster(Executor):
             self.__exit__(None, None, None)
             raise
         nodes, tasks = _count(len(self._nodes), "node"), _count(min(self._slots, self.at_once or self._slots), "task")
-        click.echo(f"Ray {ray.__version__}, {nodes}: {tasks} at a time, each with {_count(self.threads, 'thread')}")
+        say(f"Ray {ray.__version__}, {nodes}: {tasks} at a time, each with {_count(self.threads, 'thread')}")
         return self
 
     def __exit__(

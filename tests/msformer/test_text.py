@@ -12,8 +12,9 @@ import pytest
 
 from msformer.drawing import drawn
 from msformer.evaluation.summary import write_csv
+from msformer.messages import plain_warnings
 from msformer.output import write_json
-from msformer.text import cell_text, markdown_text, plain_warnings, visible
+from msformer.text import cell_text, markdown_text, visible
 
 NASTY = (
     "tab\t line\n esc\x1b[31m c1\x9b bidi\u202egnp.exe \u2066 null-width\u200b bell\x07 [/b] <script>&amp; | `x` $_$"
