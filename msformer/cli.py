@@ -14,6 +14,7 @@ import msformer
 from msformer.commands.base import EXIT_CODES
 from msformer.commands.completion import completion
 from msformer.commands.demo import demo
+from msformer.commands.doctor import doctor, info
 from msformer.commands.evaluate import evaluate
 from msformer.commands.segment import segment
 from msformer.commands.train import train
@@ -30,5 +31,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal cannot show
 
 
-for command in (segment, train, evaluate, demo, completion):
+for command in (segment, train, evaluate, demo, doctor, info, completion):
     main.add_command(command)

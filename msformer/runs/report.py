@@ -162,7 +162,8 @@ def _article(job: Job, record: Record, row: SheetRow, plan: Plan, page: Page) ->
 
 
 def _shown(what: str, pixels: NDArray[np.uint8], file: str | None = None) -> Shown:
-    return Shown(what, picture_url(pixels), *pixels.shape[:2], file=None if file is None else quote(file))
+    height, width = pixels.shape[:2]
+    return Shown(what, picture_url(pixels), height, width, None if file is None else quote(file))
 
 
 def _about(page: Page, count: int) -> dict[str, str]:

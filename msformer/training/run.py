@@ -21,6 +21,7 @@ import msformer
 import msformer_kernels
 from msformer.claim import claimed
 from msformer.io.read import Reading
+from msformer.machine import cores
 from msformer.memory import kept_memory
 from msformer.messages import tell, tell_at_end, warn
 from msformer.model import MSFormer
@@ -420,5 +421,4 @@ def _device(device: str, processes: Processes) -> torch.device:
 
 def _cores() -> int:
     """Cores for this process, of those that it may run on."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
