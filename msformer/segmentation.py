@@ -116,7 +116,8 @@ def segment(
         progress: called as ``progress(step, labels, loss)`` before each step; True prints a line each.
 
     Raises:
-        ValueError: an image that is not one, too small or not finite; a slice that it does not have; a setting out of range, an unknown backend.
+        ValueError: an image that is not one, too small or not finite; a slice that it does not have; a setting out of
+            range, an unknown backend.
         OSError: a path that cannot be read.
         FloatingPointError: the loss became NaN or infinite.
     """

@@ -22,7 +22,16 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from msformer.io.base import ImageError, Notes
-from msformer.io.containers import bits_of_jpeg, exif_of, is_heif, is_lossy, is_whole_jpeg, only_pixels
+from msformer.io.containers import (
+    BitFields,
+    bit_fields,
+    bits_of_jpeg,
+    exif_of,
+    is_heif,
+    is_lossy,
+    is_whole_jpeg,
+    only_pixels,
+)
 from msformer.io.raster import MOST_PIXELS, Raster, check_size, eight_bits, turn_upright
 from msformer.io.tiff import SIGNATURES, lab_to_rgb, read_tiff
 
@@ -74,6 +83,8 @@ def _read_with_pillow(data: bytes, notes: Notes) -> Raster:
     except ImageError:
         raise
     except Exception as error:
+        if fields := bit_fields(data):
+            return _read_bit_fields(data, fields, notes.path)
         plain = only_pixels(data)
         if plain is None:
             raise
@@ -186,6 +197,22 @@ def _read_png16(data: bytes, notes: Notes) -> Raster:
     turn = _orientation(lambda: _parsed(exif_of(data)), notes)
     transparent = stored.ndim == 3 and stored.shape[2] in (2, 4)
     return Raster(stored, eight_bits(stored[..., -1], 16) if transparent else None).turned(turn)
+
+
+def _read_bit_fields(data: bytes, fields: BitFields, path: Path) -> Raster:
+    """A BMP whose colours lie where Pillow does not look for them, those that imagecodecs decodes rightly."""
+    import imagecodecs
+
+    check_size(path, fields.height, fields.width)
+    if not fields.is_whole:
+        raise ImageError(f"{path}: damaged or unsupported image: it is truncated")
+    if not fields.is_plain:
+        masks = ", ".join(f"{mask:#x}" for mask in fields.masks)
+        raise ImageError(
+            f"{path}: the bit fields {masks} in pixels of {fields.bits} bits are not supported; expected up to 8 bits a"
+            " colour, in pixels of 32 bits whole bytes: save it as PNG"
+        )
+    return Raster(np.asarray(imagecodecs.bmp_decode(data))[..., :3])
 
 
 def _read_deep_jpeg(data: bytes, path: Path) -> Raster:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from msformer.io.base import apply_window
 from msformer.io.ordinary import drop_extra_channels, from_pillow
-from msformer.io.read import Reading, read_image
+from msformer.io.read import AS_IT_IS, Reading, read_image
 
 
-def prepare_image(image: Any, reading: Reading = Reading()) -> Tensor:
+def prepare_image(image: Any, reading: Reading = AS_IT_IS) -> Tensor:
     """Any kind of image that `msformer.segment` takes -> float32 ``[3, H, W]`` in [0, 1].
 
     Args:

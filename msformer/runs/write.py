@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
-from msformer.io.read import Reading
+from msformer.io.read import AS_IT_IS, Reading
 from msformer.output import NameRefused, OutputError, remove, write_json
 from msformer.pictures import indexed_png, overlay, read_labels, write_png
 from msformer.runs.plan import SUMMARY, Job
@@ -76,7 +76,7 @@ def read_values(job: Job, folder: Path, kind: str) -> NDArray[Any]:
     return pixels > 0 if kind == "mask" else pixels.astype(np.float32) / 255
 
 
-def display_image(image: Any, reading: Reading = Reading()) -> NDArray[np.uint8]:
+def display_image(image: Any, reading: Reading = AS_IT_IS) -> NDArray[np.uint8]:
     """``[H, W, 3]`` uint8 of any image that `segment` takes, a file as the reading says."""
     return (prepare_image(image, reading).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
