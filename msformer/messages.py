@@ -152,20 +152,29 @@ def plain_warnings() -> Iterator[None]:
     """Warnings of this package for its users are lines without a place in the source, safe for a terminal, each once;
     with ``--json`` they are events as well, and with ``--quiet`` no lines."""
 
-    def formatted(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
+    def shown(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = str(message)
         if category is not UserWarning:
-            return visible_lines(original(message, category, filename, lineno, line))
-        if str(message) in said:  # Python forgets what it has shown when a library changes the filters
-            return ""
-        said.add(str(message))
-        tell("warning", message=str(message))
-        return "" if _manner.quiet else f"warning: {visible(str(message))}\n"
+            text = visible_lines(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
+        elif text in said:  # Python forgets what it has shown when a library changes the filters
+            return
+        else:
+            said.add(text)
+            tell("warning", message=text)
+            text = f"warning: {visible(text)}"
+        if not _manner.quiet:
+            _print(text, file or sys.stderr)
 
-    original, said = warnings.formatwarning, set[str]()
-    warnings.formatwarning = formatted
+    before, said = warnings.showwarning, set[str]()
+    warnings.showwarning = shown
     try:
         yield
     finally:
-        warnings.formatwarning = original
+        warnings.showwarning = before

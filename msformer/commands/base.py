@@ -39,7 +39,11 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = set(args[: args.index("--")] if "--" in args else args)
         ctx.with_resource(telling(quiet=not words.isdisjoint(_QUIET), json=not words.isdisjoint(_JSON)))
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except BaseException:
+            ctx.close()  # click does it of contexts that came to be alone
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         code = FAILED

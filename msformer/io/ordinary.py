@@ -100,7 +100,7 @@ def _decode_with_pillow(data: bytes, notes: Notes, exif: bytes = b"") -> Raster:
     """`exif` is that of the file where `data` has none."""
     PILImage.init()
     formats = [name for name in FORMATS if name in PILImage.OPEN]
-    with many_pixels(), PILImage.open(io.BytesIO(data), formats=formats) as image:
+    with many_pixels(), _opened(data, formats, notes) as image:
         check_size(notes.path, image.height, image.width)
         frames, kind = _count_frames(image), str(image.format)
         image.load()
@@ -108,6 +108,27 @@ def _decode_with_pillow(data: bytes, notes: Notes, exif: bytes = b"") -> Raster:
             notes.warn(f"the first of {frames} pictures is read")
         turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, notes)
         return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
+
+
+def _opened(data: bytes, formats: list[str], notes: Notes) -> PILImage.Image:
+    with _warnings_of_pillow(notes):
+        return PILImage.open(io.BytesIO(data), formats=formats)
+
+
+@contextmanager
+def _warnings_of_pillow(notes: Notes) -> Iterator[None]:
+    """Within, Pillow's warnings are not shown, since they name no file; those of damaged EXIF become notes.
+
+    For one thread at a time, as Python has one list of warnings for all; what others warn of meanwhile is passed on.
+    """
+    with _WARNING, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        if "PIL" not in Path(each.filename).parts:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        elif str(each.message).startswith("Corrupt EXIF"):
+            notes.warn("the EXIF is damaged; of the orientation is used what it still says")
 
 
 @contextmanager
@@ -128,7 +149,7 @@ def many_pixels() -> Iterator[None]:
                 PILImage.MAX_IMAGE_PIXELS = _limit
 
 
-_LOCK = threading.Lock()
+_LOCK, _WARNING = threading.Lock(), threading.Lock()
 _inside = 0
 _limit: int | None = None
 
@@ -146,8 +167,7 @@ def _count_frames(image: PILImage.Image) -> int:
 def _orientation(read_exif: Callable[[], PILImage.Exif], notes: Notes) -> int:
     """1, with a warning, where the EXIF is damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about entries that do not matter here
+        with _warnings_of_pillow(notes):
             value = read_exif().get(_ORIENTATION, 1)
     except Exception as error:
         notes.warn(f"the EXIF is damaged, and the picture taken as it is stored: {error}")
