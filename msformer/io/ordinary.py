@@ -106,6 +106,9 @@ def _decode_with_pillow(data: bytes, notes: Notes, exif: bytes = b"") -> Raster:
         image.load()
         if frames > 1:
             notes.warn(f"the first of {frames} pictures is read")
+        raw = exif or exif_of(data)
+        if raw and raw[:4] not in SIGNATURES:  # which Pillow takes for none
+            notes.warn("the EXIF is damaged, and the picture taken as it is stored")
         turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, notes)
         return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
 
