@@ -118,11 +118,11 @@ def _verdict(small: Probe, large: Probe | None, device: str, dtype: torch.dtype)
     try:
         backend = msformer_kernels.explain(device, dtype, small.operator).chosen
         error, eager_error, problem = _errors(small.to(device, dtype), dtype)
-        times = (None, None) if large is None else _times(large.to(device, dtype), device)
+        ours, eager = (None, None) if large is None else _times(large.to(device, dtype), device)
     except Exception as failure:  # whatever a broken installation raises
         problem = f"{type(failure).__name__}: {failure}"
         return Verdict(small.operator, device, kind, backend, None, None, None, None, problem)
-    return Verdict(small.operator, device, kind, backend, error, eager_error, *times, problem=problem)
+    return Verdict(small.operator, device, kind, backend, error, eager_error, ours, eager, problem)
 
 
 def _errors(probe: Probe, dtype: torch.dtype) -> tuple[float, float, str]:
