@@ -69,7 +69,7 @@ setup(
     package_dir={PACKAGE: f"kernels/{PACKAGE}"},
     package_data={
         PACKAGE: ["py.typed", "*.pyi", *(f"{name}_error.txt" for name in EXTENSIONS)],
-        "msformer": ["py.typed", "page.css", "evaluation/page.html", "evaluation/page.js", "training/report.html"],
+        "msformer": ["py.typed", "*.css", "**/*.html", "**/*.js"],
     },
     ext_modules=[
         Extension(f"{PACKAGE}.{name}", [str(path.relative_to(ROOT)) for path in built.sources], depends=HEADERS)
