@@ -64,10 +64,16 @@ class BuildExtensions(build_ext):
 
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages(".", include=["msformer", "msformer.*"])],
-    package_dir={PACKAGE: f"kernels/{PACKAGE}"},
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(".", include=["msformer", "msformer.*"]),
+        *(f"msformer.{name}" for name in find_packages(".", include=["benchmarks", "benchmarks.*"])),
+    ],
+    # the benchmarks are a package of a checkout, and installed they are msformer.benchmarks
+    package_dir={PACKAGE: f"kernels/{PACKAGE}", "msformer.benchmarks": "benchmarks"},
     package_data={
         PACKAGE: ["py.typed", "*.pyi", *(f"{name}_error.txt" for name in EXTENSIONS)],
+        "msformer.benchmarks": ["*.cpp", "*.html", "*.css"],
         "msformer": ["py.typed", "page.css", "evaluation/page.html", "evaluation/page.js", "training/report.html"],
     },
     ext_modules=[

@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import rivals as rival_names
-from benchmarks.cases import (
+from msformer.output import OutputError, prepare_folder
+
+from . import rivals as rival_names
+from .cases import (
     MSFORMER,
     OPERATIONS,
     PASSES,
@@ -30,10 +32,10 @@ from benchmarks.cases import (
     quick_rivals,
     why_not,
 )
-from benchmarks.compare import compare, print_comparison
-from benchmarks.machine import cache_flusher, describe, measure_ceilings, usable_variants
-from benchmarks.measure import Settings, measure_case
-from benchmarks.report import (
+from .compare import compare, print_comparison
+from .machine import cache_flusher, describe, measure_ceilings, usable_variants
+from .measure import Settings, measure_case
+from .report import (
     Results,
     make_console,
     print_group,
@@ -42,8 +44,7 @@ from benchmarks.report import (
     write_json_file,
     write_results,
 )
-from benchmarks.variants import in_variants, make_anywhere
-from msformer.output import OutputError, prepare_folder
+from .variants import in_variants, make_anywhere
 
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
 INTERRUPTED = 130

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import Results
-from benchmarks.rows import Key, Row
-from benchmarks.tables import duration
+from .report import Results
+from .rows import Key, Row
+from .tables import duration
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "SLOWER", "", "too few samples"
 

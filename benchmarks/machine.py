@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import msformer_kernels
-from benchmarks.rivals import is_ours, type_name, variant_of
+
+from .rivals import is_ours, type_name, variant_of
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import LAYERS, MODELS
-from benchmarks.machine import Ceilings, Machine
-from benchmarks.rivals import PLAIN, variant_of
-from benchmarks.rows import MEASURED, Row, gain, groups
-from benchmarks.tables import duration, markdown_row
 from msformer.output import complete_file, write_json
+
+from .cases import LAYERS, MODELS
+from .machine import Ceilings, Machine
+from .rivals import PLAIN, variant_of
+from .rows import MEASURED, Row, gain, groups
+from .tables import duration, markdown_row
 
 
 def size(count: float) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.rivals import type_name
+from .cases import Case
+from .rivals import type_name
 
 MEASURED, WRONG, FAILED = "measured", "wrong", "failed"
 Key = tuple[str, str, str, str, str]

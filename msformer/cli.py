@@ -1,4 +1,4 @@
-"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``info``.
+"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``bench``, ``info``.
 
 Heavy imports happen inside the commands, so that help and errors of usage come at once.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from msformer.bench import bench
 from msformer.options import (
     ALL_SLICES,
     SliceType,
@@ -224,6 +225,7 @@ def evaluate(**options: Any) -> None:
 
 
 main.add_command(train)
+main.add_command(bench)
 
 
 @main.command()
