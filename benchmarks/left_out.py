@@ -48,7 +48,8 @@ def why_not(variant: str) -> str:
 def left_out() -> list[str]:
     """What this machine cannot run, a line each."""
     if "native" not in msformer_kernels.available_backends():
-        return [f"native kernels: {msformer_kernels.explain('cpu').reasons['native']}"]
+        reason = msformer_kernels.explain("cpu").reasons["native"]
+        return [f"native kernels: {reason.removeprefix('not usable: ')}"]
     return [f"CPU variant {name}: {reason}" for name, reason in missing_variants().items()]
 
 

@@ -38,7 +38,7 @@ class Ceilings:
 
     def or_better(self, other: Ceilings) -> Ceilings:
         """The higher rates of two measurements: what was measured while something else ran is no ceiling."""
-        rates = {
+        rates: dict[str, Any] = {
             item.name: max(filter(None, (getattr(self, item.name), getattr(other, item.name))), default=None)
             for item in fields(self)
             if item.name.endswith("per_second")

@@ -133,8 +133,8 @@ LEGEND = (
     (
         "rival",
         "published: the structure of the published code; eager: the same layers written well in plain PyTorch; "
-        "compile: torch.compile of eager; native and the like: the kernels of msformer. All have the same weights and "
-        "inputs",
+        "compile: torch.compile of eager, in its default mode; native and the like: the kernels of msformer. All have "
+        "the same weights and inputs",
     ),
     (
         "time a call",
