@@ -65,11 +65,17 @@ class BuildExtensions(build_ext):
 
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages(".", include=["msformer", "msformer.*"])],
-    package_dir={PACKAGE: f"kernels/{PACKAGE}"},
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(".", include=["msformer", "msformer.*"]),
+        *(f"msformer.{name}" for name in find_packages(".", include=["benchmarks", "benchmarks.*"])),
+    ],
+    # the benchmarks are a package of a checkout, and installed they are msformer.benchmarks
+    package_dir={PACKAGE: f"kernels/{PACKAGE}", "msformer.benchmarks": "benchmarks"},
     package_data={
         PACKAGE: ["py.typed", "*.pyi", *(f"{name}_error.txt" for name in EXTENSIONS)],
         "msformer": ["py.typed", "*.css", "**/*.html", "**/*.js"],
+        "msformer.benchmarks": ["*.cpp", "*.html", "*.css"],
     },
     ext_modules=[
         Extension(f"{PACKAGE}.{name}", [str(path.relative_to(ROOT)) for path in built.sources], depends=HEADERS)
