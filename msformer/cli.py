@@ -132,7 +132,8 @@ def segment(
 @run_options
 @fit_options(size=129)
 def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options: Any) -> None:
-    """Segment images that the package makes itself, with known masks, and print scores.
+    """Segment images that the package makes itself, with known masks, and print scores: first those of the masks that
+    a user gets, then those of the label that fits the true mask best.
 
     The images look like dermoscopy from afar; they and their masks are kept in OUT/images and OUT/masks. The fitted
     size is smaller than that of `segment`, to be quick.
@@ -143,9 +144,11 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
         from msformer.io.read import Reading
         from msformer.runs.executors import Local
         from msformer.runs.plan import Plan, plan_jobs
+        from msformer.runs.write import read_mask
+        from msformer.selection import AUTO
 
         seed = options["seed"]
-        plan = Plan(make_fit(options), Reading())
+        plan = Plan(make_fit(options), Reading(), AUTO)
         executor = Local(at_once or images_at_once(plan.way.device))
         with claimed(out):
             sources, masks = make_images(out, count, seed)
@@ -158,8 +161,9 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
                 failures,
                 out,
                 plan,
-                caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].oracle:.0f}",
+                caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].blind:.0f}",
                 mask=lambda job: masks[job.name],
+                found=lambda job: read_mask(job, out),
                 scores={name: value._asdict() for name, value in scores.items()},
             )
         print_scores(scores)
@@ -346,6 +350,7 @@ def finish(
     caption: Callable[[Job, Record], str] | None = None,
     mask: Callable[[Job], Any] = lambda job: None,
     border: str = "true border",
+    found: Callable[[Job], Any] = lambda job: None,
     **more: Any,
 ) -> None:
     """Contact sheets, summary, and a last line that says where everything is."""
@@ -355,7 +360,9 @@ def finish(
     caption = caption or (lambda job, record: plan.way.caption(record))
     complete = [job for job in jobs if job.name in finished]
     records = [finished[job.name] for job in complete]
-    sheets, not_drawn = write_sheets(complete, records, out, plan, caption, mask, border) if complete else ([], {})
+    sheets, not_drawn = (
+        write_sheets(complete, records, out, plan, caption, mask, border, found) if complete else ([], {})
+    )
     write_summary(complete, records, failures, out, settings_record(plan), **more)
     for what, errors in (("failed", failures), ("not on a contact sheet", not_drawn)):
         for source, error in errors.items():

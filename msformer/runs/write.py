@@ -108,8 +108,13 @@ def write_sheets(
     caption: Callable[[Job, Record], str],
     mask: Callable[[Job], NDArray[np.bool_] | None],
     border: str,
+    found: Callable[[Job], NDArray[np.bool_] | None] = lambda job: None,
 ) -> tuple[list[Path], dict[str, str]]:
     """Contact sheets of all finished images: one page, or numbered pages.
+
+    Args:
+        mask: of an image, whose border is drawn; `border` is what it is.
+        found: a mask that was made without that one, drawn in place of the overlay.
 
     Returns:
         The paths of the pages, and the errors by origin of images that cannot be drawn, as they are gone meanwhile.
@@ -124,10 +129,11 @@ def write_sheets(
             try:
                 pixels = display_image(read_image(job.source, plan.reading_of(job)))
                 labels, drawn_mask = read_labels(job.file(folder, ".labels.png")), mask(job)
+                found_mask = found(job)
             except (ValueError, OSError, SyntaxError, MemoryError) as error:
                 missing[job.origin] = str(error)
                 continue
-            rows.append(small_row(Path(job.name).name, caption(job, record), pixels, labels, drawn_mask))
+            rows.append(small_row(Path(job.name).name, caption(job, record), pixels, labels, drawn_mask, found_mask))
         if rows:
             with complete_file(folder / name) as temporary:
                 contact_sheet(rows, temporary, border)
