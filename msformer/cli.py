@@ -63,7 +63,11 @@ def main() -> None:
     "--slice", type=SliceType(), default=None, help="Of NIfTI volumes and DICOM frames; 'all': each. [default: middle]"
 )
 @modality_option
-@click.option("--model", type=click.Path(path_type=Path), help="Folder of a trained model, to ask instead of a fit.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Trained model to ask instead of a fit: its folder, or ORG/NAME of the Hugging Face Hub.",
+)
 @click.option("--refine", is_flag=True, help="With --model: fit each image as well, and fuse both.")
 @cluster_options
 @fit_options(size=None)
