@@ -120,7 +120,7 @@ def segment(
             for doubt in doubts:
                 say(f"warning: {doubt}", err=True)
             finished, failures = run_all(jobs, out, plan, overwrite, executor)
-            failures |= write_volumes([job for job in jobs if job.name in finished], out, plan.kinds)
+            failures |= write_volumes([job for job in jobs if job.name in finished], out, plan)
             drawn: dict[str, Any] = {"warnings": doubts} if doubts else {}
             if mask:
                 drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}
