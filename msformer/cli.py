@@ -132,15 +132,15 @@ def segment(
 @click.option(
     "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
-@click.option("--count", type=click.IntRange(1), default=6, show_default=True, help="Images.")
+@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images.")
 @run_options
-@fit_options(size=129)
+@fit_options(size=129, max_steps=30)
 def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options: Any) -> None:
     """Segment images that the package makes itself, with known masks, and print scores: first those of the masks that
     a user gets, then those of the label that fits the true mask best.
 
     The images look like dermoscopy from afar; they and their masks are kept in OUT/images and OUT/masks. The fitted
-    size is smaller than that of `segment`, to be quick.
+    size is smaller than that of `segment`, and the steps are fewer, to be quick.
     """
     with friendly_errors():
         from msformer.claim import claimed
