@@ -31,6 +31,7 @@ from msformer.pictures import (
     outline,
     overlay,
     picture_url,
+    pictures_of,
     read_labels,
     shaded,
     small_row,
@@ -61,6 +62,8 @@ class Page:
     """Of which the border is drawn."""
     border: str
     """What that is, in words."""
+    found: Callable[[Job], Mask | None]
+    """A mask that was made without that one, drawn in place of the overlay."""
 
 
 @dataclass(frozen=True)
@@ -138,17 +141,19 @@ def write_pictures_of_all(
 def _row(job: Job, record: Record, folder: Path, plan: Plan, page: Page) -> SheetRow:
     pixels = display_image(read_image(job.source, plan.reading_of(job)))
     labels, mask = read_labels(job.file(folder, ".labels.png")), page.mask(job)
-    return small_row(Path(job.name).name, page.caption(job, record), pixels, labels, mask)
+    return small_row(Path(job.name).name, page.caption(job, record), pixels, labels, mask, page.found(job))
 
 
 def _article(job: Job, record: Record, row: SheetRow, plan: Plan, page: Page) -> Article:
-    small = small_row(row.name, row.caption, row.image, row.labels, row.mask, LARGEST)
+    small = small_row(row.name, row.caption, row.image, row.labels, row.mask, row.found, LARGEST)
     pictures = [
         _shown("image", small.image),
         _shown("overlay", overlay(small.image, small.labels), f"{job.name}.overlay.png"),
         _shown("labels", colour_labels(small.labels), f"{job.name}.labels.png"),
     ]
-    if small.mask is not None:
+    if small.found is not None:
+        pictures.append(_shown(f"mask, {page.border}", pictures_of(small)[1], f"{job.name}.mask.png"))
+    elif small.mask is not None:
         file = None if plan.mask is None else f"{job.name}.mask.png"
         pictures.append(_shown(page.border, outline(shaded(small.image, small.mask), small.mask), file))
     read, size = record.get("read", {}), record["size"]
