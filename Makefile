@@ -10,6 +10,7 @@
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
 #   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
 #   make large   tensors of more than 2^31 elements; 11 GB of memory
+#   make docs    the documentation site in build/docs; make docs-links: the addresses on the internet that it names
 #   make lock    the lock files anew, requirements/*.txt; make licences: docs/licences.md; make audit: known weaknesses
 #
 # PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
@@ -35,7 +36,9 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
+DOCS := build/docs
+
+.PHONY: docs docs-links demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -64,6 +67,15 @@ lint: $(VENV)/installed-dev
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
+
+# from nothing, so that no page is left over and every warning, which is an error, comes each time
+docs: $(VENV)/installed-docs
+	rm -rf $(DOCS)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -b html docs $(DOCS)
+	@echo "The site is in $(DOCS)/index.html"
+
+docs-links: docs
+	@grep -rhoE 'href="https?://[^"#]+' $(DOCS) --include='*.html' | cut -d'"' -f2 | sort | uniq -c | sort -rn
 
 CASES ?= 10000
 SEED ?= 0
@@ -133,6 +145,11 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(call install,all,[test])
+	touch $@
+
+# with what the package needs as it is installed, the tools from the index
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install "msformer[docs]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
