@@ -1,4 +1,4 @@
-"""The documentation site: ``make docs`` builds it, offline; the pages are Markdown, the reference comes from docstrings."""
+"""The documentation site, which ``make docs`` builds offline: pages in Markdown, a reference from docstrings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
     "mathml",
+    "units",
     "site_checks",
 ]
 exclude_patterns = ["_ext"]
@@ -35,7 +36,14 @@ napoleon_use_rtype = False
 default_role = "py:obj"
 python_maximum_signature_line_length = 100
 
-public_modules = ["msformer_kernels", "msformer_kernels.nn", "msformer", "msformer.data", "msformer.medical", "msformer.runs"]
+public_modules = [
+    "msformer_kernels",
+    "msformer_kernels.nn",
+    "msformer",
+    "msformer.data",
+    "msformer.medical",
+    "msformer.runs",
+]
 """All that their ``__all__`` names must stand in the reference, with a docstring."""
 
 html_theme = "furo"

@@ -65,8 +65,12 @@ def faults_of_site(folder: Path) -> Iterator[str]:
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 yield f"{where}: leads to {link}, an anchor that is not there"
     for style in sorted(folder.rglob("*.css")):
-        fetched = re.findall(r"""(?:url\(|@import)\s*['"]?((?:https?:)?//[^'")\s]+)""", style.read_text(encoding="utf-8"))
-        yield from (f"{style.relative_to(folder)}: fetches {address}" for address in fetched)
+        for address in re.findall(r"""(?:url\(|@import)\s*['"]?([^'")\s;]+)""", style.read_text(encoding="utf-8")):
+            where = style.relative_to(folder)
+            if _is_external(address):
+                yield f"{where}: fetches {address}"
+            elif not address.startswith(("data:", "url(")) and not (style.parent / urlsplit(address).path).is_file():
+                yield f"{where}: fetches {address}, which is not there"
 
 
 def faults_of_reference(documented: set[str], modules: list[str]) -> Iterator[str]:
