@@ -36,9 +36,7 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-DOCS := build/docs
-
-.PHONY: docs docs-links demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
+.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -68,15 +66,6 @@ lint: $(VENV)/installed-dev
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build
 
-# from nothing, so that no page is left over and every warning, which is an error, comes each time
-docs: $(VENV)/installed-docs
-	rm -rf $(DOCS)
-	$(BIN)/python -m sphinx --quiet --fail-on-warning -b html docs $(DOCS)
-	@echo "The site is in $(DOCS)/index.html"
-
-docs-links: docs
-	@grep -rhoE 'href="https?://[^"#]+' $(DOCS) --include='*.html' | cut -d'"' -f2 | sort | uniq -c | sort -rn
-
 CASES ?= 10000
 SEED ?= 0
 SECONDS ?= 3600
@@ -105,6 +94,17 @@ licences: $(VENV)/tools $(VENV)/installed-dev
 
 audit: $(VENV)/tools
 	$(VENV)/tools/bin/python requirements/audit.py
+
+.PHONY: docs docs-links
+DOCS := build/docs
+# from nothing, so that no page is left over and every warning, which is an error, comes each time
+docs: $(VENV)/installed-docs
+	rm -rf $(DOCS)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -b html docs $(DOCS)
+	@echo "The site is in $(DOCS)/index.html"
+
+docs-links: docs
+	@grep -rhoE 'href="https?://[^"#]+' $(DOCS) --include='*.html' | cut -d'"' -f2 | sort | uniq -c | sort -rn
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_*.so kernels/msformer_kernels/_*_error.txt
