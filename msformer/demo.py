@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from rich.console import Console
 from rich.table import Table
 
+from msformer.messages import console
 from msformer.output import prepare_folder
 from msformer.pictures import read_labels, write_png
 from msformer.runs.plan import Record
@@ -51,7 +51,7 @@ def print_scores(scores: dict[str, Scores]) -> None:
         table.add_row(name, *(f"{100 * value:.1f}" for value in found))
     table.add_section()
     table.add_row("mean", *(f"{100 * value:.1f}" for value in np.mean(list(scores.values()), axis=0)))
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     note = "Both choices of labels look at the true mask: what the label map holds, not what one finds blindly."
-    console.print(note, style="dim", width=min(console.width, 100))
+    shown.print(note, style="dim", width=min(shown.width, 100))

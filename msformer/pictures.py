@@ -92,6 +92,11 @@ def outline(
     return drawn
 
 
+def shaded(image: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]``, darker where the mask is not."""
+    return np.where(mask[..., None], image, image // 3).astype(np.uint8)
+
+
 def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
     """A label map as an image whose pixel values are the labels: 8 bit with the palette, 16 bit grey above 256 labels.
 
@@ -157,9 +162,16 @@ def _shortened(name: str, most: int = 40) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2) :]}"
 
 
-def small_row(name: str, caption: str, image: NDArray[np.uint8], labels: NDArray[Any], mask: Mask | None) -> SheetRow:
-    """A row whose pictures are no larger than what is seen of them."""
-    step = -(-max(labels.shape) // LARGEST)
+def small_row(
+    name: str,
+    caption: str,
+    image: NDArray[np.uint8],
+    labels: NDArray[Any],
+    mask: Mask | None,
+    largest: int = LARGEST,
+) -> SheetRow:
+    """A row whose pictures are no larger than what is seen of them: at most `largest` pixels a side."""
+    step = -(-max(labels.shape) // largest)
     if step > 1:
         size = labels.shape[1] // step or 1, labels.shape[0] // step or 1
         image = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.BOX))
