@@ -15,6 +15,7 @@
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
 #   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
 #   make large   tensors of more than 2^31 elements; 11 GB of memory
+#   make docs    the documentation site in build/docs; make docs-links: the addresses on the internet that it names
 #   make lock    the lock files anew, requirements/*.txt; make licences: docs/licences.md; make audit: known weaknesses
 #
 # PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
@@ -128,6 +129,17 @@ licences: $(VENV)/tools $(VENV)/installed-dev
 audit: $(VENV)/tools
 	$(VENV)/tools/bin/python requirements/audit.py
 
+.PHONY: docs docs-links
+DOCS := build/docs
+# from nothing, so that no page is left over and every warning, which is an error, comes each time
+docs: $(VENV)/installed-docs
+	rm -rf $(DOCS)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -b html docs $(DOCS)
+	@echo "The site is in $(DOCS)/index.html"
+
+docs-links: docs
+	@grep -rhoE 'href="https?://[^"#]+' $(DOCS) --include='*.html' | cut -d'"' -f2 | sort | uniq -c | sort -rn
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_*.so kernels/msformer_kernels/_*_error.txt
 
@@ -167,6 +179,11 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(call install,all,[test])
+	touch $@
+
+# with what the package needs as it is installed, the tools from the index
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install "msformer[docs]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
