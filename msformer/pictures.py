@@ -182,8 +182,8 @@ def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return values[np.ix_(rows, columns)]
 
 
-def _pictures(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
-    """The three pictures of a row."""
+def row_pictures(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
+    """The three pictures of a row, ``[H, W, 3]``: the image, the overlay or the mask that was found, the label map."""
     image = row.image if row.mask is None else outline(row.image, row.mask)
     if row.found is None:
         middle = overlay(row.image, row.labels)
@@ -211,7 +211,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     for row, (left, middle, right) in zip(rows, axes, strict=True):
-        for axis, pixels in zip((left, middle, right), _pictures(row), strict=True):
+        for axis, pixels in zip((left, middle, right), row_pictures(row), strict=True):
             axis.imshow(pixels, interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
