@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from rich.console import Console
 from rich.table import Table
 
+from msformer.messages import console
 from msformer.output import prepare_folder
 from msformer.pictures import read_labels, write_png
 from msformer.scoring import Mask, dice, score
@@ -74,6 +74,6 @@ def print_scores(scores: Mapping[str, DemoScores]) -> None:
         table.add_row(name, *(f"{100 * value:.1f}" for value in found))
     table.add_section()
     table.add_row("mean", *(f"{100 * value:.1f}" for value in np.mean(list(scores.values()), axis=0)))
-    console = Console()
-    console.print(table)
-    console.print(MEANING, width=min(console.width, 100))
+    shown = console()
+    shown.print(table)
+    shown.print(MEANING, width=min(shown.width, 100))

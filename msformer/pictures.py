@@ -92,6 +92,11 @@ def outline(
     return drawn
 
 
+def shaded(image: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]``, darker where the mask is not."""
+    return np.where(mask[..., None], image, image // 3).astype(np.uint8)
+
+
 def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
     """A label map as an image whose pixel values are the labels: 8 bit with the palette, 16 bit grey above 256 labels.
 
@@ -166,9 +171,11 @@ def small_row(
     labels: NDArray[Any],
     mask: Mask | None,
     found: Mask | None = None,
+    *,
+    largest: int = LARGEST,
 ) -> SheetRow:
-    """A row whose pictures are no larger than what is seen of them."""
-    step = -(-max(labels.shape) // LARGEST)
+    """A row whose pictures are no larger than what is seen of them: at most `largest` pixels a side."""
+    step = -(-max(labels.shape) // largest)
     if step > 1:
         size = labels.shape[1] // step or 1, labels.shape[0] // step or 1
         image = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.BOX))
@@ -184,14 +191,12 @@ def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 def row_pictures(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
     """The three pictures of a row, ``[H, W, 3]``: the image, the overlay or the mask that was found, the label map."""
-    image = row.image if row.mask is None else outline(row.image, row.mask)
-    if row.found is None:
-        middle = overlay(row.image, row.labels)
-    else:
-        tinted = overlay(row.image, row.found.astype(np.uint8))
-        middle = np.where(row.found[..., None], tinted, row.image)
-        middle = middle if row.mask is None else outline(middle, row.mask)
-    return image, middle, colour_labels(row.labels)
+
+    def bordered(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return image if row.mask is None else outline(image, row.mask)
+
+    middle = overlay(row.image, row.labels) if row.found is None else bordered(shaded(row.image, row.found))
+    return bordered(row.image), middle, colour_labels(row.labels)
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
@@ -220,7 +225,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
         left.set_title("", fontsize=10, fontweight="bold", loc="left").set(**drawn(_shortened(visible(row.name))))
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
     first = "image" if rows[0].mask is None else f"image, {border} in green"
-    second = "overlay" if rows[0].found is None else "mask in orange"
+    second = "overlay" if rows[0].found is None else "mask, the rest darkened"
     for axis, title in zip(axes[-1], [first, second, "labels"], strict=True):
         axis.set_xlabel(title, fontsize=9, color="#444444")
     buffer = io.BytesIO()

@@ -200,9 +200,8 @@ def _forked(
         count: writes the number of operations to ``folder/operations``.
     """
     import msformer.cli
+    import msformer.commands.running
     import msformer.evaluation.command
-    import msformer.evaluation.page
-    import msformer.runs.execute
 
     printed, prints = os.pipe()  # a limit of size holds for files; what a run prints has room in a pipe
     process = os.fork()

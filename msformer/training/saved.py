@@ -21,6 +21,7 @@ import torch
 import msformer
 from msformer.hub import find_folder
 from msformer.io.prepare import prepare_image
+from msformer.io.read import Reading
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
@@ -122,16 +123,25 @@ class TrainedModel:
         """Warnings of what came of the training."""
         return tuple(self.training.get("doubts", ()))
 
-    def predict(self, image: Any, **options: Any) -> Prediction:
+    def predict(
+        self,
+        image: Any,
+        *,
+        window: tuple[float, float] | None = None,
+        slice_index: int | None = None,
+        modality: str | None = None,
+        **options: Any,
+    ) -> Prediction:
         """What the network says of an image of any kind that `msformer.segment` takes.
 
         Args:
             image: a path, PIL image, array or tensor, see `msformer.segment`.
+            window, slice_index, modality: how it is read, see `msformer.segment`.
             options: of `msformer.training.predict.predict`.
         """
         from msformer.training.predict import predict
 
-        return predict(self, prepare_image(image), **options)
+        return predict(self, prepare_image(image, Reading(window, slice_index, modality)), **options)
 
 
 def save_model(

@@ -386,7 +386,10 @@ def _details(name: str, device_type: str) -> str:
         isas = ", ".join(_native.available_isas())
         refused = _native.why_tiles_are_refused()
         found = f", instruction set {_native.isa()} (of {isas}{f'; no amx: {refused}' if refused else ''})"
-        return f"{found}, {torch.get_num_threads()} threads, float32 products of {cpu_float32_precision()} precision"
+        threads = (
+            f"{torch.get_num_threads()} threads" if _native.thread_library() else "1 thread: no OpenMP runtime here"
+        )
+        return f"{found}, {threads}, float32 products of {cpu_float32_precision()} precision"
     if name == "triton" and device_type == "cuda" and torch.cuda.is_available():
         from msformer_kernels.triton import device
 
