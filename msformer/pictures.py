@@ -171,6 +171,7 @@ def small_row(
     labels: NDArray[Any],
     mask: Mask | None,
     found: Mask | None = None,
+    *,
     largest: int = LARGEST,
 ) -> SheetRow:
     """A row whose pictures are no larger than what is seen of them: at most `largest` pixels a side."""
@@ -188,16 +189,14 @@ def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return values[np.ix_(rows, columns)]
 
 
-def pictures_of(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
-    """The three pictures of a row."""
-    image = row.image if row.mask is None else outline(row.image, row.mask)
-    if row.found is None:
-        middle = overlay(row.image, row.labels)
-    else:
-        tinted = overlay(row.image, row.found.astype(np.uint8))
-        middle = np.where(row.found[..., None], tinted, row.image)
-        middle = middle if row.mask is None else outline(middle, row.mask)
-    return image, middle, colour_labels(row.labels)
+def row_pictures(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
+    """The three pictures of a row, ``[H, W, 3]``: the image, the overlay or the mask that was found, the label map."""
+
+    def bordered(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return image if row.mask is None else outline(image, row.mask)
+
+    middle = overlay(row.image, row.labels) if row.found is None else bordered(shaded(row.image, row.found))
+    return bordered(row.image), middle, colour_labels(row.labels)
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
@@ -217,7 +216,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     for row, (left, middle, right) in zip(rows, axes, strict=True):
-        for axis, pixels in zip((left, middle, right), pictures_of(row), strict=True):
+        for axis, pixels in zip((left, middle, right), row_pictures(row), strict=True):
             axis.imshow(pixels, interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
@@ -226,7 +225,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
         left.set_title("", fontsize=10, fontweight="bold", loc="left").set(**drawn(_shortened(visible(row.name))))
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
     first = "image" if rows[0].mask is None else f"image, {border} in green"
-    second = "overlay" if rows[0].found is None else "mask in orange"
+    second = "overlay" if rows[0].found is None else "mask, the rest darkened"
     for axis, title in zip(axes[-1], [first, second, "labels"], strict=True):
         axis.set_xlabel(title, fontsize=9, color="#444444")
     buffer = io.BytesIO()

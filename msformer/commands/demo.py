@@ -52,7 +52,7 @@ def demo(out: Path, count: int, overwrite: bool, at_once: int | None, **options:
             plan,
             caption=lambda job, record: f"{plan.way.caption(record)}, DSC {100 * scores[job.name].blind:.0f}",
             mask=lambda job: masks[job.name],
-            found=lambda job: read_mask(job, out),
+            found_mask=lambda job: read_mask(job, out),
             scores=found,
         )
         tell_at_end(scores=found)
