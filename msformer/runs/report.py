@@ -31,7 +31,6 @@ from msformer.pictures import (
     outline,
     overlay,
     picture_url,
-    pictures_of,
     read_labels,
     shaded,
     small_row,
@@ -151,9 +150,7 @@ def _article(job: Job, record: Record, row: SheetRow, plan: Plan, page: Page) ->
         _shown("overlay", overlay(small.image, small.labels), f"{job.name}.overlay.png"),
         _shown("labels", colour_labels(small.labels), f"{job.name}.labels.png"),
     ]
-    if small.found is not None:
-        pictures.append(_shown(f"mask, {page.border}", pictures_of(small)[1], f"{job.name}.mask.png"))
-    elif small.mask is not None:
+    if small.mask is not None:
         file = None if plan.mask is None else f"{job.name}.mask.png"
         what = page.border if small.found is None else f"mask, {page.border}"
         inside = small.mask if small.found is None else small.found
