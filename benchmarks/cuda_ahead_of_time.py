@@ -28,10 +28,10 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks import cuda_launches
-from benchmarks.ahead_of_time import DIMS, launch_everything
-from benchmarks.cuda_launches import name_and_engine
-from benchmarks.occupancy import MULTIPROCESSORS, programs
+from . import cuda_launches
+from .ahead_of_time import DIMS, launch_everything
+from .cuda_launches import name_and_engine
+from .occupancy import MULTIPROCESSORS, programs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 from extensions import CUDA_FLAGS, CUDA_KERNELS, host_compiler_of_nvcc

@@ -2,12 +2,14 @@
 
 `segment` does the whole job for one image; `MSFormer`, `LossWeights` and `Segmentation` are its parts. `train`
 trains one network on a folder of images, `load` reads it again. The command line is ``msformer``. The operators it is
-built on are in the package `msformer_kernels`.
+built on are in the package `msformer_kernels`. A plain install has the model, the rest needs extras (`extras.py`).
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from msformer.extras import explain_imports
 
 if TYPE_CHECKING:
     from msformer.model import MSFormer, MSFormerOutput
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from msformer.segmentation import Segmentation, segment
     from msformer.training.run import train
     from msformer.training.saved import TrainedModel, load
+
+explain_imports()
 
 try:
     __version__ = version("msformer")
@@ -46,7 +50,11 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports public names, and torch with them, when they are first used: `msformer --help` needs neither."""
+    """Imports public names, and torch with them, when they are first used: `msformer --help` needs neither.
+
+    Raises:
+        MissingPackage: the name needs an extra that is not installed.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'msformer' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,5 @@
-"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``doctor``, ``completion``.
+"""The command line: ``msformer segment``, ``train``, ``evaluate``, ``demo``, ``bench``, ``doctor``,
+``completion``.
 
 A command is a file of `msformer.commands`.
 """
@@ -11,6 +12,7 @@ import sys
 import click
 
 import msformer
+from msformer.bench import bench
 from msformer.commands.base import EXIT_CODES
 from msformer.commands.completion import completion
 from msformer.commands.demo import demo
@@ -31,5 +33,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal cannot show
 
 
-for command in (segment, train, evaluate, demo, doctor, info, completion):
+for command in (segment, train, evaluate, demo, bench, doctor, info, completion):
     main.add_command(command)

@@ -7,6 +7,7 @@ Backends: `use_backend`, `available_backends`, `explain`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from msformer_kernels.core.backends import BackendError, available_backends, explain, use_backend
 from msformer_kernels.nn import (
@@ -22,7 +23,9 @@ from msformer_kernels.ops.efficient_attention import efficient_attention
 from msformer_kernels.ops.efficient_self_attention import efficient_self_attention
 from msformer_kernels.ops.linear import linear
 from msformer_kernels.ops.mix_ffn import mix_ffn
-from msformer_kernels.patching import patch
+
+if TYPE_CHECKING:
+    from msformer_kernels.patching import patch
 
 try:
     __version__ = version("msformer")
@@ -48,3 +51,13 @@ __all__ = [
     "patch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `patch`, which is half of the package, when it is first used."""
+    if name != "patch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from msformer_kernels.patching import patch
+
+    globals()["patch"] = patch
+    return patch

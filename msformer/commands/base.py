@@ -107,8 +107,8 @@ def _end_interrupted() -> NoReturn:
 
 @contextmanager
 def _noticed_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets: a library may turn a KeyboardInterrupt at a bad moment into an error of its own, as
-    matplotlib does into "Invalid affine transformation matrix".
+    """An event that Ctrl-C sets: a library may turn a KeyboardInterrupt that meets it at a bad moment into an error of
+    its own, as matplotlib does into "Invalid affine transformation matrix".
     """
     noticed = threading.Event()
     before = signal.getsignal(signal.SIGINT)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msformer.extras import missing_package
 from msformer.io.voi import Curve
 
 
@@ -95,12 +96,12 @@ class Notes:
 
 
 @contextmanager
-def needs_package(name: str, path: Path) -> Iterator[None]:
+def needs_package(path: Path) -> Iterator[None]:
     """Around an import: says what to install when the package is missing."""
     try:
         yield
     except ImportError as error:
-        raise ImageError(f'{path}: needs the package {name}: pip install "msformer[medical]"') from error
+        raise ImageError(f"{path}: {missing_package(error) or error}") from error
 
 
 @contextmanager

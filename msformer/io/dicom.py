@@ -54,7 +54,7 @@ def read_dicom(path: str | PathLike[str], index: int | None = None, modality: st
 
 
 def _open(path: Path) -> DicomFile:
-    with needs_package("pydicom", path):
+    with needs_package(path):
         import pydicom  # noqa: F401
     with decoding(path, "DICOM"):
         return open_dicom(path)

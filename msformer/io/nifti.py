@@ -180,7 +180,7 @@ def write_nifti(path: str | PathLike[str], parts: Sequence[tuple[NDArray[Any], S
     placed = [(labels, _checked_geometry(labels, slice)) for labels, slice in parts]
     if not path.name.lower().endswith(SUFFIXES_NIFTI):
         raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path}")
-    with needs_package("nibabel", path):
+    with needs_package(path):
         from nibabel import orientations
 
     whole = placed[0][1]

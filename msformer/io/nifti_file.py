@@ -118,7 +118,7 @@ def open_nifti(path: Path) -> NiftiFile:
     Raises:
         ImageError: not NIfTI, values that are no real numbers or colours, or nibabel missing.
     """
-    with needs_package("nibabel", path):
+    with needs_package(path):
         import nibabel
         from nibabel.arrayproxy import ArrayProxy  # noqa: F401
     version, notes = _version(path), Notes(path)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from msformer.io.base import ImageError, Notes
+from msformer.io.base import ImageError, Notes, needs_package
 from msformer.io.containers import (
     BitFields,
     bit_fields,
@@ -249,10 +249,8 @@ def _read_deep_jpeg(data: bytes, path: Path) -> Raster:
 
 def _read_heif(data: bytes, path: Path) -> Raster:
     """Turned by its reader. Ten bits and more a colour become 8; those of grey stay."""
-    try:
+    with needs_package(path):
         import pillow_heif
-    except ImportError as error:
-        raise ImageError(f'{path}: needs the package pillow-heif: pip install "msformer[heif]"') from error
     image = pillow_heif.open_heif(io.BytesIO(data))
     check_size(path, image.size[1], image.size[0])
     pixels = np.asarray(image)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from msformer_kernels.core.autograd import register_autograd
+from msformer_kernels.core.flops import count_flops
 from msformer_kernels.core.layout import room_like
 from msformer_kernels.core.precision import arithmetic_dtype
 from msformer_kernels.core.reference import Reference
@@ -75,8 +75,8 @@ class Registration:
         register_vmap(LIBRARY, name, self._batched)
         register_vmap(LIBRARY, backward, self._batched_backward)
         # of FlopCounterMode: as many as the reference has
-        register_flop_formula(getattr(torch.ops.msformer, name), get_raw=True)(self._flops)
-        register_flop_formula(getattr(torch.ops.msformer, backward), get_raw=True)(self._backward_flops)
+        count_flops(getattr(torch.ops.msformer, name), self._flops)
+        count_flops(getattr(torch.ops.msformer, backward), self._backward_flops)
         if autocast is not None:
             self._define_autocast(name, autocast)
 

@@ -397,10 +397,8 @@ def test_methods_are_listed() -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "msformer.page")
-    monkeypatch.delitem(sys.modules, "msformer.evaluation.page")
+    monkeypatch.setitem(sys.modules, "pandas", None)
     monkeypatch.delitem(sys.modules, "msformer.evaluation.command")
     result = evaluate("--data", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "jinja2 is not installed; run: pip install 'msformer[evaluate]'" in result.output
+    assert "pandas is not installed; run: pip install 'msformer[evaluate]'" in result.output

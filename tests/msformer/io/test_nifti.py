@@ -262,7 +262,7 @@ def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     found = read_dicom(save_dicom(tmp_path / "a.dcm", GREY))
     save_nifti(tmp_path / "a.nii")
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf'needs the package {package}: pip install "msformer\[medical\]"'
+    message = rf"{package} is not installed; run: pip install 'msformer\[medical\]'"
     with pytest.raises(ImageError, match=message):
         read_dicom(tmp_path / "a.dcm") if package == "pydicom" else read_nifti(tmp_path / "a.nii")
     if package == "nibabel":
