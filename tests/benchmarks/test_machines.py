@@ -28,9 +28,9 @@ def test_machines_are_columns(tmp_path: Path) -> None:
     about, eager, compiled = found.tables
     assert [cells[-1] for cells in about.rows] == ["at most 0.0 cores", "at most 0.4 cores"]
     assert about.notes == [f"{paths[1].stem} did not run CPU variant avx2: <i>none</i>"]
-    assert eager.title == "Times as fast as eager"
+    assert eager.title == "How many times as fast as eager"
     assert eager.columns == ["case", paths[0].stem, paths[1].stem]
-    assert eager.rows == [[CASE, "2.00 x (2.00 s ± 25%)", "6.00 x! (1.00 s)"]]
+    assert eager.rows == [[CASE, "~2.00 x (2.00 s ± 25%)", "6.00 x! (1.00 s)"]]
     assert compiled.rows == [[CASE, "", "3.00 x! (1.00 s)"]]
     out = tmp_path / "page.html"
     done = CliRunner().invoke(machines.main, [*map(str, paths), "--out", str(out)])
