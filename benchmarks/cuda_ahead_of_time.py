@@ -2,12 +2,13 @@
 
     python -m benchmarks.cuda_ahead_of_time [--target sm_90 ...] [--dim 100 ...] [--out FILE]
 
-nvcc (csrc/toolchain.py says where it is looked for) compiles each source of csrc/cuda for each target, and ptxas tells
-registers and spills. What a launch wants of shared memory depends on sizes: the operators are called with CPU tensors
-of `SIDE` x `SIDE` tokens through the emulation, which records launches without running them, as if it had the shared
-memory and the multiprocessors of the target; without the emulation (MSFORMER_CUDA_EMULATE=1) that table is missing. A
-kernel fails if it does not compile, spills, or wants more registers or shared memory than a block can have. The tables
-have registers, spills, shared memory, and how many blocks a multiprocessor holds.
+It needs a clone, for it compiles what is in csrc. nvcc (csrc/toolchain.py says where it is looked for) compiles each
+source of csrc/cuda for each target, and ptxas tells registers and spills. What a launch wants of shared memory depends
+on sizes: the operators are called with CPU tensors of `SIDE` x `SIDE` tokens through the emulation, which records
+launches without running them, as if it had the shared memory and the multiprocessors of the target; without the
+emulation (MSFORMER_CUDA_EMULATE=1) that table is missing. A kernel fails if it does not compile, spills, or wants more
+registers or shared memory than a block can have. The tables have registers, spills, shared memory, and how many blocks
+a multiprocessor holds.
 """
 
 from __future__ import annotations

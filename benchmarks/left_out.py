@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import torch
+
 import msformer_kernels
 
 from .machine import usable_variants
@@ -50,7 +52,12 @@ def left_out() -> list[str]:
     if "native" not in msformer_kernels.available_backends():
         reason = msformer_kernels.explain("cpu").reasons["native"]
         return [f"native kernels: {reason.removeprefix('not usable: ')}"]
-    return [f"CPU variant {name}: {reason}" for name, reason in missing_variants().items()]
+    from msformer_kernels import _native
+
+    found = [f"CPU variant {name}: {reason}" for name, reason in missing_variants().items()]
+    if torch.get_num_threads() > 1 and not _native.thread_library():
+        found.append("native kernels on more than one thread: no OpenMP runtime here")
+    return found
 
 
 def _is_x86() -> bool:

@@ -20,7 +20,7 @@ from .plots import Plot, dots, plot
 from .records import Results, read_results
 from .report import BUSY, columns_of, title
 from .rivals import PLAIN, is_ours
-from .rows import Row, gain, groups
+from .rows import Row, gain, groups, is_within_spread
 from .tables import duration
 
 Machines = Mapping[str, Results]
@@ -32,6 +32,7 @@ LEGEND = (
         "kernels are faster. In brackets the time a call of the kernels, and half the distance between the quartiles "
         "of its samples. Of several variants of the kernels, the first is taken",
     ),
+    ("~", "the two times differ by less than their spreads together, which may be chance"),
     (
         "!",
         f"other programs kept at least {BUSY} cores busy: do not rely on this number",
@@ -66,7 +67,7 @@ def document(machines: Machines) -> Document:
     rivals = [name for name in PLAIN if any(row.rival == name for found in machines.values() for row in found.rows)]
     return Document(
         title="Machines side by side",
-        facts=["Each machine ran `msformer bench`, all rivals of a case in turn; what is compared is on one machine."],
+        facts=["Each machine ran msformer bench, all rivals of a case in turn; what is compared is on one machine."],
         warnings=[
             f"{name} was interrupted: some cases are missing." for name, each in machines.items() if not each.complete
         ],
@@ -94,33 +95,35 @@ def _table(rival: str, machines: Machines) -> Table:
     cases = dict.fromkeys(case for gains in found.values() for case in gains)
     rows = [[case, *(_cell(gains.get(case)) for gains in found.values())] for case in cases]
     notes = [] if rows else ["nothing to compare"]
-    return Table(f"Times as fast as {rival}", ["case", *machines], rows, 1, notes)
+    return Table(f"How many times as fast as {rival}", ["case", *machines], rows, 1, notes)
 
 
-def _gains(rival: str, results: Results) -> dict[str, tuple[Row, float]]:
-    """By case: the row of our kernels, and how many times as fast it is."""
+def _gains(rival: str, results: Results) -> dict[str, tuple[Row, Row, float]]:
+    """By case: the row of our kernels, that of the rival, and how many times as fast the first is."""
     found = {}
     for group in groups(results.rows):
         by_name = {row.rival: row for row in group}
         ours = next((by_name[name] for name in columns_of(group) if is_ours(name)), None)
-        factor = gain(ours, by_name[rival]) if ours and rival in by_name else None
-        if ours and factor:
-            found[title(ours)] = ours, factor
+        other = by_name.get(rival)
+        factor = gain(ours, other) if ours and other else None
+        if ours and other and factor:
+            found[title(ours)] = ours, other, factor
     return found
 
 
-def _cell(found: tuple[Row, float] | None) -> str:
+def _cell(found: tuple[Row, Row, float] | None) -> str:
     if found is None:
         return ""
-    row, factor = found
+    row, other, factor = found
+    chance = "~" if is_within_spread(row, other) else ""
     spread = "" if row.spread is None or row.seconds is None else f" ± {row.spread / row.seconds / 2:.0%}"
     busy = "!" if (row.other_programs or 0) >= BUSY else ""
-    return f"{factor:.2f} x{busy} ({duration(row.seconds or 0)}{spread})"
+    return f"{chance}{factor:.2f} x{busy} ({duration(row.seconds or 0)}{spread})"
 
 
 def _plot(rival: str, machines: Machines) -> Plot:
     series = {
-        name: {case: factor for case, (_, factor) in _gains(rival, results).items()}
+        name: {case: factor for case, (_, _, factor) in _gains(rival, results).items()}
         for name, results in machines.items()
     }
     ranges = {name: (min(values.values()), max(values.values())) for name, values in series.items() if values}

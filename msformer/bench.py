@@ -21,9 +21,9 @@ def bench(arguments: tuple[str, ...]) -> None:
     try:
         with needed_packages("bench"):
             command = import_module(f"{_package()}.__main__").main
+            command.main(arguments, prog_name="msformer bench", standalone_mode=False)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    command.main(arguments, prog_name="msformer bench", standalone_mode=False)
 
 
 def _package() -> str:

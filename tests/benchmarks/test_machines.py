@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -27,9 +28,9 @@ def test_machines_are_columns(tmp_path: Path) -> None:
     about, eager, compiled = found.tables
     assert [cells[-1] for cells in about.rows] == ["at most 0.0 cores", "at most 0.4 cores"]
     assert about.notes == [f"{paths[1].stem} did not run CPU variant avx2: <i>none</i>"]
-    assert eager.title == "Times as fast as eager"
+    assert eager.title == "How many times as fast as eager"
     assert eager.columns == ["case", paths[0].stem, paths[1].stem]
-    assert eager.rows == [[CASE, "2.00 x (2.00 s ± 25%)", "6.00 x! (1.00 s)"]]
+    assert eager.rows == [[CASE, "~2.00 x (2.00 s ± 25%)", "6.00 x! (1.00 s)"]]
     assert compiled.rows == [[CASE, "", "3.00 x! (1.00 s)"]]
     out = tmp_path / "page.html"
     done = CliRunner().invoke(machines.main, [*map(str, paths), "--out", str(out)])
@@ -55,6 +56,10 @@ class Native(NamedTuple):
     """Of the extension, what is asked."""
 
     refused: str | None
+    threads: str | None = "libgomp"
+
+    def thread_library(self) -> str | None:
+        return self.threads
 
     def why_tiles_are_refused(self) -> str | None:
         return self.refused
@@ -81,7 +86,19 @@ def test_the_reason_why_a_variant_is_missing(
     assert left_out.left_out() == [f"CPU variant amx: {reason}"]
 
 
+def test_kernels_on_one_thread_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rivals have more, and the comparison is not fair."""
+    monkeypatch.setattr("msformer_kernels._native", Native(None, threads=None), raising=False)
+    monkeypatch.setattr("msformer_kernels.available_backends", lambda: ("reference", "native"))
+    monkeypatch.setattr(left_out, "missing_variants", dict)
+    monkeypatch.setattr(left_out.torch, "get_num_threads", lambda: 2)
+    assert left_out.left_out() == ["native kernels on more than one thread: no OpenMP runtime here"]
+    monkeypatch.setattr(left_out.torch, "get_num_threads", lambda: 1)
+    assert left_out.left_out() == []
+
+
 def test_the_reason_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msformer_kernels.available_backends", lambda: ("reference",))
-    (line,) = left_out.left_out()
-    assert line.startswith("native kernels: ")
+    explanation = mock.Mock(reasons={"native": "not usable: no compiler"})
+    monkeypatch.setattr("msformer_kernels.explain", lambda device: explanation)
+    assert left_out.left_out() == ["native kernels: no compiler"]

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -29,11 +30,13 @@ def test_the_command_is_that_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) 
     assert "'conv' is not one of" in wrong.output
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
-
-    monkeypatch.setattr("msformer.bench.import_module", fail)
+@pytest.mark.parametrize("when", ["imported", "run"])
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    missing = ModuleNotFoundError("No module named 'psutil'", name="psutil")
+    command = mock.Mock()
+    command.main.main.side_effect = missing
+    imported = mock.Mock(return_value=command) if when == "run" else mock.Mock(side_effect=missing)
+    monkeypatch.setattr("msformer.bench.import_module", imported)
     found = CliRunner().invoke(main, ["bench"])
     assert found.exit_code == 1
     assert "psutil is not installed; run: pip install 'msformer[bench]'" in found.output
