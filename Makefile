@@ -4,6 +4,7 @@
 #   make test    the tests; those of accuracy in other environments, too (tests/kernels/test_environments.py)
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
 #   make ahead-of-time   compiles every Triton kernel for GPUs that need not be there; TRITON=3.6.0: with that version
+#   make examples   runs every example at its full size, and prints how long each takes
 #   make kills   kills runs of the commands 200 times each, at random points, and compares what is left
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
@@ -40,7 +41,7 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit \
+.PHONY: demo test bench ahead-of-time examples kills lint build clean fuzz sanitize large lock licences audit \
 	wheels wheel-test wheel-test-aarch64 compatibility
 
 demo: $(VENV)/installed
@@ -51,6 +52,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks
+
+examples: $(VENV)/installed-test
+	$(BIN)/python -m tests.examples
 
 kills: $(VENV)/installed-test
 	$(BIN)/python -m studies.kills

@@ -151,11 +151,11 @@ def of_usage(option: str | None = None) -> Iterator[None]:
         raise click.BadParameter(str(error), param_hint=option) from error
 
 
-def fit_options(size: int | None) -> Callable[[Command], Command]:
+def fit_options(size: int | None, max_steps: int | None = None) -> Callable[[Command], Command]:
     """The options of the fit, shared by the commands that segment; those not given are as the preset says.
 
     Args:
-        size: default of ``--size``; None leaves it to the preset.
+        size, max_steps: defaults of ``--size`` and ``--max-steps``; None leaves them to the preset.
     """
 
     options = [
@@ -173,7 +173,13 @@ def fit_options(size: int | None) -> Callable[[Command], Command]:
             show_default=size is not None,
             help="Side of the fitted image, pixels.",
         ),
-        click.option("--max-steps", type=click.IntRange(1), help="Steps at most."),
+        click.option(
+            "--max-steps",
+            type=click.IntRange(1),
+            default=max_steps,
+            show_default=max_steps is not None,
+            help="Steps at most.",
+        ),
         click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
         click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 from click.exceptions import Abort, Exit
@@ -69,21 +72,56 @@ class Command(click.Command):
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turns errors that a user can do something about into a line on stderr and exit code 1; Ctrl-C into 130."""
-    try:
-        with plain_warnings():
+    with plain_warnings(), _noticed_interrupt() as interrupt:
+        try:
             yield
-    except KeyboardInterrupt:
-        complain("interrupted; finished images are complete, the same command goes on where it stopped")
-        sys.exit(INTERRUPTED)
-    except (Abort, Exit):
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
+        except KeyboardInterrupt:
+            _end_interrupted()
+        except (Abort, Exit):
+            raise
+        except Exception as error:
+            if interrupt.is_set():
+                _end_interrupted()
+            if not _is_friendly(error):
+                raise
+            complain(f"error: {error}")
+            tell("error", message=str(error))
+            sys.exit(FAILED)
+
+
+def _is_friendly(error: Exception) -> bool:
+    """Whether the message alone says what is wrong."""
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:  # whoever read the output has enough
+        return False
+    if isinstance(error, RuntimeError):
         from msformer_kernels import BackendError
 
-        if isinstance(error, RuntimeError) and not isinstance(error, BackendError):
-            raise
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:  # whoever read the output has enough
-            raise
-        complain(f"error: {error}")
-        tell("error", message=str(error))
-        sys.exit(FAILED)
+        return isinstance(error, BackendError)
+    return isinstance(error, ValueError | OSError)
+
+
+def _end_interrupted() -> NoReturn:
+    complain("interrupted; finished images are complete, the same command goes on where it stopped")
+    sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _noticed_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets: a library may turn a KeyboardInterrupt that meets it at a bad moment into an error of its
+    own, as matplotlib does into "Invalid affine transformation matrix".
+    """
+    noticed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield noticed
+        return
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        noticed.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGINT, before)

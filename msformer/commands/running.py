@@ -138,6 +138,7 @@ def finish(
     caption: Callable[[Job, Record], str] | None = None,
     mask: Callable[[Job], Any] = lambda job: None,
     border: str = "true border",
+    found_mask: Callable[[Job], Any] = lambda job: None,
     **more: Any,
 ) -> None:
     """Summary, contact sheets and report, and a last line that says where everything is."""
@@ -146,7 +147,7 @@ def finish(
     records = [run.finished[job.name] for job in complete]
     write_summary(complete, records, run.failures, out, settings_record(plan), **more)
     failures = {source: error.removeprefix(f"{source}: ") for source, error in run.failures.items()}
-    page = Page(settings_record(plan), failures, more.get("warnings", []), caption, mask, border)
+    page = Page(settings_record(plan), failures, more.get("warnings", []), caption, mask, border, found_mask)
     sheets, not_drawn = write_pictures_of_all(complete, records, out, plan, page)
     for what, errors in (("failed", run.failures), ("not in the pictures of all", not_drawn)):
         for source, error in errors.items():

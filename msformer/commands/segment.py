@@ -40,7 +40,11 @@ from msformer.options import (
 @window_option
 @slice_option
 @modality_option
-@click.option("--model", type=click.Path(path_type=Path), help="Folder of a trained model, to ask instead of a fit.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Trained model to ask instead of a fit: its folder, or ORG/NAME of the Hugging Face Hub.",
+)
 @click.option("--refine", is_flag=True, help="With --model: fit each image as well, and fuse both.")
 @cluster_options
 @fit_options(size=None)
@@ -99,7 +103,7 @@ def segment(
         for doubt in doubts:
             warn(doubt)
         run = run_all(jobs, out, plan, overwrite, executor)
-        run.failures |= write_volumes([job for job in jobs if job.name in run.finished], out, plan.kinds)
+        run.failures |= write_volumes([job for job in jobs if job.name in run.finished], out, plan)
         drawn: dict[str, Any] = {"warnings": doubts} if doubts else {}
         if mask:
             drawn |= {"mask": lambda job: read_mask(job, out), "border": "border of the mask"}

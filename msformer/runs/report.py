@@ -61,6 +61,8 @@ class Page:
     """Of which the border is drawn."""
     border: str
     """What that is, in words."""
+    found: Callable[[Job], Mask | None] = lambda job: None
+    """A mask that was made without that one, drawn with its border."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,11 @@ def write_pictures_of_all(
 def _row(job: Job, record: Record, folder: Path, plan: Plan, page: Page) -> SheetRow:
     pixels = display_image(read_image(job.source, plan.reading_of(job)))
     labels, mask = read_labels(job.file(folder, ".labels.png")), page.mask(job)
-    return small_row(Path(job.name).name, page.caption(job, record), pixels, labels, mask)
+    return small_row(Path(job.name).name, page.caption(job, record), pixels, labels, mask, page.found(job))
 
 
 def _article(job: Job, record: Record, row: SheetRow, plan: Plan, page: Page) -> Article:
-    small = small_row(row.name, row.caption, row.image, row.labels, row.mask, LARGEST)
+    small = small_row(row.name, row.caption, row.image, row.labels, row.mask, row.found, largest=LARGEST)
     pictures = [
         _shown("image", small.image),
         _shown("overlay", overlay(small.image, small.labels), f"{job.name}.overlay.png"),
@@ -150,7 +152,9 @@ def _article(job: Job, record: Record, row: SheetRow, plan: Plan, page: Page) ->
     ]
     if small.mask is not None:
         file = None if plan.mask is None else f"{job.name}.mask.png"
-        pictures.append(_shown(page.border, outline(shaded(small.image, small.mask), small.mask), file))
+        what = page.border if small.found is None else f"mask, {page.border}"
+        inside = small.mask if small.found is None else small.found
+        pictures.append(_shown(what, outline(shaded(small.image, inside), small.mask), file))
     read, size = record.get("read", {}), record["size"]
     notes = list(read.get("notes", []))
     facts = [row.caption, f"{record['seconds']:.1f} s", f"{size[1]} x {size[0]} pixels"]

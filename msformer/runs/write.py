@@ -18,7 +18,7 @@ from msformer.io.prepare import prepare_image
 from msformer.io.read import AS_IT_IS, Reading
 from msformer.output import NameRefused, OutputError, remove, write_json
 from msformer.pictures import indexed_png, overlay, read_labels, write_png
-from msformer.runs.plan import SUMMARY, Job
+from msformer.runs.plan import SUMMARY, Job, Plan
 from msformer.runs.ways import Record, Result
 
 SUMMARISED = (
@@ -28,12 +28,11 @@ SUMMARISED = (
 """What the summary has of a record."""
 
 
-def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> dict[str, str]:
+def write_volumes(jobs: Sequence[Job], folder: Path, plan: Plan) -> dict[str, str]:
     """Puts the label maps, masks and probabilities of slices of volumes together into a NIfTI file each.
 
     Args:
         jobs: finished ones; those that are not slices are left alone.
-        kinds: as of a `Plan`.
 
     Returns:
         Errors by file, of volumes that cannot be read any more, or whose results cannot have their name.
@@ -48,7 +47,7 @@ def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> di
             volumes.setdefault(job.volume, []).append(job)
     for name, slices in volumes.items():
         try:
-            _write_volume(name, slices, folder, kinds)
+            _write_volume(name, slices, folder, plan)
         except (ValueError, OSError, SyntaxError, MemoryError) as error:
             if isinstance(error, OutputError) and not isinstance(error, NameRefused):
                 raise
@@ -56,10 +55,10 @@ def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> di
     return failures
 
 
-def _write_volume(name: str, slices: Sequence[Job], folder: Path, kinds: Sequence[str]) -> None:
+def _write_volume(name: str, slices: Sequence[Job], folder: Path, plan: Plan) -> None:
     remove(folder / f"{name}.json")  # of a single slice, whose files these replace
-    places = [read_slice(job.source, job.slice_index) for job in slices]
-    for kind in kinds:
+    places = [read_slice(job.source, job.slice_index, plan.reading.modality) for job in slices]
+    for kind in plan.kinds:
         values = [read_values(job, folder, kind) for job in slices]
         write_nifti(folder / f"{name}.{kind}.nii.gz", list(zip(values, places, strict=True)))
 

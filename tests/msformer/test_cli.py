@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -308,9 +309,14 @@ def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = run("demo", "--out", out, "--count", 2, *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
-    assert "Dice coefficient" in result.output
-    assert "floor: everything" in result.output
+    columns = ("Dice coefficient", "blind: the mask", "oracle: best label", "floor: everything")
+    assert re.search(".*".join(columns), result.output, re.DOTALL)
+    assert "what calling" in result.output
     scores = json.loads((out / "summary.json").read_text())["scores"]
+    found, truth = (
+        np.asarray(PILImage.open(out / path)) > 0 for path in ("lesion-0-01.mask.png", "masks/lesion-0-01.png")
+    )
+    assert scores["lesion-0-01"]["blind"] == dice(found, truth)
     assert set(scores) == {"lesion-0-01", "lesion-0-02"}
     assert all(0 <= value <= 1 for found in scores.values() for value in found.values())
     assert {"images/lesion-0-01.png", "masks/lesion-0-02.png", "contact-sheet.png"} <= files(out)

@@ -333,9 +333,11 @@ def test_extension_shares_the_openmp_of_torch() -> None:
     code = (
         "import os, torch, msformer_kernels as kernels\n"
         "from msformer_kernels import _native\n"
-        "before = len(os.listdir('/proc/self/task'))\n"
+        "torch.set_num_threads(1)\n"
+        "x, weight = torch.ones(1, 4000, 64), torch.ones(64, 64)\n"
         "torch.set_num_threads(3)\n"
-        "kernels.linear(torch.ones(1, 4000, 64), torch.ones(64, 64), backend='native')\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "kernels.linear(x, weight, backend='native')\n"
         "started = len(os.listdir('/proc/self/task')) - before\n"
         "lines = [line.strip() for line in open('/proc/self/maps')]\n"
         "names = ('libgomp', 'libomp', 'libiomp')\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import msformer.runs.ways
 from msformer import messages
 from msformer.cli import main
 from msformer.commands.base import EXIT_CODES
+from msformer.commands.running import Run
 from msformer.progress import RunProgress
 from tests.msformer.commands.events import events, of_kind
 from tests.msformer.conftest import QUICK_OPTIONS
@@ -91,8 +93,24 @@ def test_events_of_runs_that_end_early(images: Path, tmp_path: Path, monkeypatch
     assert (usage.exit_code, usage.stdout) == (2, "")
 
 
+def test_a_library_that_makes_an_error_of_ctrl_c(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallowed(*arguments: Any, **options: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise TypeError("invalid matrix") from error
+
+    monkeypatch.setattr("msformer.commands.running.finish", swallowed)
+    monkeypatch.setattr("msformer.commands.running.run_all", lambda *arguments: Run())
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopped = run("segment", images, "--out", tmp_path / "out")
+    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+    assert stopped.exit_code == 130
+    assert stopped.stderr.startswith("interrupted; ")
+
+
 def test_every_command_can_be_quiet_and_tell_events() -> None:
-    for name in main.commands:
+    for name in main.commands.keys() - {"bench"}:  # which hands all options on
         shown = run(name, "--help").output
         assert "--quiet" in shown, name
         assert "--json" in shown, name
