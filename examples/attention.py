@@ -1,7 +1,7 @@
 """Functional efficient attention in ten lines, its gradients, and the plain PyTorch that it replaces.
 
 Run: ``python examples/attention.py`` (needs ``pip install msformer``).
-Takes: 2 s, the import of torch included.
+Takes: 2 s of CPU time, the import of torch included.
 Prints: the shapes, how far the fused operator and its gradients are from plain PyTorch, and which backend served it.
 """
 

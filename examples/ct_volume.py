@@ -2,7 +2,7 @@
 
 Run: ``python examples/ct_volume.py --out ct/`` (needs ``pip install "msformer[segment,medical]"``).
 With a volume of your own: ``--volume chest.nii.gz``.
-Takes: 25 s on one core for the four slices of 96 x 96 that it makes itself.
+Takes: 27 s of CPU time for the four slices of 96 x 96 that it makes itself.
 Prints: what `msformer segment` says, and the volume of the lungs beside the true one.
 Writes: the volume (ct/chest.nii.gz), its mask and label map on the same voxels (ct/results/chest.mask.nii.gz), and a
 picture of all slices with the border of the mask (ct/montage.png).

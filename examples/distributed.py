@@ -2,7 +2,7 @@
 
 Run: ``torchrun --nproc-per-node 2 examples/distributed.py`` (needs ``pip install msformer``).
 On CPUs the processes talk through gloo, on GPUs through NCCL.
-Takes: 12 s on two cores, of which most are the imports of both processes.
+Takes: 8 s of CPU time, most of it the imports of three processes.
 Prints: from the first process, the loss of a few steps, and the largest difference between the gradients of
 DistributedDataParallel and those of one process that sees the whole batch; where they differ by more than rounding it
 ends with an error.

@@ -1,7 +1,7 @@
 """A block exported with torch.export, compiled ahead of time with AOTInductor, saved, loaded and run.
 
 Run: ``python examples/export.py`` (needs ``pip install msformer`` and a C++ compiler; without one it says so).
-Takes: 30 s, most of it the compiler.
+Takes: 13 s of CPU time, most of it the compiler.
 Prints: the operators of the exported graph, where the package is and how large, and how far its output is from that
 of the model.
 

@@ -46,7 +46,7 @@ No true mask was there to compare with, so this card has no score of accuracy. W
 $ msformer evaluate --data DIR --methods {argument}/ --out REPORT
 ```
 
-measures it. What the training itself tells is how far the network agrees with its targets, from 0 to 1:
+measures it. What the training itself tells is how far teachers and network agree, as Dice coefficients from 0 to 1:
 
 {agreement}
 ## Network
