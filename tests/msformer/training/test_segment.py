@@ -201,7 +201,7 @@ def test_several_at_once_give_what_one_at_a_time_gives(images: Path, tmp_path: P
         (["--model", "model", "--preset", "quick"], 2, "--preset: of a fit"),
         (["--refine"], 2, "--refine is for --model, which is not given"),
         (["--model", "model", "--select", "dark"], 2, "--select is for --mask"),
-        (["--model", "model", "--backend", "tpu"], 1, "unknown backend 'tpu'"),
+        (["--model", "model", "--backend", "tpu"], 2, "'tpu' is not one of 'reference'"),
     ],
 )
 def test_errors_of_usage(
