@@ -28,9 +28,9 @@ SAMPLE = (
     ("tests/kernels/test_package.py",),
     (
         "tests/kernels/core/test_torch_integration.py",
-        *("-k", "(compile or export or autocast or checkpoint or (opcheck and mix_ffn)) and not cuda and not triton"),
+        *("-k", "(fullgraph or exported_program or mixed_inputs or (opcheck and linear)) and not cuda and not triton"),
     ),
-    ("tests/kernels/ops", "-m", "accuracy", "-k", "not cuda and f32 and (segformer or heads or skip or small or five)"),
+    ("tests/kernels/ops", "-m", "accuracy", "-k", "native and f32 and (segformer or heads or five)"),
 )
 """Of the kernels; what each torch may change, in under a minute on one core."""
 
