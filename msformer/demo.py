@@ -19,8 +19,8 @@ from msformer.synthetic import synthetic_lesion
 
 MEANING = (
     "A score of 100 is the true lesion pixel by pixel, 0 none of it: blind is the mask that you get, whose rule never "
-    "sees the truth, oracle the one label that fits the truth best, which only the truth tells, and floor what calling "
-    "the whole image a lesion is worth."
+    "sees the truth; oracle is the one label that fits the truth best, which nobody finds without it; floor is what "
+    "calling the whole image a lesion is worth."
 )
 
 

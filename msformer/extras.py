@@ -20,6 +20,7 @@ EXTRAS = {
         "jinja2": "jinja2",
         "markupsafe": "markupsafe",
         "matplotlib": "matplotlib",
+        "packaging": "packaging",
         "rich": "rich",
         "safetensors": "safetensors",
         "scipy": "scipy",

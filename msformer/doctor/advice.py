@@ -20,6 +20,8 @@ def advice(facts: Facts, verdicts: Sequence[Verdict] = ()) -> Iterator[str]:
         )
     elif facts.variants and facts.variants[0] == "plain":
         yield "This processor has none of the instructions that the CPU kernels are fast with; they run as plain C++."
+    if facts.variants and not facts.thread_library:
+        yield "The CPU kernels run on one thread, as the process has no OpenMP runtime, which PyTorch brings along."
     if facts.gpus:
         for name in ("cuda", "triton"):
             if reason := facts.unused["cuda"].get(name):

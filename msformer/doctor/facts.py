@@ -16,7 +16,7 @@ import msformer_kernels
 from msformer.machine import cores, processor_name
 from msformer_kernels.core.operator import OPERATORS
 
-FOR_DEVELOPERS = frozenset(("all", "bench", "dev", "docs", "integrations", "libraries", "readers", "test"))
+FOR_DEVELOPERS = frozenset(("all", "bench", "dev", "docs", "examples", "integrations", "libraries", "readers", "test"))
 """Extras that a user does not need."""
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "RAY_ADDRESS")
 """Of the environment, beside those that start with MSFORMER_."""
@@ -58,6 +58,8 @@ class Facts:
     """Of the compiled CPU kernels, that run here, the one in use first."""
     no_tiles: str
     """Why the kernels for AMX are not used; empty if they are, or there are none."""
+    thread_library: str
+    """The OpenMP runtime that the CPU kernels take their threads from; empty if there is none, or they are not here."""
     gpus: list[str]
     no_gpu: str
     """Why PyTorch uses none; empty if it does."""
@@ -75,7 +77,7 @@ class Facts:
 def gather() -> Facts:
     """Looks at this process and its machine."""
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
-    variants, no_tiles = _variants()
+    variants, no_tiles, thread_library = _kernels()
     devices = ("cpu", "cuda") if gpus else ("cpu",)
     return Facts(
         versions={"msformer": msformer.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -85,6 +87,7 @@ def gather() -> Facts:
         threads=torch.get_num_threads(),
         variants=variants,
         no_tiles=no_tiles,
+        thread_library=thread_library,
         gpus=gpus,
         no_gpu="" if gpus else _why_no_gpu(),
         backends={device: {name: _backend(device, name) for name in OPERATORS} for device in devices},
@@ -124,13 +127,15 @@ def _missing(requirements: list[Requirement], extra: str) -> list[str]:
     return found
 
 
-def _variants() -> tuple[list[str], str]:
+def _kernels() -> tuple[list[str], str, str]:
+    """Of the compiled CPU kernels: variants, why there are no tiles, where their threads come from."""
     try:
         from msformer_kernels import _native
     except ImportError:
-        return [], ""
+        return [], "", ""
     used = _native.isa()
-    return [used, *(name for name in _native.available_isas() if name != used)], _native.why_tiles_are_refused() or ""
+    variants = [used, *(name for name in _native.available_isas() if name != used)]
+    return variants, _native.why_tiles_are_refused() or "", _native.thread_library() or ""
 
 
 def _gpu(index: int) -> str:

@@ -164,8 +164,9 @@ def train(
     model = load(out, device=device)
     for doubt in model.doubts if shown else ():
         warn(doubt)
-    counts = {"images": len(material.lessons), "left out": len(material.disagreed), "failed": len(material.failures)}
-    tell_at_end(counts=counts, out=out, training=model.training)
+    left_out, failed = len(material.disagreed), len(material.failures)
+    counts = {"done": len(material.pool), "left_out": left_out, "failed": failed}
+    tell_at_end(counts={"images": sum(counts.values())} | counts, out=out, training=model.training)
     return model
 
 

@@ -19,7 +19,8 @@ import msformer_kernels as kernels
 
 HEIGHT, WIDTH, CHANNELS = 64, 128, 8
 BATCH = 2**31 // (HEIGHT * WIDTH * CHANNELS) + 3
-ALLOWED = {"batch_norm": 0.02, "efficient_attention": torch.finfo(torch.bfloat16).eps}
+EPS = torch.finfo(torch.bfloat16).eps
+ALLOWED = {"batch_norm": 0.02, "efficient_attention": EPS, "efficient_self_attention": EPS}
 """Of the largest value: BatchNorm is over all images, and the tokens of an image alone are summed in more parts."""
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "linear": lambda x, w, v: kernels.linear(x, w, v, backend="native"),
