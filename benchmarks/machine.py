@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -107,7 +108,8 @@ def describe() -> Machine:
         processor=_processor(),
         cores=psutil.cpu_count() or 0,
         memory=psutil.virtual_memory().total,
-        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        # the rest of a release may be the name of whoever built it, and results are made to be published
+        system=f"{platform.system()} {re.split('[^0-9.]', platform.release())[0]}, {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         msformer=msformer.__version__,

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import left_out, machines
-from benchmarks.records import save_to
+from benchmarks.records import read_results, save_to, slug
 from tests.benchmarks.test_report import MACHINE, results, row
 
 CASE = "block 1x9x7x8h1, float32 highest, forward + backward"
@@ -50,6 +50,16 @@ def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [save_to(tmp_path / folder, results(row("native", 1.0))) for folder in ("a", "b")]
     assert [name.split("/")[0] for name in machines._named([*paths, paths[0]])] == ["a", "b"]
+
+
+def test_the_stored_machines_can_be_drawn() -> None:
+    paths = sorted((Path(machines.__file__).parent / "results").iterdir())
+    assert paths
+    for path in paths:
+        found = read_results(path)
+        assert found.complete
+        assert path.name == f"{slug(found.machine)}.json"
+    assert len(machines.document(machines._named(paths)).tables[0].rows) == len(paths)
 
 
 class Native(NamedTuple):
