@@ -4,13 +4,18 @@
 #   make test    the tests; those of accuracy in other environments, too (tests/kernels/test_environments.py)
 #   make bench   times the kernels beside plain PyTorch and torch.compile; tables and plots in benchmark-results/
 #   make ahead-of-time   compiles every Triton kernel for GPUs that need not be there; TRITON=3.6.0: with that version
+#   make examples   runs every example at its full size, and prints how long each takes
 #   make kills   kills runs of the commands 200 times each, at random points, and compares what is left
 #   make lint    ruff, clang-format and mypy
 #   make build   sdist and wheel in dist/
 #   make compatibility   the wheel on several versions of Python and torch (docs/compatibility.md)
+#   make wheels  wheels for Linux in dist/, for every CPython that is here and two processors (docs/wheels.md)
+#   make wheel-test   installs each in an environment of its own, and the sdist without compiler and git
+#   make wheel-test-aarch64   runs the kernels of the wheel for Arm in qemu-user
 #   make fuzz    10,000 random calls of the operators against the reference (CASES, SEED, SECONDS), and memory growth
 #   make sanitize   the CPU kernels under AddressSanitizer, UBSan, ThreadSanitizer and valgrind (KINDS, VARIANTS)
 #   make large   tensors of more than 2^31 elements; 11 GB of memory
+#   make docs    the documentation site in build/docs; make docs-links: the addresses on the internet that it names
 #   make lock    the lock files anew, requirements/*.txt; make licences: docs/licences.md; make audit: known weaknesses
 #
 # PYTHON: the interpreter to build the environment with (>= 3.10). TORCH: the torch to install; by default the CPU build
@@ -36,7 +41,8 @@ ifneq ($(filter test lint,$(MAKECMDGOALS)),)
 export MSFORMER_CUDA_ARCHS ?= 90
 endif
 
-.PHONY: demo test bench ahead-of-time kills lint build clean fuzz sanitize large lock licences audit compatibility
+.PHONY: demo test bench ahead-of-time examples kills lint build clean fuzz sanitize large lock licences audit \
+	wheels wheel-test wheel-test-aarch64 compatibility
 
 demo: $(VENV)/installed
 	$(BIN)/msformer demo --out demo
@@ -47,8 +53,12 @@ test: $(VENV)/installed-test
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks
 
+examples: $(VENV)/installed-test
+	$(BIN)/python -m tests.examples
+
 kills: $(VENV)/installed-test
 	$(BIN)/python -m studies.kills
+	MSFORMER_TEST_EVERY=1 $(BIN)/python -m pytest tests/msformer/training/test_killed.py
 
 ahead-of-time: $(VENV)/installed-test $(if $(TRITON),$(VENV)/triton/$(TRITON))
 	PYTHONPATH=$(if $(TRITON),$(VENV)/triton/$(TRITON):)kernels $(BIN)/python -m benchmarks.ahead_of_time
@@ -73,6 +83,22 @@ $(VENV)/nox:
 compatibility: $(VENV)/nox
 	$(VENV)/nox/bin/nox
 
+$(VENV)/wheels: requirements/wheels.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r $<
+	touch $@
+
+WHEELS = $(VENV)/wheels/bin/python csrc/wheels.py $(if $(PYTHONS),--pythons $(PYTHONS))
+wheels: $(VENV)/wheels
+	$(WHEELS) $(if $(TARGETS),--targets $(TARGETS))
+
+wheel-test: $(VENV)/wheels
+	$(VENV)/wheels/bin/python -m tests.installs
+
+wheel-test-aarch64: $(VENV)/wheels $(VENV)/installed-test
+	$(WHEELS) --targets aarch64
+	$(BIN)/python -m tests.kernels.native.arm dist/*aarch64.whl
+
 CASES ?= 10000
 SEED ?= 0
 SECONDS ?= 3600
@@ -84,6 +110,7 @@ KINDS ?= address thread memcheck
 VARIANTS ?= plain avx512_bf16 emulated_tiles
 sanitize: $(VENV)/installed-test
 	$(BIN)/python -m tests.kernels.native.sanitizers $(KINDS) --variants $(VARIANTS)
+	MSFORMER_TEST_SANITIZERS=1 $(BIN)/python -m pytest tests/kernels/cuda/test_sanitizers.py
 
 large: $(VENV)/installed-test
 	$(BIN)/python -m tests.kernels.native.large
@@ -101,6 +128,17 @@ licences: $(VENV)/tools $(VENV)/installed-dev
 
 audit: $(VENV)/tools
 	$(VENV)/tools/bin/python requirements/audit.py
+
+.PHONY: docs docs-links
+DOCS := build/docs
+# from nothing, so that no page is left over and every warning, which is an error, comes each time
+docs: $(VENV)/installed-docs
+	rm -rf $(DOCS)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -b html docs $(DOCS)
+	@echo "The site is in $(DOCS)/index.html"
+
+docs-links: docs
+	@grep -rhoE 'href="https?://[^"#]+' $(DOCS) --include='*.html' | cut -d'"' -f2 | sort | uniq -c | sort -rn
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/msformer_kernels/_*.so kernels/msformer_kernels/_*_error.txt
@@ -141,6 +179,11 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(call install,all,[test])
+	touch $@
+
+# with what the package needs as it is installed, the tools from the index
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install "msformer[docs]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test

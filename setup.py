@@ -5,7 +5,8 @@ say, does not stop the install: the reason is kept in `msformer_kernels/<extensi
 `msformer_kernels.explain()` shows, and the package works without it. In the environment:
 
 - CXX: another C++ compiler. CUDACXX, CUDA_HOME or CUDA_PATH: where nvcc is, if neither on PATH nor in the package
-  nvidia-cuda-nvcc. MSFORMER_CUDA_ARCHS: what to compile the CUDA kernels for, such as 80,90.
+  nvidia-cuda-nvcc. MSFORMER_CUDA_ARCHS: what to compile the CUDA kernels for, such as 80,90. MSFORMER_CUDA=0: without
+  them, whatever is here.
 - MSFORMER_CUDA_EMULATE=1, MSFORMER_EMULATE_TILES=1: builds the emulations of the CUDA kernels and of AMX tiles, for
   tests.
 - MSFORMER_REQUIRE_NATIVE=1, MSFORMER_REQUIRE_CUDA=1: without the CPU kernels (and the emulation, if wanted), or without
@@ -64,11 +65,17 @@ class BuildExtensions(build_ext):
 
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages(".", include=["msformer", "msformer.*"])],
-    package_dir={PACKAGE: f"kernels/{PACKAGE}"},
+    packages=[
+        *find_packages("kernels"),
+        *find_packages(".", include=["msformer", "msformer.*"]),
+        *(f"msformer.{name}" for name in find_packages(".", include=["benchmarks", "benchmarks.*"])),
+    ],
+    # the benchmarks are a package of a checkout, and installed they are msformer.benchmarks
+    package_dir={PACKAGE: f"kernels/{PACKAGE}", "msformer.benchmarks": "benchmarks"},
     package_data={
         PACKAGE: ["py.typed", "*.pyi", *(f"{name}_error.txt" for name in EXTENSIONS)],
-        "msformer": ["py.typed", "page.css", "evaluation/page.html", "evaluation/page.js", "training/report.html"],
+        "msformer": ["py.typed", "*.css", "**/*.html", "**/*.js"],
+        "msformer.benchmarks": ["*.cpp", "*.html", "*.css"],
     },
     ext_modules=[
         Extension(f"{PACKAGE}.{name}", [str(path.relative_to(ROOT)) for path in built.sources], depends=HEADERS)

@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import rivals as rival_names
-from benchmarks.cases import (
+from msformer.output import OutputError, prepare_folder
+
+from . import rivals as rival_names
+from .cases import (
     MSFORMER,
     OPERATIONS,
     PASSES,
@@ -30,20 +32,16 @@ from benchmarks.cases import (
     quick_rivals,
     why_not,
 )
-from benchmarks.compare import compare, print_comparison
-from benchmarks.machine import cache_flusher, describe, measure_ceilings, usable_variants
-from benchmarks.measure import Settings, measure_case
-from benchmarks.report import (
-    Results,
-    make_console,
-    print_group,
-    print_head,
-    read_results,
-    write_json_file,
-    write_results,
-)
-from benchmarks.variants import in_variants, make_anywhere
-from msformer.output import OutputError, prepare_folder
+from .compare import compare
+from .compare import document as comparison_document
+from .documents import make_console, print_legend, print_lines, print_table, write_document
+from .left_out import known_variants, left_out, missing_variants
+from .machine import cache_flusher, describe, measure_ceilings
+from .measure import Settings, measure_case, set_share
+from .records import Results, read_results, write_json_file
+from .records import save_to as save_results
+from .report import LEGEND, case_table, head_lines, summary, write_results
+from .variants import in_variants, make_anywhere
 
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
 INTERRUPTED = 130
@@ -81,8 +79,9 @@ class ShapeType(click.ParamType):
     "--isa",
     "variants",
     multiple=True,
-    type=click.Choice(("all", *usable_variants())),
-    help="Variant of the CPU kernels, side by side in place of native; may be repeated.  [default: the best]",
+    type=click.Choice(("all", *known_variants())),
+    help="Variant of the CPU kernels, side by side in place of native; may be repeated. Those that this machine does "
+    "not have are left out, and the report says why.  [default: the best]",
 )
 @click.option(
     "--rival",
@@ -107,7 +106,12 @@ class ShapeType(click.ParamType):
     default="benchmark-results",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder for results.json, report.md and the plots.",
+    help="Folder for results.json, report.html, report.md and the plots; or those of a comparison.",
+)
+@click.option(
+    "--save-to",
+    type=click.Path(path_type=Path),
+    help="Folder of results by machine, such as benchmarks/results: writes those of this one there, too.",
 )
 @click.option(
     "--compare",
@@ -129,6 +133,7 @@ def main(
     threads: int | None,
     default_allocator: bool,
     out: Path,
+    save_to: Path | None,
     compared: tuple[Path, Path] | None,
 ) -> None:
     """Times the operators, the block, a fitting step and a whole image, beside their rivals.
@@ -139,30 +144,58 @@ def main(
     console = make_console()
     if compared:
         try:
-            print_comparison(console, compare(*(read_results(path) for path in compared)))
+            show_comparison(console, compared, out)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
         return
     if threads:
         torch.set_num_threads(threads)
-    chosen = order_rivals(rivals or rival_names.all_rivals())
-    if variants:
-        if "native" not in chosen:
-            raise click.UsageError("--isa needs the native kernels among the rivals")
-        chosen = in_variants(chosen, variants)
+    chosen = choose_rivals(rivals, variants)
     plan = [
         (case, rivals)
         for planned, rivals in make_plan(full, operations, shapes, dtypes, chosen, passes)
         for case in in_precisions(planned, dict.fromkeys(precisions))
     ]
+    missing = left_out() + quick_left_out(plan, chosen)
     try:
         prepare_folder(out)
         settings = Settings(rounds or (FULL_ROUNDS if full else QUICK_ROUNDS), keep_memory=not default_allocator)
-        complete = run(console, plan, settings, out)
+        complete = run(console, plan, settings, out, missing, save_to)
     except OutputError as error:
         raise click.ClickException(str(error)) from error
     if not complete:
         sys.exit(INTERRUPTED)
+
+
+def show_comparison(console: Console, files: tuple[Path, Path], out: Path) -> None:
+    """Prints and writes what changed from the first file to the second."""
+    old, new = map(read_results, files)
+    prepare_folder(out)
+    found = comparison_document(compare(old, new))
+    print_lines(console, found.warnings)
+    for table in found.tables:
+        print_table(console, table)
+    print_legend(console, found.legend)
+    _print_paths(console, write_document(out, "comparison", found))
+
+
+def choose_rivals(names: Sequence[str], variants: Sequence[str]) -> tuple[str, ...]:
+    """The rivals by these names, all if none is given, with `native` in the variants that this machine has.
+
+    Raises:
+        click.UsageError: variants without `native`, or only such as this machine does not have.
+    """
+    chosen = order_rivals(names or rival_names.all_rivals())
+    if not variants:
+        return chosen
+    if "native" not in chosen:
+        raise click.UsageError("--isa needs the native kernels among the rivals")
+    missing = missing_variants()
+    usable = [name for name in variants if name not in missing]
+    if not usable:
+        reasons = "; ".join(f"{name}: {missing[name]}" for name in dict.fromkeys(variants))
+        raise click.UsageError(f"--isa: not on this machine: {reasons}")
+    return in_variants(chosen, usable)
 
 
 def make_plan(
@@ -197,19 +230,47 @@ def make_plan(
     return plan
 
 
-def run(console: Console, plan: Plan, settings: Settings, out: Path) -> bool:
+def quick_left_out(plan: Plan, chosen: Sequence[str]) -> list[str]:
+    """What the quick selection does without, though it was chosen."""
+    found = []
+    for name in chosen:
+        cases = dict.fromkeys(case.operation for case, rivals in plan if name not in rivals)
+        if cases:
+            some = next(iter(cases))
+            found.append(f"{name} of {' and '.join(cases)}: it takes longer than all else; it is run by --op {some}")
+    return found
+
+
+def run(
+    console: Console, plan: Plan, settings: Settings, out: Path, missing: list[str], save: Path | None = None
+) -> bool:
     """Measures, prints and writes; whether it came to the end. After each case the JSON file is whole."""
     with console.status("measuring what this machine can do"):
-        results = Results(describe(), measure_ceilings(), settings.rounds, [], keep_memory=settings.keep_memory)
-    print_head(console, results)
+        ceilings = measure_ceilings()
+    results = Results(describe(), ceilings, settings.rounds, [], keep_memory=settings.keep_memory, left_out=missing)
+    print_lines(console, head_lines(results))
     try:
         _measure_all(console, plan, settings, out, results)
+        results.ceilings = ceilings.or_better(measure_ceilings())
+        for row in results.rows:
+            set_share(row, results.ceilings)
         results.complete = True
     except KeyboardInterrupt:
         console.print("interrupted; writing what was measured")
-    for path in write_results(out, results):
-        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    print_legend(console, LEGEND)
+    print_table(console, summary(results.rows))
+    paths = write_results(out, results)
+    if save is not None:
+        if results.complete:
+            paths.append(save_results(save, results))
+        else:
+            console.print(f"not written to {save}: the run is not complete", markup=False)
+    _print_paths(console, paths)
     return results.complete
+
+
+def _print_paths(console: Console, paths: Sequence[Path]) -> None:
+    print_lines(console, [f"wrote {path}" for path in paths])
 
 
 def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, results: Results) -> None:
@@ -238,7 +299,7 @@ def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, re
             done += _parts(rivals, settings.rounds)
             bars.update(task, completed=done)
             results.rows += rows
-            print_group(console, rows)
+            print_table(console, case_table(rows))
             write_json_file(out, results)
 
 

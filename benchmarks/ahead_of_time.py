@@ -29,7 +29,7 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks.occupancy import MULTIPROCESSORS, programs
+from .occupancy import MULTIPROCESSORS, programs
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("bfloat16", "float32", "tf32")

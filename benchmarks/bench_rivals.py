@@ -13,11 +13,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.machine import cache_flusher
-from benchmarks.measure import checked, exact_results
-from benchmarks.rows import new_row
-from benchmarks.workloads import make_candidate
+from .cases import Case
+from .machine import cache_flusher
+from .measure import checked, exact_results
+from .rows import new_row
+from .workloads import make_candidate
 
 ROUNDS = 5
 

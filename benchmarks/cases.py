@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from benchmarks.rivals import DTYPES, PLAIN, STORAGE, type_name
 from msformer.model import MINIMUM_SIZE
+
+from .rivals import DTYPES, PLAIN, STORAGE, type_name
 
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:h(\d+))?(?:m(\d+))?")
 EXPECTED = "BATCHxHEIGHTxWIDTHxDIM, then optionally hHEADS and mHIDDEN, such as 1x257x257x100 or 8x64x64x64h2m256"

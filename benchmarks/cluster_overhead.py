@@ -20,9 +20,10 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from benchmarks.machine import describe
 from msformer.options import make_executor
 from msformer.runs.executors import Executor, Local, Report
+
+from .machine import describe
 
 SIZES = {"labels.png": 10_000, "overlay.png": 88_000, "json": 2_000}
 LONG = 0.3

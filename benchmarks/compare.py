@@ -1,15 +1,15 @@
-"""What changed between two runs."""
+"""What changed between two runs: `--compare OLD NEW`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.report import Results
-from benchmarks.rows import Key, Row
-from benchmarks.tables import duration
+from .documents import Document, Table
+from .plots import Plot, change_plot, plot
+from .records import Results
+from .report import BUSY, title, where_lines
+from .rows import Key, Row, is_within_spread
+from .tables import duration
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "SLOWER", "", "too few samples"
 
@@ -35,10 +35,9 @@ class Change:
             return SAME if self.old.status == self.new.status else f"{self.old.status} -> {self.new.status}"
         if self.old.spread is None or self.new.spread is None:
             return UNKNOWN
-        difference = self.new.seconds - self.old.seconds
-        if abs(difference) <= self.old.spread + self.new.spread:
+        if is_within_spread(self.old, self.new):
             return SAME
-        return SLOWER if difference > 0 else FASTER
+        return SLOWER if self.new.seconds > self.old.seconds else FASTER
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Comparison:
     only_new: list[Key]
     machine: list[str]
     """What is different about the machine, versions and threads."""
+    where: list[str]
+    """Where both were measured."""
 
 
 def compare(old: Results, new: Results) -> Comparison:
@@ -65,23 +66,61 @@ def compare(old: Results, new: Results) -> Comparison:
         only_old=[key for key in before if key not in after],
         only_new=[key for key in after if key not in before],
         machine=different,
+        where=[
+            f"{name}: {line}"
+            for name, results in (("old", old), ("new", new))
+            for line in (*where_lines(results.machine), f"{results.machine.threads} threads, {results.machine.date}")
+        ],
     )
 
 
-def print_comparison(console: Console, comparison: Comparison) -> None:
-    for line in comparison.machine:
-        console.print(f"not the same machine or versions: {line}", markup=False, soft_wrap=True)
-    table = Table()
-    for name in ("operation", "shape", "type", "passes", "rival"):
-        table.add_column(name)
-    for name in ("old", "new", "new / old"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for change in comparison.changes:
-        times = [row.status if row.seconds is None else duration(row.seconds) for row in (change.old, change.new)]
-        ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
-        table.add_row(*change.old.key, *times, ratio, change.verdict)
-    console.print(table)
-    for where, keys in (("first", comparison.only_old), ("second", comparison.only_new)):
-        for key in keys:
-            console.print(f"only in the {where} file: {' '.join(key)}", markup=False, soft_wrap=True)
+LEGEND = (
+    ("new / old", "the new time divided by the old one: below 1, the new run is faster"),
+    (
+        "verdict",
+        f"{FASTER} or {SLOWER} if the medians differ by more than the spreads of both runs together, the distances "
+        "between the quartiles of their samples; otherwise nothing is said to have changed",
+    ),
+)
+
+
+def document(comparison: Comparison) -> Document:
+    header = ["case", "rival", "old\ntime a call", "new\ntime a call", "new / old", "verdict"]
+    notes = [
+        f"only in the {where} file: {' '.join(key)}"
+        for where, keys in (("first", comparison.only_old), ("second", comparison.only_new))
+        for key in keys
+    ]
+    rows = [row for change in comparison.changes for row in (change.old, change.new)]
+    busy = max((row.other_programs or 0 for row in rows), default=0)
+    if busy >= BUSY:
+        notes.append(f"other programs kept up to {busy:.1f} cores busy meanwhile: do not rely on these times")
+    if not comparison.changes:
+        notes.append("the files have no row in common")
+    return Document(
+        title="Benchmarks, compared",
+        facts=comparison.where,
+        warnings=[f"Not the same machine or versions: {line}" for line in comparison.machine],
+        tables=[Table("What changed", header, [_cells(change) for change in comparison.changes], 2, notes)],
+        legend=LEGEND,
+        plots=_plots(comparison),
+    )
+
+
+def _cells(change: Change) -> list[str]:
+    times = [row.status if row.seconds is None else duration(row.seconds) for row in (change.old, change.new)]
+    ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
+    return [title(change.old), change.old.rival, *times, ratio, change.verdict]
+
+
+def _plots(comparison: Comparison) -> list[Plot]:
+    ratios = {
+        f"{title(change.old)}, {change.old.rival}": change.ratio
+        for change in comparison.changes
+        if change.ratio is not None
+    }
+    if not ratios:
+        return []
+    slower, faster = (sum(change.verdict == kind for change in comparison.changes) for kind in (SLOWER, FASTER))
+    alt = f"New time over old time of {len(ratios)} rows: {faster} are faster, {slower} slower, the rest neither"
+    return [plot("comparison", alt, change_plot(ratios))]

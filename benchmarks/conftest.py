@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import QUICK_CASES, full_cases, quick_rivals
-from benchmarks.rivals import all_rivals
+from .cases import QUICK_CASES, full_cases, quick_rivals
+from .rivals import all_rivals
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.cuda_ahead_of_time [--target sm_90 ...] [--dim 100 ...] [--out FILE]
 
-nvcc (csrc/toolchain.py says where it is looked for) compiles each source of csrc/cuda for each target, and ptxas tells
-registers and spills. What a launch wants of shared memory depends on sizes: the operators are called with CPU tensors
-of `SIDE` x `SIDE` tokens through the emulation, which records launches without running them, as if it had the shared
-memory and the multiprocessors of the target; without the emulation (MSFORMER_CUDA_EMULATE=1) that table is missing. A
-kernel fails if it does not compile, spills, or wants more registers or shared memory than a block can have. The tables
-have registers, spills, shared memory, and how many blocks a multiprocessor holds.
+It needs a clone, for it compiles what is in csrc. nvcc (csrc/toolchain.py says where it is looked for) compiles each
+source of csrc/cuda for each target, and ptxas tells registers and spills. What a launch wants of shared memory depends
+on sizes: the operators are called with CPU tensors of `SIDE` x `SIDE` tokens through the emulation, which records
+launches without running them, as if it had the shared memory and the multiprocessors of the target; without the
+emulation (MSFORMER_CUDA_EMULATE=1) that table is missing. A kernel fails if it does not compile, spills, or wants more
+registers or shared memory than a block can have. The tables have registers, spills, shared memory, and how many blocks
+a multiprocessor holds.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks import cuda_launches
-from benchmarks.ahead_of_time import DIMS, launch_everything
-from benchmarks.cuda_launches import name_and_engine
-from benchmarks.occupancy import MULTIPROCESSORS, programs
+from . import cuda_launches
+from .ahead_of_time import DIMS, launch_everything
+from .cuda_launches import name_and_engine
+from .occupancy import MULTIPROCESSORS, programs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 from extensions import CUDA_FLAGS, CUDA_KERNELS, host_compiler_of_nvcc

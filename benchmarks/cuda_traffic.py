@@ -18,9 +18,9 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.cuda_ahead_of_time import DTYPES, PROCESSORS, table
-from benchmarks.cuda_launches import TRAFFIC, Launch, recorded
-from benchmarks.occupancy import MULTIPROCESSORS
+from .cuda_ahead_of_time import DTYPES, PROCESSORS, table
+from .cuda_launches import TRAFFIC, Launch, recorded
+from .occupancy import MULTIPROCESSORS
 
 Row = tuple[object, ...]
 

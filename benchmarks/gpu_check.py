@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_check.py [--out gpu-check.json] [--minutes 8] [--only STAGE ...]
 
-Needs torch and Triton, not an installed msformer. Writes gpu-check.md (the report, to be read first), gpu-check.json
-and gpu-check.log (what the processes print). After every row the first two hold all that is known so far, also when the
-command is interrupted. A stage that fails is recorded, and the others run. What there is no time left for is named.
+Needs torch and Triton, not an installed msformer; an installed one has it as `python -m msformer.benchmarks.gpu_check`.
+Writes gpu-check.md (the report, to be read first), gpu-check.json and gpu-check.log (what the processes print). After
+every row the first two hold all that is known so far, also when the command is interrupted. A stage that fails is
+recorded, and the others run. What there is no time left for is named.
 
 The stages are those of benchmarks/gpu/stages.py, the flagship (MS-Former's block, 257 x 257 tokens of 100 channels)
 first: preflight, machine, precompile, accuracy-bf16, block-times, accuracy, miscompilation, repeatability, graphs,
@@ -25,12 +26,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-# not installed, the packages are found where they lie
-sys.path[:0] = [str(ROOT), *([] if find_spec("msformer_kernels") else [str(ROOT / "kernels")])]
+if not __package__:  # run by its path, this file is part of no package; not installed, all are found where they lie
+    ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(ROOT), *([] if find_spec("msformer_kernels") else [str(ROOT / "kernels")])]
+    from benchmarks import gpu_check
 
-from benchmarks.gpu.preflight import preflight  # noqa: E402
-from benchmarks.gpu.signals import interruptible  # noqa: E402
+    sys.exit(gpu_check.main())
+
+from .gpu.preflight import preflight
+from .gpu.signals import interruptible
 
 NOTHING_TO_RUN = 2
 WRAP_UP = 10.0
@@ -52,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(finding, flush=True)
     if find_spec("torch") is None:
         return NOTHING_TO_RUN  # without torch not even the stages can be imported
-    from benchmarks.gpu.run import run, unknown_stages
     from msformer.output import OutputError, prepare_folder
+
+    from .gpu.run import run, unknown_stages
 
     only = options.only or []
     if wrong := unknown_stages(only):

@@ -25,9 +25,9 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.ahead_of_time import recorded_launches
-from benchmarks.cuda_launches import INSTEAD, recorded
-from benchmarks.machine import describe
+from .ahead_of_time import recorded_launches
+from .cuda_launches import INSTEAD, recorded
+from .machine import describe
 
 Call = Callable[[], Tensor]
 

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 import msformer_kernels
-from benchmarks.integration_models import MODELS, ForeignModel, Inputs
-from benchmarks.machine import OtherPrograms
 from msformer.output import write_json
 from msformer_kernels.patching.command import forward, tensors, training_step
 from msformer_kernels.patching.memory import peak_memory
 from msformer_kernels.patching.timing import medians
+
+from .integration_models import MODELS, ForeignModel, Inputs
+from .machine import OtherPrograms
 
 ORIGINAL, COMPILE, PATCHED, BOTH = "original", "compile", "patched", "patched, compiled"
 FORWARD, TRAINING = "forward", "forward + backward"

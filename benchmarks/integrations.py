@@ -28,9 +28,11 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.gpu.processes import worker_environment
-from benchmarks.integration_models import MODELS
-from benchmarks.integration_row import (
+from msformer.output import OutputError, complete_file, prepare_folder, read_record, write_json
+
+from .gpu.processes import worker_environment
+from .integration_models import MODELS
+from .integration_row import (
     BOTH,
     COMPILE,
     FAILED,
@@ -41,10 +43,9 @@ from benchmarks.integration_row import (
     TRAINING,
     IntegrationRow,
 )
-from benchmarks.machine import Machine, describe
-from benchmarks.report import BUSY, size, where_lines
-from benchmarks.tables import duration, markdown_row
-from msformer.output import OutputError, complete_file, prepare_folder, read_record, write_json
+from .machine import Machine, describe
+from .report import BUSY, size, where_lines
+from .tables import duration, markdown_row
 
 INTERRUPTED = 130
 VERSION = 2
@@ -109,7 +110,7 @@ def measured(
         environment["PYTHONPATH"] = os.pathsep.join([str(transformers_4.resolve()), environment["PYTHONPATH"]])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.integration_row", name, str(file), f"--samples={samples}"]
+        command = [sys.executable, "-m", f"{__package__}.integration_row", name, str(file), f"--samples={samples}"]
         command += [f"--threads={threads}", f"--compile-limit={compile_limit}"]
         ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         content = read_record(file)

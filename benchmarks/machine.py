@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 import msformer_kernels
-from benchmarks.rivals import is_ours, type_name, variant_of
+
+from .rivals import is_ours, type_name, variant_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Ceilings:
     """Of bfloat16 products by AVX-512 BF16; None where there is none."""
     tile_flop_per_second: float | None = None
     """Of bfloat16 products on AMX tiles; None where this process has none."""
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher rates of two measurements: what was measured while something else ran is no ceiling."""
+        rates: dict[str, Any] = {
+            item.name: max(filter(None, (getattr(self, item.name), getattr(other, item.name))), default=None)
+            for item in fields(self)
+            if item.name.endswith("per_second")
+        }
+        return replace(self, **rates)
 
     def bfloat16_rates(self) -> list[tuple[float | None, str]]:
         """With what they are."""
@@ -97,7 +108,8 @@ def describe() -> Machine:
         processor=_processor(),
         cores=psutil.cpu_count() or 0,
         memory=psutil.virtual_memory().total,
-        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        # the rest of a release may be the name of whoever built it, and results are made to be published
+        system=f"{platform.system()} {re.split('[^0-9.]', platform.release())[0]}, {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         msformer=msformer.__version__,

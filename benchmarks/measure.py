@@ -22,13 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.machine import Ceilings, OtherPrograms, limited_memory
-from benchmarks.rivals import EXACT, backend_of, backends
-from benchmarks.rows import FAILED, MEASURED, WRONG, Row, new_row
-from benchmarks.workloads import Candidate, make_candidate
 from msformer.memory import kept_memory
 from msformer_kernels.core.precision import float32_products
+
+from .cases import Case, Work
+from .machine import Ceilings, OtherPrograms, limited_memory
+from .rivals import EXACT, backend_of, backends
+from .rows import FAILED, MEASURED, WRONG, Row, new_row
+from .workloads import Candidate, make_candidate
 
 # by type; "high" lets PyTorch round to tf32, "medium" to bfloat16
 TOLERANCE = {"float32 highest": 1e-3, "float32 high": 5e-3, "float32 medium": 6e-2, "bfloat16": 6e-2}
@@ -138,9 +139,15 @@ def measure_case(
             if row.seconds is not None:
                 report(f"memory of {rival}")
                 row.peak_memory = candidate.peak()
-                least = case.work().seconds(ceilings.flop_rate(case.type, rival), ceilings.bytes_per_second)
-                row.share_of_ceiling = least / row.seconds
+                set_share(row, ceilings)
     return list(rows.values())
+
+
+def set_share(row: Row, ceilings: Ceilings) -> None:
+    """Fills in the share of the ceiling, where there is a time."""
+    if row.seconds is not None:
+        rate = ceilings.flop_rate(row.type, row.rival)
+        row.share_of_ceiling = Work(row.flop, row.bytes).seconds(rate, ceilings.bytes_per_second) / row.seconds
 
 
 @contextmanager

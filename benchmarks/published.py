@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.cases import Shape
 from msformer.model import ATTENTION_SCALE, PATCH_SIZE, MSFormerOutput
+
+from .cases import Shape
 
 
 class PublishedAttention(nn.Module):

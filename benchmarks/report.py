@@ -1,27 +1,21 @@
-"""The report: results as text, as plots, and as files."""
+"""The report of a run: its tables and plots, and its files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, StrMethodFormatter
-from rich.console import Console
-from rich.table import Table
+from .cases import EXPECTED, MODELS
+from .documents import Document, Table, write_document
+from .machine import Ceilings, Machine
+from .plots import draw_plots
+from .records import Results, write_json_file
+from .rivals import PLAIN, is_ours, variant_of
+from .rows import MEASURED, Row, gain, groups, is_within_spread
+from .tables import duration
 
-from benchmarks.cases import LAYERS, MODELS
-from benchmarks.machine import Ceilings, Machine
-from benchmarks.rivals import PLAIN, variant_of
-from benchmarks.rows import MEASURED, Row, gain, groups
-from benchmarks.tables import duration, markdown_row
-from msformer.output import complete_file, write_json
+NAME = "report"
 
 
 def size(count: float) -> str:
@@ -34,9 +28,12 @@ def title(row: Row) -> str:
 
 
 def columns(rivals: Sequence[str]) -> list[str]:
-    gains = [f"over {rival}" for rival in rivals]
-    tail = ["of ceiling", "GF/s", "peak memory", "error", "over eager's"]
-    return ["rival", "computes in", "time", "spread", *gains, *tail]
+    tail = ["share of\nceiling", "GF/s", "memory\nadded", "largest\nerror", "error, times\neager's"]
+    return ["rival", "computes in", "time\na call", "spread", *map(_as_fast, rivals), *tail]
+
+
+def _as_fast(rival: str) -> str:
+    return f"times as fast\nas {rival}"
 
 
 def cells(row: Row, group: Sequence[Row], rivals: Sequence[str]) -> list[str]:
@@ -45,19 +42,35 @@ def cells(row: Row, group: Sequence[Row], rivals: Sequence[str]) -> list[str]:
     if row.status != MEASURED or seconds is None:
         return [row.rival, row.mode, row.status, *[""] * (6 + len(rivals))]
     by_name = {other.rival: other for other in group}
-    gains = [gain(row, by_name[rival]) if rival in by_name and rival != row.rival else None for rival in rivals]
     return [
         row.rival,
         row.mode,
         duration(seconds),
         "" if spread is None else f"{spread / seconds:.0%}",
-        *("" if factor is None else f"{factor:.2f} x" for factor in gains),
-        "" if row.share_of_ceiling is None else f"{row.share_of_ceiling:.0%}",
-        f"{row.flop / seconds / 1e9:.0f}",
+        *(_gain_cell(row, by_name.get(rival)) for rival in rivals),
+        share_cell(row),
+        _digits(row.flop / seconds / 1e9),
         "" if row.peak_memory is None else size(row.peak_memory),
         "" if row.error is None else f"{row.error:.1e}",
         _share_of_error(row, by_name.get("eager")),
     ]
+
+
+def _gain_cell(row: Row, other: Row | None) -> str:
+    factor = None if other is None or other is row else gain(row, other)
+    if other is None or factor is None:
+        return ""
+    return f"{'~' if is_within_spread(row, other) else ''}{factor:.2f} x"
+
+
+def share_cell(row: Row) -> str:
+    """Of the ceiling."""
+    return "" if row.share_of_ceiling is None else f"{_digits(100 * row.share_of_ceiling)}%"
+
+
+def _digits(value: float) -> str:
+    """Two digits, more if the number is larger."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _share_of_error(row: Row, eager: Row | None) -> str:
@@ -111,260 +124,88 @@ def machine_lines(machine: Machine, ceilings: Ceilings, rounds: int, keep_memory
 
 
 LEGEND = (
-    "Times are medians of interleaved rounds, with the caches flushed before each sample; the spread is the distance "
-    "between the quartiles. 'over X' is the time of X divided by that of the row: above 1, the row is faster; of "
-    "several variants of the kernels, X is the first. GF/s count the products of the folded form, whatever a rival "
-    "does. 'of ceiling' is the least time that flop and bytes allow on this machine, by the ceilings measured in the "
-    "same run, divided by the time. That of float32 'highest' is multiply-adds; our kernels can exceed it with AMX, so "
-    "above 100 % is possible. That of bfloat16 and 'medium' is the best of AMX tiles, AVX-512 BF16 and multiply-adds "
-    "that the variant of the kernels has, for other rivals that the machine has. That of 'high' is a third of the "
-    "tiles for our kernels with AMX, else multiply-adds. Precisions are those of torch.set_float32_matmul_precision, "
-    "and every rival of a case has the same. Peak memory is what a call adds. The error is the worst of all results "
-    "and gradients, against float64, and after it, the same divided by that of eager PyTorch. Nothing is timed whose "
-    "error is above what benchmarks/measure.py allows."
+    (
+        "heading",
+        f"the operation; the shape, {EXPECTED.partition(',')[0]}, h attention heads, and m the width of the hidden "
+        "layer if it is not 4 x DIM; the type, with float32 as torch.set_float32_matmul_precision, the same for every "
+        "rival; forward alone or with all gradients",
+    ),
+    (
+        "rival",
+        "published: the structure of the published code; eager: the same layers written well in plain PyTorch; "
+        "compile: torch.compile of eager, in its default mode; native and the like: the kernels of msformer. All have "
+        "the same weights and inputs",
+    ),
+    (
+        "time a call",
+        "the median of samples, for which the rivals take turns; before each sample the caches are flushed",
+    ),
+    ("spread", "the distance between the quartiles of the samples, as a share of the time"),
+    (
+        "times as fast as X",
+        "the time of X divided by that of the row: above 1, the row is faster. With ~ before it the two times differ "
+        "by less than their spreads together, which may be chance. Of several variants of the kernels, X is the first",
+    ),
+    (
+        "share of ceiling",
+        "the least time that flop and bytes allow on this machine, by the rates measured before and after the run, "
+        "divided by the time. Flop of float32 'highest' are multiply-adds; our kernels can exceed these with AMX, so "
+        "above 100 % is possible. Of bfloat16 and 'medium' the rate is the best of AMX tiles, AVX-512 BF16 and "
+        "multiply-adds that the variant of the kernels has, for other rivals that the machine has. Of 'high' it is a "
+        "third of the tiles for our kernels with AMX, else multiply-adds",
+    ),
+    ("GF/s", "10^9 flop a second, counting the products of the folded form, whatever a rival does"),
+    ("memory added", "what a call adds to the memory of the process at its peak"),
+    (
+        "largest error",
+        "the worst of all results and gradients, relative, against float64; then the same divided by that of eager. "
+        "Nothing is timed whose error is above the bound of its type",
+    ),
 )
 
 
-_COLOURS = {"published": "#888888", "eager": "#1f77b4", "compile": "#ff7f0e", "native": "#2ca02c"}
-_MORE_COLOURS = ("#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-_MARKERS = {"attention": "o", "mix_ffn": "s", "mix_ffn_skip": "D", "block": "^"}
+def case_table(group: Sequence[Row], rivals: Sequence[str] | None = None) -> Table:
+    """The rivals of one case, compared with `rivals`: those of the case, if None."""
+    names = columns_of(group) if rivals is None else rivals
+    return Table(title(group[0]), columns(names), [cells(row, group, names) for row in group], 2, problems(group))
 
 
-def colour(rival: str, rivals: Sequence[str]) -> str:
-    """The same for a rival in all plots of a run."""
-    others = [name for name in rivals if name not in _COLOURS]
-    return _COLOURS.get(rival) or _MORE_COLOURS[others.index(rival) % len(_MORE_COLOURS)]
+def summary(rows: Sequence[Row]) -> Table:
+    """Each case in a line: our kernels beside the others."""
+    names = columns_of(rows)
+    others = [name for name in names if not is_ours(name)]
+    lines = []
+    for group in groups(rows):
+        by_name = {row.rival: row for row in group}
+        for row in group:
+            if row.rival in names and is_ours(row.rival) and row.seconds is not None:
+                gains = [_gain_cell(row, by_name.get(name)) for name in others]
+                lines.append([title(row), row.rival, duration(row.seconds), *gains, share_cell(row)])
+    header = ["case", "kernels", "time\na call", *map(_as_fast, others), "share of\nceiling"]
+    return Table("Summary: the kernels of msformer beside the others", header, lines, 2)
 
 
-def draw_plots(folder: Path, rows: Sequence[Row], ceilings: Ceilings) -> list[Path]:
-    """Writes them as PNG; returns their paths."""
-    timed = [row for row in rows if row.seconds is not None]
-    rivals = list(dict.fromkeys(row.rival for row in timed))
-    paths = []
-    for kind in dict.fromkeys((row.operation, row.type, row.passes) for row in timed):
-        chosen = [row for row in timed if (row.operation, row.type, row.passes) == kind]
-        paths.append(_save(folder / f"{_file_name(*kind)}.png", against_tokens(chosen, rivals, " ".join(kind))))
-    layers = [row for row in timed if row.operation in LAYERS]
-    for name in dict.fromkeys(row.type for row in layers):
-        chosen = [row for row in layers if row.type == name]
-        paths.append(_save(folder / f"{_file_name('roofline', name)}.png", roofline(chosen, rivals, ceilings, name)))
-    return paths
+def document(results: Results) -> Document:
+    """All but the plots."""
+    rivals = columns_of(results.rows)
+    found = summary(results.rows)
+    return Document(
+        title="Benchmarks",
+        facts=head_lines(results),
+        warnings=[] if results.complete else ["Interrupted: some cases are missing."],
+        legend=LEGEND,
+        tables=[*([found] if found.rows else []), *(case_table(group, rivals) for group in groups(results.rows))],
+    )
 
 
-def _file_name(*words: str) -> str:
-    return "-".join(words).replace(" ", "-")
-
-
-def _save(path: Path, figure: Figure) -> Path:
-    with complete_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def against_tokens(rows: Sequence[Row], rivals: Sequence[str], name: str) -> Figure:
-    """Time and memory of one operation; a line of the figure for each family of shapes."""
-    families = list(dict.fromkeys(row.family for row in rows))
-    figure = _figure(11, 3.6 * len(families) + 0.6)
-    figure.suptitle(name)
-    axes = figure.subplots(len(families), 2, squeeze=False)
-    for family, (time_axes, memory_axes) in zip(families, axes, strict=True):
-        members = [row for row in rows if row.family == family]
-        for rival in rivals:
-            line = sorted((row for row in members if row.rival == rival), key=lambda row: (row.tokens, row.flop))
-            _line(time_axes, [(row.tokens, 1e3 * (row.seconds or 0)) for row in line], rival, rivals)
-            known = [(row.tokens, row.peak_memory / 2**20) for row in line if row.peak_memory]
-            _line(memory_axes, known, rival, rivals)
-        for panel, label in ((time_axes, "time, ms"), (memory_axes, "peak memory of a call, MiB")):
-            _token_axis(panel, members)
-            panel.set(ylabel=label, title=family)
-        time_axes.legend()
-    return figure
-
-
-def _line(axes: Axes, points: Sequence[tuple[float, float]], rival: str, rivals: Sequence[str]) -> None:
-    """Points, joined unless some shapes have the same number of tokens."""
-    if points:
-        tokens, values = zip(*points, strict=True)
-        style = "-" if len(set(tokens)) == len(tokens) else ""
-        axes.plot(tokens, values, linestyle=style, marker="o", color=colour(rival, rivals), label=rival)
-
-
-def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    """Both axes logarithmic, the tokens marked where there are points, with the shapes that have so many."""
-    axes.set(xscale="log", yscale="log", xlabel="N, tokens of the batch; below it the shapes")
-    names: dict[int, list[str]] = {}
-    for row in rows:
-        shapes = names.setdefault(row.tokens, [f"{row.tokens}"])
-        if row.shape not in shapes:
-            shapes.append(row.shape)
-    axes.set_xticks(list(names), ["\n".join(shapes) for shapes in names.values()], fontsize=7)
-    axes.minorticks_off()
-    axes.set_xlim(min(names) / 1.5, max(names) * 1.5)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low / 1.4, high * 1.4)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.grid(alpha=0.3)
-
-
-def roofline(rows: Sequence[Row], rivals: Sequence[str], ceilings: Ceilings, kind: str) -> Figure:
-    """Rate against flop a byte, both of the folded form, under the ceilings of memory and of products of this type."""
-    figure = _figure(8, 5.5)
-    axes = figure.subplots()
-    bandwidth = ceilings.bytes_per_second / 1e9
-    peaks = sorted({ceilings.flop_rate(kind, row.rival) / 1e9 for row in rows})
-    peak = peaks[-1]
-    intensities = [row.flop / row.bytes for row in rows]
-    left, right = min(*intensities, peaks[0] / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
-    labels = [(f"{bandwidth:.0f} GB/s", (left, left * bandwidth), (10, -4))]
-    for rate in peaks:
-        axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black")
-        labels.append((f"{rate:.0f} GF/s", (right, rate), (-60, 4)))
-    for label, point, offset in labels:
-        axes.annotate(label, point, xytext=offset, textcoords="offset points")
-    for row, intensity in zip(rows, intensities, strict=True):
-        filled = colour(row.rival, rivals) if row.passes == "training" else "none"
-        axes.plot(
-            intensity,
-            row.flop / (row.seconds or 1) / 1e9,
-            marker=_MARKERS[row.operation],
-            color=colour(row.rival, rivals),
-            markerfacecolor=filled,
-        )
-    lowest = min(row.flop / (row.seconds or 1) / 1e9 for row in rows)
-    highest = max(row.flop / (row.seconds or 1) / 1e9 for row in rows)
-    axes.set_ylim(min(lowest, left * bandwidth) / 1.5, 2 * max(highest, peak))
-    axes.set(xscale="log", yscale="log", xlabel="flop a byte that must move", ylabel="GF/s", title=f"roofline, {kind}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(handles=_keys(rows, rivals), fontsize=8, loc="lower left")
-    return figure
-
-
-def _keys(rows: Sequence[Row], rivals: Sequence[str]) -> list[Line2D]:
-    """The legend of the roofline: colours are rivals, markers operations, hollow is forward alone."""
-    present = [rival for rival in rivals if any(row.rival == rival for row in rows)]
-    keys = [Line2D([], [], color=colour(rival, rivals), linewidth=4, label=rival) for rival in present]
-    for operation in dict.fromkeys(row.operation for row in rows):
-        keys.append(Line2D([], [], color="black", marker=_MARKERS[operation], linestyle="", label=operation))
-    if {row.passes for row in rows} == {"forward", "training"}:
-        hollow = Line2D([], [], color="black", marker="o", markerfacecolor="none", linestyle="", label="forward alone")
-        keys.append(hollow)
-    return keys
-
-
-VERSION = 1
-JSON_NAME, MARKDOWN_NAME = "results.json", "report.md"
-
-
-@dataclass
-class Results:
-    """All of a run."""
-
-    machine: Machine
-    ceilings: Ceilings
-    rounds: int
-    rows: list[Row]
-    complete: bool = False
-    """False if the run was interrupted."""
-    keep_memory: bool = True
-    """As `Settings.keep_memory`."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "complete": self.complete,
-            "machine": asdict(self.machine),
-            "ceilings": asdict(self.ceilings),
-            "rounds": self.rounds,
-            "keep_memory": self.keep_memory,
-            "rows": [row.to_json() for row in self.rows],
-        }
-
-
-def read_results(path: Path) -> Results:
-    """The results in a file that `write_results` wrote.
-
-    Raises:
-        ValueError: not such a file.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"{path}: has version {content['version']}, expected {VERSION}")
-        machine = Machine(**content["machine"] | {"backends": tuple(content["machine"]["backends"])})
-        rows = [Row.from_json(row) for row in content["rows"]]
-        return Results(
-            machine,
-            Ceilings(**content["ceilings"]),
-            content["rounds"],
-            rows,
-            content["complete"],
-            content["keep_memory"],
-        )
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not a {JSON_NAME} of this program") from error
-
-
-def write_json_file(folder: Path, results: Results) -> Path:
-    path = folder / JSON_NAME
-    write_json(path, results.to_json())
-    return path
+def head_lines(results: Results) -> list[str]:
+    """The machine and the settings, and what is left out."""
+    lines = machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory)
+    return lines + [f"not run: {line}" for line in results.left_out]
 
 
 def write_results(folder: Path, results: Results) -> list[Path]:
     """Writes all files; returns their paths, the JSON first."""
-    written = [write_json_file(folder, results)]
-    plots = draw_plots(folder, results.rows, results.ceilings) if any(row.samples for row in results.rows) else []
-    with complete_file(folder / MARKDOWN_NAME) as temporary:
-        temporary.write_text(markdown(results, [path.name for path in plots]), encoding="utf-8")
-    return [*written, folder / MARKDOWN_NAME, *plots]
-
-
-def markdown(results: Results, plots: Sequence[str] = ()) -> str:
-    lines = ["# Benchmarks", ""]
-    if not results.complete:
-        lines += ["**Interrupted: some cases are missing.**", ""]
-    lines += [
-        f"- {line}" for line in machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory)
-    ]
-    lines += ["", LEGEND, ""]
-    rivals = columns_of(results.rows)
-    for group in groups(results.rows):
-        header = columns(rivals)
-        lines += [f"## {title(group[0])}", "", markdown_row(header), markdown_row(["---"] * len(header))]
-        lines += [markdown_row(cells(row, group, rivals)) for row in group]
-        found = problems(group)
-        lines += ["", *(f"- {problem}" for problem in found), *([""] if found else [])]
-    lines += [f"![{Path(name).stem}]({name})" for name in plots]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def make_console() -> Console:
-    """As wide as the terminal, and wide enough for the tables where there is none."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=180)
-
-
-def print_head(console: Console, results: Results) -> None:
-    for line in machine_lines(results.machine, results.ceilings, results.rounds, results.keep_memory):
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def print_group(console: Console, group: Sequence[Row]) -> None:
-    """The rivals of one case."""
-    rivals = columns_of(group)
-    table = Table(title=title(group[0]), title_justify="left", title_style="bold")
-    for number, name in enumerate(columns(rivals)):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for row in group:
-        table.add_row(*cells(row, group, rivals))
-    console.print(table)
-    for problem in problems(group):
-        console.print(problem, markup=False, soft_wrap=True)
+    written = write_json_file(folder, results)
+    drawn = replace(document(results), plots=draw_plots(results.rows, results.ceilings))
+    return [written, *write_document(folder, NAME, drawn)]

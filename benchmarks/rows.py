@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.rivals import type_name
+from .cases import Case
+from .rivals import type_name
 
 MEASURED, WRONG, FAILED = "measured", "wrong", "failed"
 Key = tuple[str, str, str, str, str]
@@ -106,3 +106,10 @@ def gain(row: Row, over: Row) -> float | None:
     if row.seconds is None or over.seconds is None:
         return None
     return over.seconds / row.seconds
+
+
+def is_within_spread(row: Row, other: Row) -> bool:
+    """Whether two times differ by no more than their spreads together; False where these are not known."""
+    if row.seconds is None or other.seconds is None or row.spread is None or other.spread is None:
+        return False
+    return abs(row.seconds - other.seconds) <= row.spread + other.spread

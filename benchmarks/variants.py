@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.machine import cache_flusher, usable_variants
-from benchmarks.measure import conditions
-from benchmarks.rivals import backend_of, variant_of
-from benchmarks.workloads import Candidate, make_candidate
+from .cases import Case
+from .machine import cache_flusher, usable_variants
+from .measure import conditions
+from .rivals import backend_of, variant_of
+from .workloads import Candidate, make_candidate
 
 FOR_TESTS = ("emulated_tiles",)
 Found = TypeVar("Found")

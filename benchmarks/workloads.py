@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 import msformer_kernels as kernels
-from benchmarks import published
-from benchmarks.cases import DEPTH, IMAGE_STEPS, Case, Shape
-from benchmarks.machine import peak_memory
-from benchmarks.published import PublishedMSFormer
-from benchmarks.rivals import backend_of, compiled, is_exact, mode, running, storage_dtype
 from msformer import segmentation
 from msformer.io.prepare import prepare_image, resize_image
 from msformer.losses import total_loss
 from msformer.model import MSFormer
 from msformer.presets import LossWeights
 from msformer.synthetic import synthetic_lesion
+
+from . import published
+from .cases import DEPTH, IMAGE_STEPS, Case, Shape
+from .machine import peak_memory
+from .published import PublishedMSFormer
+from .rivals import backend_of, compiled, is_exact, mode, running, storage_dtype
 
 SEED = 0
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/base/processor.h"
 #include "cpu/base/tile_permission.h"
 
 // made by setup.py: MSFORMER_FOR_EACH_VARIANT(X) is X(name, whether this processor has it) for each, best first

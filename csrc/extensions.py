@@ -31,11 +31,12 @@ from variants import FLAGS, VARIANTS, Variant, write_variants_header
 
 CSRC = Path(__file__).resolve().parent
 SHARED_LIBRARY = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+LIBRARIES = ["-ldl", "-pthread"] if sys.platform == "linux" else []  # parts of libc since glibc 2.34
 
-NATIVE_ONCE = [
-    *(CSRC / name for name in ("module.cpp", "dispatch.cpp")),
-    *(CSRC / "cpu/base" / name for name in ("fork.cpp", "memory.cpp", "tile_permission.cpp")),
+ONCE_OF_BASE = [
+    CSRC / "cpu/base" / f"{name}.cpp" for name in ("fork", "memory", "processor", "team", "tile_permission")
 ]
+NATIVE_ONCE = [CSRC / "module.cpp", CSRC / "dispatch.cpp", *ONCE_OF_BASE]
 NATIVE_KERNELS = sorted(path for path in (CSRC / "cpu").glob("*/*.cpp") if path not in NATIVE_ONCE)
 
 CUDA_MODULE = CSRC / "cuda/module.cpp"
@@ -46,14 +47,14 @@ EMULATION_FLAGS = [*CUDA_HOST_FLAGS, "-g", "-Wall", "-Wextra", "-Wno-unknown-pra
 
 
 def supported_variants(compiler: list[str], temporary: Path) -> list[Variant]:
-    """The variants to build: those that the compiler knows; older ones have never heard of AVX-512 BF16."""
+    """The variants to build: those that the compiler knows. One for another processor knows none but the plain one,
+    older ones have never heard of AVX-512 BF16."""
 
     def is_known(variant: Variant) -> bool:
-        if not variant.probe:
+        if not variant.flags:
             return True
         probe = temporary / f"{variant.name}.cpp"
-        conditions = f"bool tiles_are_permitted();\nbool known() {{ return {variant.condition()}; }}\n"
-        probe.write_text(f"#include <immintrin.h>\n{variant.probe}\n{conditions}")
+        probe.write_text(f"#include <immintrin.h>\n{variant.probe}\n")
         command = [*compiler, *variant.flags, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -61,22 +62,14 @@ def supported_variants(compiler: list[str], temporary: Path) -> list[Variant]:
     return [variant for variant in wanted if is_known(variant)]
 
 
-def openmp_flags(compiler: list[str], temporary: Path) -> list[str]:
-    """What switches OpenMP on; nothing where the compiler has none, and the kernels then run on one thread."""
-    probe = temporary / "openmp.cpp"
-    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*compiler, "-fopenmp", str(probe), "-o", str(temporary / "openmp")]
-    return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
-
-
 def build_native(output: Path, folder: Path) -> None:
     """The CPU kernels. The includes are for what is compiled once alone: their folders differ from one isolated build
     to the next, and what does not need them is then not compiled again."""
     compiler, includes = find_compiler(), python_includes()
     folder.mkdir(parents=True, exist_ok=True)
-    variants, openmp = supported_variants(compiler, folder), openmp_flags(compiler, folder)
+    variants = supported_variants(compiler, folder)
     write_variants_header(folder / "variants.h", variants)
-    command = [*compiler, *FLAGS, *openmp]
+    command = [*compiler, *FLAGS]
     objects = [Object(f"{path.stem}.o", path, [*command, *includes, f"-I{folder}"]) for path in NATIVE_ONCE]
     # the plainest variant comes first: where the linker merges equal inline functions it keeps the first, which runs
     # anywhere
@@ -84,7 +77,7 @@ def build_native(output: Path, folder: Path) -> None:
     for variant in [*(variant for variant in reversed(variants) if variant not in of_tests), *of_tests]:
         own = [*command, *variant.flags, *variant.definitions()]
         objects += [Object(f"{variant.name}/{path.stem}.o", path, own) for path in NATIVE_KERNELS]
-    run_ninja(output, folder, objects, [*compiler, *SHARED_LIBRARY, *openmp])
+    run_ninja(output, folder, objects, [*compiler, *SHARED_LIBRARY, *LIBRARIES])
 
 
 def host_compiler_of_nvcc(compiler: list[str]) -> list[str]:
@@ -104,6 +97,11 @@ def code_flags(architectures: tuple[int, ...]) -> list[str]:
 
 def build_cuda(output: Path, folder: Path) -> None:
     """The CUDA kernels, two architectures at a time. nvcc links, for it knows where its runtime is."""
+    if os.environ.get("MSFORMER_CUDA") == "0":
+        raise NotBuilt(
+            "this build leaves it out, as wheels do (MSFORMER_CUDA=0); where there is an nvcc: "
+            "pip install --force-reinstall --no-deps --no-binary msformer msformer"
+        )
     nvcc, compiler = find_nvcc(), find_compiler()
     command = [nvcc, *host_compiler_of_nvcc(compiler)]
     compile_kernels = [*command, *CUDA_FLAGS, "--threads=2", *code_flags(cuda_architectures(nvcc))]

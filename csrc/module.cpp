@@ -4,6 +4,7 @@
 // A call hands over one flat tuple of numbers, the fields of the operator's argument struct (abi.h) in order.
 #include <pybind11/pybind11.h>
 
+#include "cpu/base/team.h"
 #include "cpu/base/tile_permission.h"
 #include "dispatch.h"
 #include "reader.h"
@@ -91,6 +92,7 @@ PYBIND11_MODULE(_native, m) {
     return names;
   });
   m.def("why_tiles_are_refused", &why_tiles_are_refused);
+  m.def("thread_library", &thread_library);
 #define MSFORMER_DEFINE(name, Arguments)                                          \
   define<Arguments>(m, #name "_forward", variant.kernels->name##_forward, false); \
   define<Arguments>(m, #name "_backward", variant.kernels->name##_backward, true);

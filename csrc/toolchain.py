@@ -32,6 +32,8 @@ class BuildFailed(NotBuilt):
 
 def find_compiler() -> list[str]:
     """The command of a C++ compiler; CXX may carry options of its own."""
+    if sys.platform == "win32":
+        raise NotBuilt("it is not built on Windows: the kernels use vector types of GCC and Clang, which MSVC has not")
     wanted = shlex.split(os.environ.get("CXX", ""))
     for command in [wanted] if wanted else [["g++"], ["c++"], ["clang++"]]:
         if found := shutil.which(command[0]):

@@ -4,7 +4,6 @@ namespace, vector width, engine, detection and the dispatch table follow from it
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ class Variant:
     vector_bytes: int
     flags: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
-    """What the processor must have, as `__builtin_cpu_supports` names it."""
+    """What the processor must have, as csrc/cpu/base/processor.cpp names it."""
     bfloat16_engine: str = "Values<float>"
     """How products of bfloat16 tensors are done: a class of csrc/cpu/engine."""
     tile_unit: tuple[str, str] | None = None
@@ -45,7 +44,7 @@ class Variant:
 
     def condition(self) -> str:
         """Whether the processor has it, in C++."""
-        conditions = [f'__builtin_cpu_supports("{name}")' for name in self.features]
+        conditions = [f'processor_has("{name}")' for name in self.features]
         return " && ".join([*conditions, *self.detection]) or "true"
 
 
@@ -81,10 +80,8 @@ EMULATED_TILES = replace(
     tile_unit=("EmulatedTiles", "emulated_tiles.h"),
     only_for_tests=True,
 )
-# best first, then what is only for tests
-VARIANTS = [PLAIN]
-if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS = [AMX, AVX512_BF16, AVX512, AVX2, PLAIN, EMULATED_TILES]
+VARIANTS = [AMX, AVX512_BF16, AVX512, AVX2, PLAIN, EMULATED_TILES]
+"""Best first, then what is only for tests. A build has those that its compiler knows."""
 
 
 def write_variants_header(path: Path, variants: list[Variant]) -> None:

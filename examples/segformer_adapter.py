@@ -1,4 +1,8 @@
-"""Fine-tunes a SegFormer by a LoRA adapter, its feed-forward layers fused: ``pip install msformer transformers peft``.
+"""A SegFormer fine-tuned by a LoRA adapter, its feed-forward layers fused.
+
+Run: ``python examples/segformer_adapter.py`` (needs ``pip install msformer transformers peft``).
+Takes: 7 s of CPU time, most of it imports.
+Prints: what was replaced and what was left alone and why, and the loss as it falls.
 
 The images are synthetic, the label is a disc. The adapter is on the attention, and on the feed-forward layer of the
 last stage. That layer runs as it is, which the report says: the fused operator would leave the adapter out.

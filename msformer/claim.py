@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from msformer.messages import note
 from msformer.output import OutputError, is_open_as, locked, machine, make_folder, remove_leftovers, writing
-from msformer.text import say
 
 LOCK = ".msformer-lock"
 BEAT = 5.0
@@ -118,7 +118,7 @@ def _wait_for_silence(folder: Path, holder: dict[str, Any]) -> None:
     silent = make_folder(folder) - last
     if silent < SILENCE:
         host = holder.get("host", "another machine")
-        say(f"a run on {host} wrote to {folder} {max(silent, 0):.0f} s ago; waiting for a sign of life", err=True)
+        note(f"a run on {host} wrote to {folder} {max(silent, 0):.0f} s ago; waiting for a sign of life")
     until = time.monotonic() + SILENCE - max(silent, 0)
     while time.monotonic() < until:
         time.sleep(_LOOK)

@@ -1,20 +1,38 @@
-"""``msformer demo``: synthetic images with known masks, and the scores of their label maps."""
+"""``msformer demo``: synthetic images with known masks, and the scores of what is found in them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from rich.console import Console
 from rich.table import Table
 
+from msformer.messages import console
 from msformer.output import prepare_folder
 from msformer.pictures import read_labels, write_png
-from msformer.runs.plan import Record
-from msformer.scoring import Scores, score
+from msformer.scoring import Mask, dice, score
 from msformer.synthetic import synthetic_lesion
+
+MEANING = (
+    "A score of 100 is the true lesion pixel by pixel, 0 none of it: blind is the mask that you get, whose rule never "
+    "sees the truth; oracle is the one label that fits the truth best, which nobody finds without it; floor is what "
+    "calling the whole image a lesion is worth."
+)
+
+
+class DemoScores(NamedTuple):
+    """Dice coefficients in [0, 1]."""
+
+    blind: float
+    """Of the mask, which a rule chose that does not see the true one."""
+    oracle: float
+    """Of the one label with the best score."""
+    everything: float
+    """The floor: of the whole image."""
 
 
 def make_images(
@@ -34,24 +52,28 @@ def make_images(
     return sources, masks
 
 
-def score_all(finished: dict[str, Record], masks: dict[str, NDArray[np.bool_]], out: Path) -> dict[str, Scores]:
-    """Scores by name, of the label maps as they were written."""
-    return {name: score(read_labels(out / f"{name}.labels.png"), masks[name]) for name in finished}
+def score_all(finished: Iterable[str], masks: Mapping[str, Mask], out: Path) -> dict[str, DemoScores]:
+    """Scores by name, of the masks and label maps as they were written."""
+    found = {}
+    for name in finished:
+        blind = dice(read_labels(out / f"{name}.mask.png") > 0, masks[name])
+        of_labels = score(read_labels(out / f"{name}.labels.png"), masks[name])
+        found[name] = DemoScores(blind, of_labels.oracle, of_labels.everything)
+    return found
 
 
-def print_scores(scores: dict[str, Scores]) -> None:
-    """A table of Dice coefficients in percent, with the mean."""
+def print_scores(scores: Mapping[str, DemoScores]) -> None:
+    """A table of Dice coefficients in percent, with the mean, and what they mean."""
     if not scores:
         return
     table = Table(title="Dice coefficient (DSC), %")
     table.add_column("image")
-    for column in ("best label", "union of labels", "floor: everything"):
+    for column in ("blind: the mask", "oracle: best label", "floor: everything"):
         table.add_column(column, justify="right")
     for name, found in scores.items():
         table.add_row(name, *(f"{100 * value:.1f}" for value in found))
     table.add_section()
     table.add_row("mean", *(f"{100 * value:.1f}" for value in np.mean(list(scores.values()), axis=0)))
-    console = Console()
-    console.print(table)
-    note = "Both choices of labels look at the true mask: what the label map holds, not what one finds blindly."
-    console.print(note, style="dim", width=min(console.width, 100))
+    shown = console()
+    shown.print(table)
+    shown.print(MEANING, width=min(shown.width, 100))

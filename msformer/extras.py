@@ -20,6 +20,7 @@ EXTRAS = {
         "jinja2": "jinja2",
         "markupsafe": "markupsafe",
         "matplotlib": "matplotlib",
+        "packaging": "packaging",
         "rich": "rich",
         "safetensors": "safetensors",
         "scipy": "scipy",
@@ -31,6 +32,7 @@ EXTRAS = {
     "evaluate": {"monai": "monai", "pandas": "pandas"},
     "medical": {"gdcm": "python-gdcm", "nibabel": "nibabel", "pydicom": "pydicom"},
     "heif": {"pillow_heif": "pillow-heif"},
+    "hub": {"huggingface_hub": "huggingface-hub"},
     "cluster": {"ray": "ray"},
 }
 """By extra, what is imported, and under which name pip has it."""

@@ -11,6 +11,7 @@ concatenation is applied to each half (the concatenation is never made), and on 
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +152,41 @@ class MSFormer(nn.Module):
         dim = self.linear_up.in_features
         phases = self.linear_up.weight.view(4, dim, dim)
         phases[1:] = phases[0]
+
+    def save_pretrained(self, folder: str | PathLike[str], *, license: str | None = None) -> None:
+        """Writes the weights in float32 (``model.safetensors``), the architecture (``config.json``) and a model card.
+
+        Args:
+            folder: is made if it is not there; other files in it stay.
+            license: of the weights, as the Hugging Face Hub abbreviates it: ``mit``, ``cc-by-4.0``, ...
+
+        Raises:
+            ValueError: weights that are not finite, a license that is no identifier, the folder of a trained model.
+            OutputError: the folder cannot be written to.
+        """
+        from msformer.training.weights import save_network
+
+        save_network(folder, self, license)
+
+    @staticmethod
+    def from_pretrained(
+        name: str | PathLike[str], *, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> MSFormer:
+        """A network that `save_pretrained` or ``msformer train`` wrote, in evaluation mode, in float32.
+
+        Args:
+            name: its folder, or ``ORG/NAME`` of the Hugging Face Hub (extra ``[hub]``).
+            revision: of a model of the Hub: a branch, a tag or a commit.
+            device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
+
+        Raises:
+            FileNotFoundError: no such folder, or one without a model; a model of the Hub that is not there, or out of
+                reach.
+            ValueError: damaged files, weights that do not fit, a device that cannot be used, a revision of a folder.
+        """
+        from msformer.training.weights import load_network
+
+        return load_network(name, revision, device)
 
     def _check(self, image: Tensor) -> None:
         channels = self.patch_embed_s.proj.in_channels

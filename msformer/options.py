@@ -5,6 +5,7 @@ Heavy imports happen inside the functions, so that help and errors of usage come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,47 @@ def modality_option(command: Command) -> Command:
     text = "Of the images, as DICOM abbreviates it: CT, MR, ... [default: as each file says; never guessed by values]"
     kind = click.Choice(MODALITIES, case_sensitive=False)
     return click.option("--modality", type=kind, default=None, metavar="CT|MR|...", help=text)(command)
+
+
+class WindowType(click.Tuple):
+    """Two values, the lower first."""
+
+    def __init__(self) -> None:
+        super().__init__([float, float])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        low, high = super().convert(value, param, ctx)
+        if not -math.inf < low < high < math.inf:
+            self.fail(f"expected two numbers, the lower first, got {low:g} and {high:g}", param, ctx)
+        return low, high
+
+
+def window_option(command: Command) -> Command:
+    """The window of grey values."""
+    text = "Values that become black and white. [default: auto]"
+    return click.option("--window", type=WindowType(), default=None, help=text)(command)
+
+
+def slice_option(command: Command) -> Command:
+    """Which picture of files that hold several."""
+    text = f"Of NIfTI volumes and DICOM frames; '{ALL_SLICES}': each. [default: middle]"
+    return click.option("--slice", type=SliceType(), default=None, help=text)(command)
+
+
+BACKENDS = ("reference", "native", "cuda", "triton")
+"""Those of `msformer_kernels`, whose import takes a second."""
+
+
+def backend_option(command: Command) -> Command:
+    """The backend of the kernels."""
+    text = "Of the kernels. [default: the fastest]"
+    return click.option("--backend", type=click.Choice(BACKENDS), default=None, help=text)(command)
+
+
+def dry_run_option(command: Command) -> Command:
+    """Looking before the leap."""
+    text = "Say what would be read, made and skipped, and write nothing."
+    return click.option("--dry-run", is_flag=True, help=text)(command)
 
 
 def run_options(command: Command) -> Command:
@@ -98,11 +140,22 @@ def needed_packages(extra: str) -> Iterator[None]:
         raise ValueError(sentence) from error
 
 
-def fit_options(size: int | None) -> Callable[[Command], Command]:
+@contextmanager
+def of_usage(option: str | None = None) -> Iterator[None]:
+    """A ValueError is one of the command line, as of the value of an option."""
+    try:
+        yield
+    except ValueError as error:
+        if option is None:
+            raise click.UsageError(str(error)) from error
+        raise click.BadParameter(str(error), param_hint=option) from error
+
+
+def fit_options(size: int | None, max_steps: int | None = None) -> Callable[[Command], Command]:
     """The options of the fit, shared by the commands that segment; those not given are as the preset says.
 
     Args:
-        size: default of ``--size``; None leaves it to the preset.
+        size, max_steps: defaults of ``--size`` and ``--max-steps``; None leaves them to the preset.
     """
 
     options = [
@@ -120,7 +173,13 @@ def fit_options(size: int | None) -> Callable[[Command], Command]:
             show_default=size is not None,
             help="Side of the fitted image, pixels.",
         ),
-        click.option("--max-steps", type=click.IntRange(1), help="Steps at most."),
+        click.option(
+            "--max-steps",
+            type=click.IntRange(1),
+            default=max_steps,
+            show_default=max_steps is not None,
+            help="Steps at most.",
+        ),
         click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
         click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),
@@ -133,7 +192,7 @@ def fit_options(size: int | None) -> Callable[[Command], Command]:
         click.option("--icnr/--no-icnr", default=None, help="Upsampling that starts even, against checkerboards."),
         click.option("--standardise/--no-standardise", default=None, help="Channels with mean 0 and variance 1."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]"),
+        backend_option,
     ]
 
     def decorate(command: Command) -> Command:
@@ -160,8 +219,9 @@ def make_fit(values: dict[str, Any]) -> Fit:
     device = find_device(values.pop("device"))
     backend = resolve(values.pop("backend"), device.type, float32)
     given = {name: values.pop(name) for name in ("ce", "inter", "intra")}
-    preset = find_preset(run["preset"], **values)
-    weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
+    with of_usage():
+        preset = find_preset(run["preset"], **values)
+        weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
     return Fit(run | vars(preset) | {"weights": weights, "device": str(device), "backend": backend})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from msformer.text import visible
@@ -21,14 +21,14 @@ def rendered(package: str, name: str, script: str | None = None, **content: Any)
 
     Args:
         package: where the template is.
-        name: of the template, which may also show ``style``, ``policy`` and ``script``.
-        script: the name of a file of JavaScript beside it.
+        name: of the template, which may also show ``style``, ``policy`` and ``script``, and extend ``gallery.html``.
+        script: the name of a file of JavaScript beside it, for a page that extends ``gallery.html``.
         content: what the template shows.
     """
-    code = "" if script is None else _read(package, script)
+    code = "" if script is None else f'"use strict";\n{_read(package, script)}\n{_read("msformer", "gallery.js")}'
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     scripts = f"'sha256-{digest}'" if code else "'none'"
-    environment = Environment(autoescape=True)
+    environment = Environment(autoescape=True, loader=FunctionLoader(lambda base: _read("msformer", base)))
     environment.filters["visible"] = visible
     return environment.from_string(_read(package, name)).generate(
         style=Markup(_read("msformer", "page.css")),

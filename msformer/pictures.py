@@ -92,6 +92,11 @@ def outline(
     return drawn
 
 
+def shaded(image: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]``, darker where the mask is not."""
+    return np.where(mask[..., None], image, image // 3).astype(np.uint8)
+
+
 def indexed_png(labels: NDArray[Any]) -> PILImage.Image:
     """A label map as an image whose pixel values are the labels: 8 bit with the palette, 16 bit grey above 256 labels.
 
@@ -148,8 +153,10 @@ class SheetRow:
     caption: str
     image: NDArray[np.uint8]
     labels: NDArray[Any]
-    mask: NDArray[np.bool_] | None = None
+    mask: Mask | None = None
     """Its border is drawn into the first picture."""
+    found: Mask | None = None
+    """What was found without the mask: drawn in place of the overlay, with the border of the mask."""
 
 
 def _shortened(name: str, most: int = 40) -> str:
@@ -157,15 +164,24 @@ def _shortened(name: str, most: int = 40) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2) :]}"
 
 
-def small_row(name: str, caption: str, image: NDArray[np.uint8], labels: NDArray[Any], mask: Mask | None) -> SheetRow:
-    """A row whose pictures are no larger than what is seen of them."""
-    step = -(-max(labels.shape) // LARGEST)
+def small_row(
+    name: str,
+    caption: str,
+    image: NDArray[np.uint8],
+    labels: NDArray[Any],
+    mask: Mask | None,
+    found: Mask | None = None,
+    *,
+    largest: int = LARGEST,
+) -> SheetRow:
+    """A row whose pictures are no larger than what is seen of them: at most `largest` pixels a side."""
+    step = -(-max(labels.shape) // largest)
     if step > 1:
         size = labels.shape[1] // step or 1, labels.shape[0] // step or 1
         image = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.BOX))
         labels = _nearest(labels, image.shape)
-        mask = None if mask is None else _nearest(mask, image.shape)
-    return SheetRow(name, caption, image, labels, mask)
+        mask, found = (None if each is None else _nearest(each, image.shape) for each in (mask, found))
+    return SheetRow(name, caption, image, labels, mask, found)
 
 
 def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -173,8 +189,21 @@ def _nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return values[np.ix_(rows, columns)]
 
 
+def row_pictures(row: SheetRow) -> tuple[NDArray[np.uint8], ...]:
+    """The three pictures of a row, ``[H, W, 3]``: the image, the overlay or the mask that was found, the label map."""
+
+    def bordered(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return image if row.mask is None else outline(image, row.mask)
+
+    middle = overlay(row.image, row.labels) if row.found is None else bordered(shaded(row.image, row.found))
+    return bordered(row.image), middle, colour_labels(row.labels)
+
+
 def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true border") -> None:
-    """Draws one page, a row an image: the image, the overlay, the label map; as PNG. `border` is what the masks' is."""
+    """Draws one page, a row an image: the image, the overlay or the mask that was found, the label map; as PNG.
+
+    `border` is what that of the masks is.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -187,12 +216,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     for row, (left, middle, right) in zip(rows, axes, strict=True):
-        picture = row.image if row.mask is None else outline(row.image, row.mask)
-        for axis, pixels in (
-            (left, picture),
-            (middle, overlay(row.image, row.labels)),
-            (right, colour_labels(row.labels)),
-        ):
+        for axis, pixels in zip((left, middle, right), row_pictures(row), strict=True):
             axis.imshow(pixels, interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
@@ -201,7 +225,8 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path, border: str = "true bord
         left.set_title("", fontsize=10, fontweight="bold", loc="left").set(**drawn(_shortened(visible(row.name))))
         right.set_title(row.caption, fontsize=10, loc="right", color="#444444")
     first = "image" if rows[0].mask is None else f"image, {border} in green"
-    for axis, title in zip(axes[-1], [first, "overlay", "labels"], strict=True):
+    second = "overlay" if rows[0].found is None else "mask, the rest darkened"
+    for axis, title in zip(axes[-1], [first, second, "labels"], strict=True):
         axis.set_xlabel(title, fontsize=9, color="#444444")
     buffer = io.BytesIO()
     with quiet_fonts():

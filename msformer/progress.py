@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from msformer.messages import console, tell_progress
 from msformer.text import visible
 
 Update = Callable[[int, int, str], None]
@@ -26,7 +26,7 @@ class RunProgress:
     """
 
     def __init__(self, count: int, what: str = "images", to_make: int | None = None) -> None:
-        self._console = Console()
+        self._console = console()
         self._count, self._what = count, what
         self._lock = threading.Lock()
         self._to_make = to_make
@@ -68,6 +68,7 @@ class RunProgress:
 
         def update(done: int, steps: int, details: str = "") -> None:
             self._bars.update(bar, completed=done, total=steps, details=details)
+            tell_progress(name, done, steps, details)
 
         return update
 

@@ -26,6 +26,7 @@ from torch import Tensor
 import msformer_kernels
 from msformer.fitting import Progress, Rule, fit, label_map
 from msformer.io.prepare import prepare_image, resize_image, resize_labels, standardise_channels
+from msformer.io.read import Reading
 from msformer.memory import kept_memory
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.presets import DEFAULT, LossWeights, Preset, Size, find_preset
@@ -79,6 +80,9 @@ def segment(
     icnr: bool | None = None,
     standardise: bool | None = None,
     margin: int | None = None,
+    window: tuple[float, float] | None = None,
+    slice_index: int | None = None,
+    modality: str | None = None,
     device: str | torch.device = "auto",
     backend: str | None = None,
     progress: Progress | bool | None = None,
@@ -103,12 +107,17 @@ def segment(
         icnr: the upsampling starts equal for the four pixels of a square, see `MSFormer.initialise_icnr`.
         standardise: each channel of the resized image is brought to mean 0 and variance 1.
         margin: pixels mirrored around the resized image, and taken off the label map.
+        window: the values that become black and white, of any grey image; None: what the file says, else the usual for
+            its kind.
+        slice_index: the slice of a NIfTI volume, counted from the feet, or the frame of a DICOM file; None: the middle.
+        modality: of a file, as DICOM abbreviates it (``"CT"``, ``"MR"``); None: what the file says.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
         backend: of the kernels, see `msformer_kernels.use_backend`.
         progress: called as ``progress(step, labels, loss)`` before each step; True prints a line each.
 
     Raises:
-        ValueError: an image that is not one, too small or not finite; a setting out of range, an unknown backend.
+        ValueError: an image that is not one, too small or not finite; a slice that it does not have; a setting out of
+            range, an unknown backend.
         OSError: a path that cannot be read.
         FloatingPointError: the loss became NaN or infinite.
     """
@@ -129,7 +138,14 @@ def segment(
     )
     if size != "preset":
         settings = replace(settings, size=size)
-    return fit_image(prepare_image(image), settings, seed, device, backend, _reporter(progress))
+    return fit_image(
+        prepare_image(image, Reading(window, slice_index, modality)),
+        settings,
+        seed,
+        device,
+        backend,
+        _reporter(progress),
+    )
 
 
 def fit_image(

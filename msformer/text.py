@@ -7,17 +7,13 @@ that are no Unicode. On a disk it stays as it is; everywhere else it says what i
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import click
 
 # control characters, line and paragraph separators, what turns the direction of writing or cannot be seen
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
+_NOT_ASCII = re.compile("[^\x20-\x7e]")
 _MARKDOWN = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)")
 _FORMULA = ("=", "+", "-", "@")
 
@@ -37,6 +33,11 @@ def json_text(text: str) -> str:
     return _UNSEEN.sub(_json_escape, printable(text))
 
 
+def ascii_json(text: str) -> str:
+    r"""JSON on one line with ``\u00e4`` for all that is not ASCII, which any terminal and any encoding can hold."""
+    return _NOT_ASCII.sub(_json_escape, printable(text))
+
+
 def _json_escape(found: re.Match[str]) -> str:
     if found[0] == "\n":  # within strings it is escaped already
         return "\n"
@@ -54,30 +55,6 @@ def cell_text(text: str) -> str:
     """`visible`, as a cell of a table; with an apostrophe before what a spreadsheet would calculate."""
     shown = visible(text)
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
-
-
-def say(text: str, *, err: bool = False) -> None:
-    """Prints a line in which nothing that came from outside does anything to the terminal."""
-    click.echo(visible(text), err=err)
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings of this package for its users are lines without a place in the source, safe for a terminal."""
-
-    def formatted(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        if category is UserWarning:
-            return f"warning: {visible(str(message))}\n"
-        return visible_lines(original(message, category, filename, lineno, line))
-
-    original = warnings.formatwarning
-    warnings.formatwarning = formatted
-    try:
-        yield
-    finally:
-        warnings.formatwarning = original
 
 
 def visible_lines(text: str) -> str:

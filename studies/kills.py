@@ -92,6 +92,7 @@ def killed(folder: Path, make: Callable[[Path], Sequence[str]], kills: int, chan
     done = 0
     while done < kills:
         shutil.rmtree(out)
+        loose = None
         for _ in range(min(chance.randint(1, MOST_IN_A_ROW), kills - done)):
             how = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             while not _kill(arguments, folder, how, seconds, operations, chance):
@@ -99,7 +100,7 @@ def killed(folder: Path, make: Callable[[Path], Sequence[str]], kills: int, chan
             done += 1
             counts[how] += 1
             found = {name: content for name, content in contents(out).items() if HIDDEN not in name}
-            loose = OF_ALL if how in (FULL, LIMIT) else None
+            loose = OF_ALL if how in (FULL, LIMIT) else loose  # a kill leaves what the run before it wrote of all
             wrong = sorted(name for name, content in found.items() if not _is_right(name, content, expected, loose))
             _check(not wrong, folder, f"after kill {done}, {how}: not as in the uninterrupted run: {wrong}")
         _check(_forked(arguments, folder).wait() == 0, folder, f"the run after kill {done} failed")
@@ -200,9 +201,8 @@ def _forked(
         count: writes the number of operations to ``folder/operations``.
     """
     import msformer.cli
+    import msformer.commands.running
     import msformer.evaluation.command
-    import msformer.evaluation.page
-    import msformer.runs.execute
 
     printed, prints = os.pipe()  # a limit of size holds for files; what a run prints has room in a pipe
     process = os.fork()

@@ -25,7 +25,7 @@ from skimage.filters import gaussian, median
 from torch import Tensor
 
 import msformer_kernels
-from benchmarks.report import make_console
+from benchmarks.documents import make_console
 from msformer.baselines import LabelMap, Method, Task
 from msformer.baselines.iic import jitter
 from msformer.evaluation.command import RULE_OF_LAYOUT

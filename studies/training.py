@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import msformer
-from benchmarks.report import make_console
+from benchmarks.documents import make_console
 from benchmarks.tables import markdown_row
 from msformer.baselines import choose_methods
 from msformer.evaluation.command import RULE_OF_LAYOUT

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import SEGFORMER, Case, parse_shape
-from benchmarks.gpu.items import Skip
-from benchmarks.rivals import STORAGE
+from ..cases import SEGFORMER, Case, parse_shape
+from ..rivals import STORAGE
+from .items import Skip
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 OPERATORS = {

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from benchmarks.accuracy import MonteCarloArithmetic, Results, Rule, uncertainty
-from benchmarks.gpu.cases import GpuCase, set_tf32
-from benchmarks.gpu.items import Skip
+
+from ..accuracy import MonteCarloArithmetic, Results, Rule, uncertainty
+from .cases import GpuCase, set_tf32
+from .items import Skip
 
 DRAWS = 3
 REPEATS = 4

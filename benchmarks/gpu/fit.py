@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import set_tf32
-from benchmarks.gpu.items import Skip
+from .cases import set_tf32
+from .items import Skip
 
 STEPS, SIDE, IMAGES, AT_ONCE = 50, 257, 16, 4
 

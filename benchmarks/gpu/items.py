@@ -16,7 +16,7 @@ class Item:
 
     name: str
     call: str
-    """``module:function``"""
+    """``.module:function``, of a module of this package."""
     arguments: dict[str, Any]
     seconds: float = 1
     """What it takes; it is not begun with less time left."""

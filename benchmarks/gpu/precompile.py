@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from benchmarks.gpu.cases import GpuCase, set_tf32
-from benchmarks.gpu.checks import outputs_and_gradients, random_tokens
-from benchmarks.gpu.items import Skip
+
+from .cases import GpuCase, set_tf32
+from .checks import outputs_and_gradients, random_tokens
+from .items import Skip
 
 MODEL_SIDE = 257
 

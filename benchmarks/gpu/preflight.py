@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu.toolchain import (
+from .toolchain import (
     cuda_version,
     find_compiler,
     find_cuda_tool,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.items import Item
+from .items import Item
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT = 120.0
@@ -36,7 +36,9 @@ class Outcome:
 
 def worker_environment(more: Mapping[str, str]) -> dict[str, str]:
     """The variables of a worker, which finds the packages where this process found them."""
-    paths = [str(ROOT), *(p for p in sys.path if p == str(ROOT / "kernels"))]
+    # installed, as msformer.benchmarks, they are where Python looks
+    roots = [str(ROOT), str(ROOT / "kernels")] if __package__ == "benchmarks.gpu" else []
+    paths = [path for path in roots if path == str(ROOT) or path in sys.path]
     given = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])} | dict(more)
 
@@ -58,7 +60,7 @@ class Worker:
         self._ready = False
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.worker", str(descriptor)],
+                [sys.executable, "-m", f"{__package__}.worker", str(descriptor)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -148,7 +150,7 @@ class Tool:
         request, self._reply = Path(self.folder.name) / "request.json", Path(self.folder.name) / "reply.json"
         self._output = Path(self.folder.name) / "output.txt"
         request.write_text(json.dumps({"call": item.call, "arguments": item.arguments}))
-        command = [*prefix, sys.executable, "-m", "benchmarks.gpu.worker", "--once", str(request), str(self._reply)]
+        command = [*prefix, sys.executable, "-m", f"{__package__}.worker", "--once", str(request), str(self._reply)]
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

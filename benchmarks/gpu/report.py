@@ -6,10 +6,11 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu.preflight import OK as FINE
-from benchmarks.gpu.results import FAILED, NEEDS_GPU, NOT_BEGUN, NOT_CHOSEN, Results, StageResult
-from benchmarks.tables import markdown_row
 from msformer.output import complete_file, write_json
+
+from ..tables import markdown_row
+from .preflight import OK as FINE
+from .results import FAILED, NEEDS_GPU, NOT_BEGUN, NOT_CHOSEN, Results, StageResult
 
 ACCURACY = ("accuracy-bf16", "accuracy")
 TIMES = ("block-times", "times", "late-times")

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.items import Item
-from benchmarks.gpu.preflight import Finding
-from benchmarks.gpu.processes import Outcome
+from .items import Item
+from .preflight import Finding
+from .processes import Outcome
 
 VERSION = 2
 NOT_BEGUN, NOT_CHOSEN, NEEDS_GPU = "not begun", "not chosen", "needs a GPU"

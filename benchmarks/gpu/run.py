@@ -8,14 +8,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.cases import gpu_backends
-from benchmarks.gpu.preflight import FATAL, PROBLEM, Finding
-from benchmarks.gpu.report import save, verdict
-from benchmarks.gpu.results import NEEDS_GPU, NOT_CHOSEN, RUNNING, Results, new_results
-from benchmarks.gpu.session import Session
-from benchmarks.gpu.signals import Interrupted
-from benchmarks.gpu.stages import NAMES, PREFLIGHT, STAGES, Stage
-from benchmarks.gpu.toolchain import relevant, tool_versions
+from .cases import gpu_backends
+from .preflight import FATAL, PROBLEM, Finding
+from .report import save, verdict
+from .results import NEEDS_GPU, NOT_CHOSEN, RUNNING, Results, new_results
+from .session import Session
+from .signals import Interrupted
+from .stages import NAMES, PREFLIGHT, STAGES, Stage
+from .toolchain import relevant, tool_versions
 
 PASSED, FAILED, NOTHING_TO_RUN, SIGNAL = 0, 1, 2, 128
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from benchmarks.gpu.items import Item
-from benchmarks.gpu.processes import Outcome, Tool, Worker
-from benchmarks.gpu.report import line, save
-from benchmarks.gpu.results import Results, StageResult
+from .items import Item
+from .processes import Outcome, Tool, Worker
+from .report import line, save
+from .results import Results, StageResult
 
 NO_TIME = "no time left"
 LEAST_LIMIT = 5.0

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.gpu import cases as C
-from benchmarks.gpu import tools
-from benchmarks.gpu.cases import GpuCase
-from benchmarks.gpu.items import Item
-from benchmarks.gpu.results import StageResult
-from benchmarks.gpu.session import NO_TIME, ONE_THREAD, Session, cores
-from benchmarks.gpu.toolchain import gpu_state, other_ptxas
-from benchmarks.gpu.verdicts import AS_IT_IS, WITH_WGMMA, judge_variants
+from . import cases as C
+from . import tools
+from .cases import GpuCase
+from .items import Item
+from .results import StageResult
+from .session import NO_TIME, ONE_THREAD, Session, cores
+from .toolchain import gpu_state, other_ptxas
+from .verdicts import AS_IT_IS, WITH_WGMMA, judge_variants
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ def machine(session: Session, stage: StageResult) -> None:
     """What the GPU is, and what it can do at most."""
     device, results = session.device, session.results
     results.states.append(gpu_state())
-    session.run(stage, [Item("the GPU", "benchmarks.gpu.times:describe", {"device": device}, limit=120)])
+    session.run(stage, [Item("the GPU", ".times:describe", {"device": device}, limit=120)])
     results.machine = next((row for row in stage.rows if "torch" in row), {})
-    items = [Item("copy", "benchmarks.gpu.times:copy_ceiling", {"device": device})]
+    items = [Item("copy", ".times:copy_ceiling", {"device": device})]
     for dtype in C.DTYPES:
         arguments = {"dtype": dtype, "device": device}
-        items.append(Item(f"products in {dtype}", "benchmarks.gpu.times:product_ceiling", arguments))
+        items.append(Item(f"products in {dtype}", ".times:product_ceiling", arguments))
     session.run(stage, items)
     results.ceilings |= {row["ceiling"]: row["value"] for row in stage.rows if "ceiling" in row}
 
@@ -51,7 +51,7 @@ def precompile(session: Session, stage: StageResult) -> None:
         items = [
             Item(
                 f"part {part + 1} of {parts} of {backend}'s kernels",
-                "benchmarks.gpu.precompile:compile_part",
+                ".precompile:compile_part",
                 common | {"part": part},
                 limit=150,
                 fresh=True,
@@ -70,7 +70,7 @@ def each(
     return [
         Item(
             f"{what} of {case}, {backend}",
-            f"benchmarks.gpu.checks:{function}",
+            f".checks:{function}",
             {"case": case.to_json(), "backend": backend, "device": session.device},
             seconds,
             limit,
@@ -119,7 +119,7 @@ def miscompilation(session: Session, stage: StageResult) -> None:
         for backend in filter(C.uses_triton, session.results.backends):
             arguments: dict[str, Any] = {"backend": backend, "device": session.device, "variant": name}
             arguments |= {"cases": [case.to_json() for case in C.FOLDED]}
-            call = "benchmarks.gpu.verdicts:compare_variant"
+            call = ".verdicts:compare_variant"
             label = f"folded attention, {name}, {backend}"
             items.append(Item(label, call, arguments, 30, 150, fresh=True, environment=environment))
     session.run_together(stage, items)
@@ -140,7 +140,7 @@ def host_time(session: Session, stage: StageResult) -> None:
     for operation in ("attention", "mix_ffn_skip", "block"):
         for backend in session.results.backends:
             arguments = {"operation": operation, "backend": backend, "device": session.device}
-            items.append(Item(f"host time of {operation}, {backend}", "benchmarks.gpu.times:host_time", arguments))
+            items.append(Item(f"host time of {operation}, {backend}", ".times:host_time", arguments))
     session.run(stage, items)
 
 
@@ -160,7 +160,7 @@ class Contender:
         arguments |= {"compile_mode": self.compile_mode, "graphed": self.graphed, "device": device}
         return Item(
             f"time of {case}, {self.name}",
-            "benchmarks.gpu.times:measure",
+            ".times:measure",
             arguments,
             self.seconds,
             self.limit,
@@ -209,9 +209,9 @@ def fit(session: Session, stage: StageResult) -> None:
         chosen = {"MSFORMER_BACKEND": backend}
         for dtype in ("float32", "tf32"):
             arguments = common | {"dtype": dtype}
-            items.append(Item(f"fit in {dtype}, {backend}", "benchmarks.gpu.fit:one", arguments, 12, 90, True, chosen))
+            items.append(Item(f"fit in {dtype}, {backend}", ".fit:one", arguments, 12, 90, True, chosen))
         name = f"fits side by side, {backend}"
-        items.append(Item(name, "benchmarks.gpu.fit:several", common, 20, 120, True, chosen))
+        items.append(Item(name, ".fit:several", common, 20, 120, True, chosen))
     session.run(stage, items)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import msformer_kernels as kernels
-from benchmarks.gpu.cases import GpuCase, set_tf32
-from benchmarks.gpu.checks import captured, random_tokens
-from benchmarks.gpu.items import Skip
-from benchmarks.rivals import STORAGE, plain_attention, plain_block, plain_mix_ffn
+
+from ..rivals import STORAGE, plain_attention, plain_block, plain_mix_ffn
+from .cases import GpuCase, set_tf32
+from .checks import captured, random_tokens
+from .items import Skip
 
 FLUSHED = 512 * 2**20
 """Bytes that are written before each run, more than any second-level cache holds."""
@@ -47,7 +48,7 @@ def sample_ms(run: Callable[[], Any], device: str, seconds: float = 0.3) -> list
 
 def describe(device: str) -> dict[str, Any]:
     """The GPU and what drives it."""
-    from benchmarks.machine import describe_gpu
+    from ..machine import describe_gpu
 
     return describe_gpu(torch.device(device))
 
@@ -127,7 +128,7 @@ def measure(
 
 def host_time(operation: str, backend: str, device: str) -> dict[str, Any]:
     """Host time of a forward call: many calls on few tokens, without waiting for the device."""
-    from benchmarks.cases import Shape
+    from ..cases import Shape
 
     case = GpuCase(operation, Shape(1, 4, 4, 32), "bfloat16", "forward")
     case.check_backend(backend)

@@ -6,13 +6,13 @@ import csv
 import re
 from typing import Any
 
-from benchmarks.gpu.cases import BLOCK_ROWS, SMALL, in_dtypes
-from benchmarks.gpu.items import Item
-from benchmarks.gpu.preflight import NCU_PERMISSION
-from benchmarks.gpu.processes import Outcome
-from benchmarks.gpu.results import StageResult
-from benchmarks.gpu.session import NO_TIME, Session
-from benchmarks.gpu.toolchain import find_cuda_tool
+from .cases import BLOCK_ROWS, SMALL, in_dtypes
+from .items import Item
+from .preflight import NCU_PERMISSION
+from .processes import Outcome
+from .results import StageResult
+from .session import NO_TIME, Session
+from .toolchain import find_cuda_tool
 
 MEMCHECK_SECONDS, PROFILE_SECONDS = 25.0, 25.0
 FOUND_ERRORS = 9
@@ -38,7 +38,7 @@ def memcheck(session: Session, stage: StageResult) -> None:
     for backend in session.results.backends:
         item = Item(
             f"memcheck of {backend}",
-            "benchmarks.gpu.checks:run_all",
+            ".checks:run_all",
             {"cases": cases, "backend": backend, "device": session.device},
             seconds=MEMCHECK_SECONDS,
             limit=150,
@@ -89,7 +89,7 @@ def profile(session: Session, stage: StageResult) -> None:
     for backend in session.results.backends:
         item = Item(
             f"profile of {case}, {backend}",
-            "benchmarks.gpu.times:profiled",
+            ".times:profiled",
             {"case": case.to_json(), "backend": backend, "device": session.device},
             seconds=PROFILE_SECONDS,
             limit=120,

@@ -15,9 +15,10 @@ def compare_variant(cases: list[dict[str, Any]], backend: str, device: str, vari
     """The error rule for each case, in this process, whose environment makes the variant."""
     import torch
 
-    from benchmarks.gpu.checks import compare
-    from benchmarks.gpu.toolchain import ptxas_in_use
     from msformer_kernels.triton import device as triton_device
+
+    from .checks import compare
+    from .toolchain import ptxas_in_use
 
     if variant == WITH_WGMMA:
         triton_device.wgmma_is_safe = lambda release: True

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.worker DESCRIPTOR         a request a line on standard input, a reply a line on DESCRIPTOR
     python -m benchmarks.gpu.worker --once REQUEST REPLY      a request from a file, the reply to a file
 
-A request is ``{"call": "module:function", "arguments": {...}}``. A reply has ``rows``, or ``skipped`` (why), or
+A request is ``{"call": ".module:function", "arguments": {...}}``. A reply has ``rows``, or ``skipped`` (why), or
 ``error`` and ``traceback``, and then whether the device is ``broken``: after an illegal memory access every later call
 fails, so the process ends.
 """
@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.items import Skip
+from .items import Skip
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         _choose_device(request["arguments"].get("device", ""))
         module, _, function = request["call"].partition(":")
-        found = getattr(import_module(module), function)(**request["arguments"])
+        found = getattr(import_module(module, __package__), function)(**request["arguments"])
         return {"rows": found if isinstance(found, list) else [found]}
     except Skip as reason:
         return {"skipped": str(reason)}

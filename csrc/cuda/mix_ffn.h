@@ -36,7 +36,7 @@ DEV float activate(ActivationFunction f, float x) {
   if (f == ActivationFunction::gelu) return 0.5f * x * (1 + erff(x * 0.70710678118654752f));
   if (f == ActivationFunction::identity) return x;
   if (f == ActivationFunction::silu) return x / (1 + expf(-x));
-  if (f == ActivationFunction::hardswish) return x <= -3 ? 0.0f : x >= 3 ? x : x * (x + 3) / 6;
+  if (f == ActivationFunction::hardswish) return x <= -3 ? x * 0.0f : x >= 3 ? x : x * (x + 3) / 6;
   if (f == ActivationFunction::relu6) return x < 0 ? 0.0f : x > 6 ? 6.0f : x;
   return 0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }

@@ -66,7 +66,7 @@ mix_ffn_forward_kernel(const MixFFN a) {
         float value = 0;
         if (c < channels) {
           const float scale =
-              norm ? rsqrtf(z_squares[p] / static_cast<float>(a.arguments.hidden) + a.arguments.eps) : 1;
+              norm ? reciprocal_deviation(z_squares[p] / static_cast<float>(a.arguments.hidden), a.arguments.eps) : 1;
           value = normalize_hidden<T>(a, to_float(z[p * m.z_stride + c]), z_mean[p], scale, first + c);
           value = activate(a.arguments.activation, value);
         }

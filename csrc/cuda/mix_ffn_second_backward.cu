@@ -43,7 +43,7 @@ mix_ffn_statistics_kernel(const MixFFN a) {
     if (token < 0) continue;
     float* to = a.scratch.statistics + (place.image * g.height * g.width + token) * 2;
     write(to, z_mean[p]);
-    write(to + 1, rsqrtf(z_squares[p] / static_cast<float>(g.hidden) + g.eps));
+    write(to + 1, reciprocal_deviation(z_squares[p] / static_cast<float>(g.hidden), g.eps));
   }
 }
 

@@ -298,6 +298,8 @@ DEV Number warp_sum(Number x) {
   for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
   return x;
 }
+// NaN where the variance is beyond the largest number, as nothing right is left to say
+DEV float reciprocal_deviation(float variance, float eps) { return rsqrtf(variance + eps) + (variance - variance); }
 DEV float warp_max(float x) {
   for (int bits = 16; bits; bits /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, bits));
   return x;
@@ -386,7 +388,7 @@ DEV void row_statistics(float* mean, float* rstd, int rows, int columns, float e
         const float d = value(r, c) - m;
         squares += d * d;
       }
-      s = rsqrtf(warp_sum(squares) / static_cast<float>(columns) + eps);
+      s = reciprocal_deviation(warp_sum(squares) / static_cast<float>(columns), eps);
     }
     if (lane == 0) {
       mean[r] = m;

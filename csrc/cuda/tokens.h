@@ -88,7 +88,7 @@ struct LaneNorm {
       x[i] = lane_channel() + i < channels ? x[i] - mean : 0.0f;
       squares += x[i] * x[i];
     }
-    const float rstd = rsqrtf(warp_sum(squares) / static_cast<float>(channels) + eps);
+    const float rstd = reciprocal_deviation(warp_sum(squares) / static_cast<float>(channels), eps);
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] *= rstd;
     return rstd;

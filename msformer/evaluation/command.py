@@ -5,21 +5,21 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pandas as pd
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import msformer
 from msformer.baselines import Method, choose_methods
 from msformer.claim import claimed
-from msformer.evaluation.layouts import Found, find_cases
+from msformer.evaluation.layouts import Case, Found, find_cases
 from msformer.evaluation.masks import parse_labels
 from msformer.evaluation.models import is_model, model_methods
 from msformer.evaluation.page import Report, write_page
@@ -29,11 +29,13 @@ from msformer.evaluation.run import Outcome, evaluate
 from msformer.evaluation.store import Settings, Store
 from msformer.evaluation.summary import markdown, percent, summarise, write_csv
 from msformer.io.read import Reading
-from msformer.options import make_executor
+from msformer.messages import complain, console, say, tell, tell_at_end, warn
+from msformer.options import make_executor, of_usage
 from msformer.output import complete_file, write_json
+from msformer.runs.plan import settings_line
 from msformer.segmentation import find_device
-from msformer.selection import AUTO, RULES
-from msformer.text import markdown_text, say, visible
+from msformer.selection import AUTO
+from msformer.text import markdown_text, visible
 from msformer_kernels.core.backends import resolve
 
 FLOORS = ("everything", "otsu")
@@ -59,42 +61,78 @@ def run(
     out: Path,
     cluster: str | None,
     threads: int | None,
+    dry_run: bool = False,
 ) -> dict[str, str]:
-    """Evaluates and writes the report; returns the failures.
+    """Evaluates and writes the report, or says what that would be; returns the failures.
 
     Raises:
-        ValueError: an unknown method, layout or rule; no image with a mask; masks with several labels of which none
+        click.UsageError: an unknown method, a label that is none.
+        ValueError: no image with a mask; masks with several labels of which none
             was asked for, or none of which has the one that was; every image failed.
         OSError: a path that does not exist, or a report that cannot be written.
     """
     names = [name.strip() for name in methods.split(",")]
     if ablation and names != ["all"]:
-        raise ValueError(f"methods: --ablation says which, got {methods!r} as well")
+        raise click.UsageError(f"--ablation says which methods, got --methods {methods!r} as well")
     plain = [name for name in names if not is_model(name)]
-    chosen = choose_methods([*plain, *FLOORS], ablation)
+    with of_usage("--methods"):
+        chosen = choose_methods([*plain, *FLOORS], ablation)
+    with of_usage("--label"):
+        labels = parse_labels(label)
     device = str(find_device(device))
     chosen += model_methods([name for name in names if is_model(name)], device)
-    labels = parse_labels(label)
     found = find_cases(data, layout, masks, exclude=(out,), labels=labels)
     if window is not None:
         found = replace(found, cases=tuple(replace(case, window=Reading(window).window) for case in found.cases))
     if modality is not None:
         found = replace(found, cases=tuple(replace(case, modality=modality) for case in found.cases))
-    if select not in (AUTO, *RULES):
-        raise ValueError(f"select: unknown rule {select!r}; expected {AUTO}, {', '.join(RULES)}")
     rule = RULE_OF_LAYOUT[found.layout] if select == AUTO else select
     settings = Settings(size, seed, device, resolve(backend, torch.device(device).type, torch.float32))
     executor = make_executor(cluster, threads, device, at_once=None, here=1)
     cases = found.cases[:limit]
     check_labels(cases)
     for problem in found.problems:
-        say(f"left out: {problem}", err=True)
+        warn(f"left out: {problem}")
+    store = Store(out, settings)
+    about = {"layout": found.layout, "rule": rule, "methods": [method.name for method in chosen]}
+    tell("start", images=len(cases), out=out, settings=asdict(settings) | about, dry_run=dry_run)
+    if dry_run:
+        return _preview(cases, chosen, store, about)
     with claimed(out):
-        outcome = evaluate(cases, chosen, rule, Store(out, settings), executor)
+        outcome = evaluate(cases, chosen, rule, store, executor)
         if not outcome.rows:
             raise ValueError(f"every image failed, the first with: {next(iter(outcome.failures.values()))}")
+        maps = len(outcome.rows) // len(PROTOCOLS)
+        counts = {"images": len(cases), "maps": maps, "done": maps - outcome.skipped, "skipped": outcome.skipped}
+        tell_at_end(counts=counts | {"failed": len(outcome.failures)})
         _write(out, found, chosen, settings, outcome, executor.facts)
     return outcome.failures
+
+
+def _preview(
+    cases: Sequence[Case], methods: Sequence[Method], store: Store, about: Mapping[str, Any]
+) -> dict[str, str]:
+    """Says what would be made, and writes nothing; returns the errors of images that cannot be read."""
+    failures: dict[str, str] = {}
+    made = 0
+    for case in cases:
+        try:
+            missing = [method.name for method in methods if store.load(method, case) is None]
+        except (ValueError, OSError) as error:
+            failures[case.name] = str(error)
+            complain(f"would fail: {case.name}: {error}")
+            tell("image", name=case.name, status="would fail", error=str(error))
+            continue
+        made += len(missing)
+        say(f"{case.image}, mask {case.mask}: {'would run ' + ', '.join(missing) if missing else 'done already'}")
+        status = "would run" if missing else "would skip"
+        tell("image", name=case.name, source=case.image, mask=case.mask, status=status, methods=missing)
+    maps = (len(cases) - len(failures)) * len(methods)
+    counts = {"images": len(cases), "maps": maps, "done": made, "skipped": maps - made, "failed": len(failures)}
+    say(f"settings: {settings_line(asdict(store.settings))}; layout {about['layout']}, blind rule {about['rule']}")
+    say(f"would make {made} of {maps} label maps of {len(cases)} images in {store.root}; nothing was written")
+    tell_at_end(dry_run=True, counts=counts, out=store.root)
+    return failures
 
 
 def _write(
@@ -120,7 +158,7 @@ def _write(
     write_json(out / "run.json", {**about, "failures": outcome.failures, "left out": list(found.problems)})
     scored = [case for case in found.cases if case.name in set(scores.image)]
     for name, error in write_page(report, scored, Store(out, settings), out / "report.html").items():
-        say(f"not in report.html: {name}: {error}", err=True)
+        complain(f"not in report.html: {name}: {error}")
     _print(report, out)
 
 
@@ -155,7 +193,7 @@ def _listed(items: Iterable[tuple[str, str]]) -> str:
 def _print(report: Report, out: Path) -> None:
     """Failures, the mean Dice coefficients, and where everything is."""
     for name, error in report.failures.items():
-        say(f"failed: {name}: {error}", err=True)
+        complain(f"failed: {name}: {error}")
     table = Table(title="Mean DSC, %")
     table.add_column("method")
     for protocol in PROTOCOLS:
@@ -164,9 +202,11 @@ def _print(report: Report, out: Path) -> None:
     for method in report.methods:
         cells = [means.get((method.name, protocol), float("nan")) for protocol in PROTOCOLS]
         table.add_row(Text(visible(method.title)), *(percent(value) for value in cells))
-    Console().print(table)
+    console().print(table)
     images = report.scores.image.nunique()
-    say(f"{images} images in {out}: report.html, report.md, summary.csv, scores.csv")
+    files = ["report.html", "report.md", "summary.csv", "scores.csv"]
+    say(f"{images} images in {out}: {', '.join(files)}")
+    tell_at_end(out=out, files=[*files, "run.json"], summary=report.summary.to_dict("records"))
 
 
 def headings_of(rules: str) -> dict[str, str]:

@@ -12,15 +12,15 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msformer.io.base import Notes
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.ordinary import drop_extra_channels, read_raster
 from msformer.io.raster import Raster
@@ -50,10 +50,12 @@ class Truth:
     """``[H, W]``."""
     void: Mask | None = None
     """``[H, W]``, pixels of which nothing is known, none of which is object; None: there are none."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or left out, a sentence each."""
 
     def mapped(self, change: Callable[[Mask], Mask]) -> Truth:
         """Both parts, changed."""
-        return Truth(change(self.object), None if self.void is None else change(self.void))
+        return Truth(change(self.object), None if self.void is None else change(self.void), self.notes)
 
 
 def parse_labels(texts: Sequence[str]) -> Labels:
@@ -84,12 +86,20 @@ def read_truth(path: Path, slice_index: int | None = None, labels: Labels = None
         ValueError: colours of which none is black; labels of a mask that has none.
     """
     if is_medical(path):
-        return truth_of(Raster(read_slice(path, slice_index, MODALITY).pixels), labels, path)
+        found = read_slice(path, slice_index, MODALITY)
+        return truth_of(Raster(found.pixels, notes=found.notes), labels, path)
     return truth_of(read_raster(path), labels, path)
 
 
 def truth_of(raster: Raster, labels: Labels, path: Path) -> Truth:
     """What a decoded mask says; raises as `read_truth`."""
+    notes = Notes(path, list(raster.notes))
+    found = _truth_of(raster, labels, notes)
+    return replace(found, notes=tuple(notes.sentences))
+
+
+def _truth_of(raster: Raster, labels: Labels, notes: Notes) -> Truth:
+    path = notes.path
     values, colours = _values(raster, path)
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
@@ -99,7 +109,7 @@ def truth_of(raster: Raster, labels: Labels, path: Path) -> Truth:
         if labels:
             raise ValueError(f"{path}: expected labels, got the values of a lossy or soft mask; leave out --label")
         if raster.lossy and 0 < values.max() < 16:
-            warnings.warn(f"{path}: the values up to {values.max()} of a lossy mask are taken for black", stacklevel=2)
+            notes.warn(f"the values up to {values.max()} of a lossy mask are taken for black")
         return Truth(_upper_half(values, raster.lossy))
     return _by_label(values, labels, colours, path)
 

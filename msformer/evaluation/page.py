@@ -26,8 +26,7 @@ from msformer.evaluation.summary import header, percent, table_rows
 from msformer.io.prepare import resize_image, resize_labels
 from msformer.output import complete_file
 from msformer.page import rendered
-from msformer.pictures import outline, overlay, picture_url
-from msformer.scoring import Mask
+from msformer.pictures import outline, overlay, picture_url, shaded
 
 THUMBNAIL = (160, 160)
 """Height and width of a picture in the gallery, pixels."""
@@ -84,7 +83,11 @@ def write_page(report: Report, cases: Sequence[Case], store: Store, path: Path) 
         "msformer.evaluation",
         "page.html",
         "page.js",
-        report=report,
+        about=report.about,
+        failures=report.failures,
+        left_out=report.left_out,
+        explanation=report.explanation,
+        methods=report.methods,
         tables=tables,
         gallery=gallery(),
         protocols=PROTOCOLS,
@@ -122,11 +125,6 @@ def _pictures(case: Case, report: Report, store: Store) -> tuple[str, str, list[
 def _pixels(image: Tensor) -> NDArray[np.uint8]:
     """``[3, h, w]`` in [0, 1] -> ``[h, w, 3]``."""
     return np.asarray((image.permute(1, 2, 0) * 255).round().numpy(), dtype=np.uint8)
-
-
-def shaded(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
-    """An image ``[h, w, 3]``, darker where the mask is not."""
-    return np.where(mask[..., None], pixels, pixels // 3).astype(np.uint8)
 
 
 def box_plot(report: Report, protocol: str) -> Markup:

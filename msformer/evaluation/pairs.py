@@ -6,9 +6,8 @@ picture is turned like the picture. Positions that only differ by a shift or a s
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from msformer.evaluation.layouts import Case
 from msformer.evaluation.masks import MODALITY, LabelNeeded, Truth, read_mask, read_truth, truth_of
-from msformer.io.base import Geometry, Slice, show
+from msformer.io.base import Geometry, Notes, Slice
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.nifti import is_volume
 from msformer.io.ordinary import read_raster
 from msformer.io.prepare import prepare_image
 from msformer.io.raster import Raster, turn_upright
-from msformer.io.read import Reading, is_colour, is_ct, read_image
+from msformer.io.read import Reading, is_colour, is_ct, read_picture
 from msformer.scoring import Mask
 from msformer.selection import AUTO, rule_for
 
@@ -43,26 +42,29 @@ class Pair:
     """False where the three channels are the same."""
     void: Mask | None = None
     """``[H, W]``, pixels of which the mask says that nobody knows; no score counts them. None: there are none."""
+    read: Mapping[str, Any] = field(default_factory=dict)
+    """How the image was read, as in the records of `msformer segment`; under ``masks`` what was assumed of masks."""
 
 
 def read_pair(case: Case) -> Pair:
     """Raises ValueError or OSError where a file cannot be read, or the mask does not lie on the image."""
-    picture = read_slice(case.image, case.slice_index, case.modality) if is_medical(case.image) else None
-    pixels: NDArray[Any] = read_image(case.image, _reading(case)) if picture is None else show(picture, case.window)
-    image = prepare_image(pixels)
+    picture = read_picture(case.image, _reading(case))
+    image = prepare_image(picture.pixels)
     size = (image.shape[1], image.shape[2])
-    truths = [_placed(path, case, picture, size) for path in (case.mask, *case.more_masks)]
+    paths = (case.mask, *case.more_masks)
+    truths = [_placed(path, case, picture.slice, size) for path in paths]
     whole = np.any([truth.object for truth in truths], axis=0)
     voids = [truth.void for truth in truths if truth.void is not None]
     void = np.any(voids, axis=0) & ~whole if voids else None
-    return Pair(image, whole, is_colour(image), void)
+    notes = [f"{path.name}: {note}" for path, truth in zip(paths, truths, strict=True) for note in truth.notes]
+    return Pair(image, whole, is_colour(image), void, picture.facts | {"masks": notes})
 
 
 def _placed(path: Path, case: Case, picture: Slice | None, size: tuple[int, int]) -> Truth:
     """A mask on its image, which has the given height and width."""
     if picture is not None and is_medical(path):
         labels = read_slice(path, case.slice_index, MODALITY)
-        truth = truth_of(Raster(labels.pixels), case.labels, path)
+        truth = truth_of(Raster(labels.pixels, notes=labels.notes), case.labels, path)
         placed = is_volume(case.image) or is_volume(path)
         if placed and labels.geometry is not None and picture.geometry is not None:
             places = labels.geometry, picture.geometry
@@ -81,8 +83,9 @@ def _turned_with_its_image(truth: Truth, path: Path, image: Path) -> Truth:
     """A mask that was made on the picture as stored, by a program that does not know EXIF, turned as that is."""
     turn = read_raster(image).orientation
     if turn in (5, 6, 7, 8) and read_raster(path).orientation == 1:
-        warnings.warn(f"{path}: the mask is turned as the EXIF of its image says", stacklevel=2)
-        return truth.mapped(lambda part: turn_upright(part, turn))
+        notes = Notes(path, list(truth.notes))
+        notes.warn("the mask is turned as the EXIF of its image says")
+        return replace(truth.mapped(lambda part: turn_upright(part, turn)), notes=tuple(notes.sentences))
     return truth
 
 

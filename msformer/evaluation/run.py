@@ -16,11 +16,12 @@ import numpy as np
 
 from msformer.baselines import Method
 from msformer.evaluation.layouts import Case
-from msformer.evaluation.measures import UNDEFINED, OwnSize, measure, speckle
+from msformer.evaluation.measures import UNDEFINED, Measures, OwnSize, measure, speckle
 from msformer.evaluation.pairs import Pair, read_pair, rule_of
 from msformer.evaluation.protocols import predictions
 from msformer.evaluation.store import Fitted, Settings, Store
 from msformer.io.prepare import resize_labels
+from msformer.messages import is_heard, tell
 from msformer.output import NameRefused, OutputError, printable
 from msformer.progress import RunProgress
 from msformer.runs.executors import Executor, Local, Report
@@ -37,6 +38,8 @@ class Outcome:
     """A row for each image, method and protocol: see `score`."""
     failures: dict[str, str]
     """Error by image, or by image and method."""
+    skipped: int = 0
+    """Label maps that were there before."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _Run:
         self.rows: dict[tuple[int, int], list[Row]] = {}
         self.failures: dict[tuple[int, int], tuple[str, str]] = {}
         """Image, or image and method, and error, by place."""
+        self.skipped = 0
 
     def outcome(self, executor: Executor, progress: RunProgress) -> Outcome:
         def start(asked: Asked) -> Report:
@@ -115,8 +119,19 @@ class _Run:
                         progress.ended(self.name(asked), made)
                     else:
                         progress.skipped()
+                        self.skipped += 1
+                    if is_heard():
+                        self.tell_of(asked, rows)
         rows = [row for place in sorted(self.rows) for row in self.rows[place]]
-        return Outcome(rows, dict(self.failures[place] for place in sorted(self.failures)))
+        return Outcome(rows, dict(self.failures[place] for place in sorted(self.failures)), self.skipped)
+
+    def tell_of(self, asked: Asked, rows: list[Row]) -> None:
+        """The event of a label map: its record, and its scores by protocol."""
+        method, case = self.methods[asked.place[1]], asked.case
+        status = "done" if asked.fitted is None else "skipped"
+        record = self.store.record(method, case)
+        scores = {row["protocol"]: {name: row[name] for name in (*Measures._fields, "dsc_full")} for row in rows}
+        tell("map", image=case.name, source=case.image, method=method.name, status=status, record=record, scores=scores)
 
     def name(self, asked: Asked) -> str:
         return f"{asked.case.name}, {self.methods[asked.place[1]].title}"
@@ -151,6 +166,8 @@ class _Run:
             reason = printable(str(error)) or type(error).__name__
             self.failures[place] = name, reason
             progress.ended(name, f"failed: {reason}", items=items)
+            method = None if items > 1 else self.methods[place[1]].name
+            tell("map", image=self.cases[place[0]].name, method=method, status="failed", error=reason)
 
 
 def _check_object(case: Case, pair: Pair, size: int) -> None:

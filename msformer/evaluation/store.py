@@ -71,7 +71,7 @@ class Store:
 
     def load(self, method: Method, case: Case) -> Fitted | None:
         """What was made before; None if it was not, from another image, with other settings, or if it is damaged."""
-        record = self._record(method, case)
+        record = self.record(method, case)
         if record is None:
             return None
         try:
@@ -84,7 +84,7 @@ class Store:
     def has(self, method: Method, case: Case) -> bool:
         """Whether `load` finds something; an image that cannot be read has nothing."""
         try:
-            return self._record(method, case) is not None
+            return self.record(method, case) is not None
         except OSError:
             return False
 
@@ -93,7 +93,8 @@ class Store:
         for suffix in (".png", ".json"):
             check_name(self._file(method, case, suffix))
 
-    def _record(self, method: Method, case: Case) -> dict[str, Any] | None:
+    def record(self, method: Method, case: Case) -> dict[str, Any] | None:
+        """How a label map was made; None where `load` finds none."""
         found = read_record(self._file(method, case, ".json"))
         if found is None or not self._file(method, case, ".png").exists():
             return None
@@ -115,7 +116,7 @@ class Store:
         record = self._file(method, case, ".json")
         remove(record)  # an older one is not that of the new map
         write_png(indexed_png(fitted.labels), self._file(method, case, ".png"), optimize=True)
-        facts = {"steps": fitted.steps, "seconds": fitted.seconds}
+        facts = {"steps": fitted.steps, "seconds": fitted.seconds, "read": dict(pair.read)}
         if fitted.mask is not None:
             write_png(indexed_png(fitted.mask), self._mask_file(method, case), optimize=True)
             facts["mask"] = True

@@ -16,6 +16,7 @@ _WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 _PICTURES = (_PNG, b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FRAMES = [bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)]
 _AVIF = (b"avif", b"avis")
+_BYTES = tuple(0xFF << shift for shift in (0, 8, 16, 24))
 _EXIF = b"Exif\0\0"
 
 
@@ -60,6 +61,40 @@ def bits_of_jpeg(data: bytes) -> int | None:
     """Bits a sample, which the start of the frame says; None where there is none."""
     frame = next((part for part in _jpeg_segments(data) if part.kind in _FRAMES), None)
     return frame.content[0] if frame is not None and frame.content else None
+
+
+class BitFields(NamedTuple):
+    """Where the colours lie in the pixels of a BMP."""
+
+    bits: int
+    """Of a pixel."""
+    masks: tuple[int, int, int]
+    """Of red, green and blue."""
+    height: int
+    width: int
+    is_whole: bool
+    """Whether all pixels are there."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each mask is one run of at most 8 bits, in pixels of 32 bits a whole byte, and none meets another."""
+        runs = [f"{mask:b}".strip("0") for mask in self.masks]
+        apart = sum(self.masks) == self.masks[0] | self.masks[1] | self.masks[2] < 1 << self.bits
+        if not apart or any("0" in run or not 1 <= len(run) <= 8 for run in runs):
+            return False
+        return self.bits == 16 or (self.bits == 32 and all(mask in _BYTES for mask in self.masks))
+
+
+def bit_fields(data: bytes) -> BitFields | None:
+    """Those of a BMP that has some; None for any other file."""
+    if not data.startswith(b"BM") or len(data) < 66:
+        return None
+    start, header, width, height, _, bits, compression = struct.unpack("<IIiiHHI", data[10:34])
+    if header < 40 or compression not in (3, 6):
+        return None
+    row = (width * bits + 31) // 32 * 4
+    whole = width > 0 and len(data) >= start + row * abs(height)
+    return BitFields(bits, struct.unpack("<3I", data[54:66]), abs(height), width, whole)
 
 
 def is_whole_jpeg(data: bytes) -> bool:

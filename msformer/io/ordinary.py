@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from msformer.io.base import ImageError, needs_package
-from msformer.io.containers import bits_of_jpeg, exif_of, is_heif, is_lossy, is_whole_jpeg, only_pixels
+from msformer.io.base import ImageError, Notes, needs_package
+from msformer.io.containers import (
+    BitFields,
+    bit_fields,
+    bits_of_jpeg,
+    exif_of,
+    is_heif,
+    is_lossy,
+    is_whole_jpeg,
+    only_pixels,
+)
 from msformer.io.raster import MOST_PIXELS, Raster, check_size, eight_bits, turn_upright
 from msformer.io.tiff import SIGNATURES, lab_to_rgb, read_tiff
 
@@ -31,11 +41,6 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "JPEG2000", "AVIF", "PPM"
 _ORIENTATION = 0x0112
 
 
-def read_ordinary(path: Path) -> NDArray[np.generic]:
-    """The pixels of `read_raster`, ``[H, W]`` or ``[H, W, 3]``."""
-    return drop_extra_channels(read_raster(path).pixels, str(path))
-
-
 def read_raster(path: Path) -> Raster:
     """An ordinary picture file.
 
@@ -43,19 +48,25 @@ def read_raster(path: Path) -> Raster:
         FileNotFoundError, PermissionError: as the system says, naming the file.
         ImageError: not a picture, damaged, truncated, too large, or of a kind that is not supported.
     """
+    notes = Notes(path)
+    return replace(_read(notes), notes=tuple(notes.sentences))
+
+
+def _read(notes: Notes) -> Raster:
+    path = notes.path
     with path.open("rb") as file:
         head = file.read(32)
     try:
         if head[:4] in SIGNATURES:
-            return read_tiff(path)
+            return read_tiff(notes)
         data = path.read_bytes()
         if is_heif(head):
             return _read_heif(data, path)
         if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10":
-            return _read_png16(data, path)
+            return _read_png16(data, notes)
         if head[:2] == b"\xff\xd8" and bits_of_jpeg(data) not in (None, 8):
             return _read_deep_jpeg(data, path)
-        return _read_with_pillow(data, path)
+        return _read_with_pillow(data, notes)
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not an image that can be read") from error
     except ImageError:
@@ -66,35 +77,61 @@ def read_raster(path: Path) -> Raster:
         raise ImageError(f"{path}: damaged or unsupported image: {error}") from error
 
 
-def _read_with_pillow(data: bytes, path: Path) -> Raster:
+def _read_with_pillow(data: bytes, notes: Notes) -> Raster:
     try:
-        return _decode_with_pillow(data, path)
+        return _decode_with_pillow(data, notes)
     except ImageError:
         raise
     except Exception as error:
+        if fields := bit_fields(data):
+            return _read_bit_fields(data, fields, notes.path)
         plain = only_pixels(data)
         if plain is None:
             raise
         try:
-            picture = _decode_with_pillow(plain, path, exif_of(data))
+            picture = _decode_with_pillow(plain, notes, exif_of(data))
         except Exception:
             raise error from None
-        warnings.warn(f"{path}: what stands beside the pixels is damaged and left out: {error}", stacklevel=2)
+        notes.warn(f"what stands beside the pixels is damaged and left out: {error}")
         return picture
 
 
-def _decode_with_pillow(data: bytes, path: Path, exif: bytes = b"") -> Raster:
+def _decode_with_pillow(data: bytes, notes: Notes, exif: bytes = b"") -> Raster:
     """`exif` is that of the file where `data` has none."""
     PILImage.init()
     formats = [name for name in FORMATS if name in PILImage.OPEN]
-    with many_pixels(), PILImage.open(io.BytesIO(data), formats=formats) as image:
-        check_size(path, image.height, image.width)
+    with many_pixels(), _opened(data, formats, notes) as image:
+        check_size(notes.path, image.height, image.width)
         frames, kind = _count_frames(image), str(image.format)
         image.load()
         if frames > 1:
-            warnings.warn(f"{path}: the first of {frames} pictures is read", stacklevel=2)
-        turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, str(path))
+            notes.warn(f"the first of {frames} pictures is read")
+        raw = exif or exif_of(data)
+        if raw and raw[:4] not in SIGNATURES:  # which Pillow takes for none
+            notes.warn("the EXIF is damaged, and the picture taken as it is stored")
+        turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, notes)
         return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
+
+
+def _opened(data: bytes, formats: list[str], notes: Notes) -> PILImage.Image:
+    with _warnings_of_pillow(notes):
+        return PILImage.open(io.BytesIO(data), formats=formats)
+
+
+@contextmanager
+def _warnings_of_pillow(notes: Notes) -> Iterator[None]:
+    """Within, Pillow's warnings are not shown, since they name no file; those of damaged EXIF become notes.
+
+    For one thread at a time, as Python has one list of warnings for all; what others warn of meanwhile is passed on.
+    """
+    with _WARNING, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        if "PIL" not in Path(each.filename).parts:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        elif str(each.message).startswith("Corrupt EXIF"):
+            notes.warn("the EXIF is damaged; of the orientation is used what it still says")
 
 
 @contextmanager
@@ -115,7 +152,7 @@ def many_pixels() -> Iterator[None]:
                 PILImage.MAX_IMAGE_PIXELS = _limit
 
 
-_LOCK = threading.Lock()
+_LOCK, _WARNING = threading.Lock(), threading.Lock()
 _inside = 0
 _limit: int | None = None
 
@@ -130,14 +167,13 @@ def _count_frames(image: PILImage.Image) -> int:
         return 1
 
 
-def _orientation(read_exif: Callable[[], PILImage.Exif], name: str) -> int:
+def _orientation(read_exif: Callable[[], PILImage.Exif], notes: Notes) -> int:
     """1, with a warning, where the EXIF is damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about entries that do not matter here
+        with _warnings_of_pillow(notes):
             value = read_exif().get(_ORIENTATION, 1)
     except Exception as error:
-        warnings.warn(f"{name}: the EXIF is damaged, and the picture taken as it is stored: {error}", stacklevel=2)
+        notes.warn(f"the EXIF is damaged, and the picture taken as it is stored: {error}")
         return 1
     return value if value in range(1, 9) else 1
 
@@ -150,7 +186,7 @@ def _parsed(exif: bytes) -> PILImage.Exif:
 
 def from_pillow(image: PILImage.Image) -> NDArray[np.generic]:
     """The pixels of an image of Pillow, upright: ``[H, W]`` or ``[H, W, 3]``."""
-    return turn_upright(_colours(image), _orientation(image.getexif, "image"))
+    return turn_upright(_colours(image), _orientation(image.getexif, Notes(Path("image"))))
 
 
 def _colours(image: PILImage.Image) -> NDArray[Any]:
@@ -175,15 +211,31 @@ def _indexes(image: PILImage.Image) -> NDArray[np.uint8] | None:
     return np.asarray(image) if image.mode == "P" else None
 
 
-def _read_png16(data: bytes, path: Path) -> Raster:
+def _read_png16(data: bytes, notes: Notes) -> Raster:
     """Of which Pillow would keep only the upper 8 bits of colour."""
     import imagecodecs
 
-    check_size(path, *(int.from_bytes(data[at : at + 4], "big") for at in (20, 16)))
+    check_size(notes.path, *(int.from_bytes(data[at : at + 4], "big") for at in (20, 16)))
     stored = np.asarray(imagecodecs.png_decode(only_pixels(data) or data))
-    turn = _orientation(lambda: _parsed(exif_of(data)), str(path))
+    turn = _orientation(lambda: _parsed(exif_of(data)), notes)
     transparent = stored.ndim == 3 and stored.shape[2] in (2, 4)
     return Raster(stored, eight_bits(stored[..., -1], 16) if transparent else None).turned(turn)
+
+
+def _read_bit_fields(data: bytes, fields: BitFields, path: Path) -> Raster:
+    """A BMP whose colours lie where Pillow does not look for them, those that imagecodecs decodes rightly."""
+    import imagecodecs
+
+    check_size(path, fields.height, fields.width)
+    if not fields.is_whole:
+        raise ImageError(f"{path}: damaged or unsupported image: it is truncated")
+    if not fields.is_plain:
+        masks = ", ".join(f"{mask:#x}" for mask in fields.masks)
+        raise ImageError(
+            f"{path}: the bit fields {masks} in pixels of {fields.bits} bits are not supported; expected up to 8 bits a"
+            " colour, in pixels of 32 bits whole bytes: save it as PNG"
+        )
+    return Raster(np.asarray(imagecodecs.bmp_decode(data))[..., :3])
 
 
 def _read_deep_jpeg(data: bytes, path: Path) -> Raster:

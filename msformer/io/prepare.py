@@ -18,21 +18,26 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
+from msformer.io.base import apply_window
 from msformer.io.ordinary import drop_extra_channels, from_pillow
-from msformer.io.read import read_image
+from msformer.io.read import AS_IT_IS, Reading, read_image
 
 
-def prepare_image(image: Any) -> Tensor:
+def prepare_image(image: Any, reading: Reading = AS_IT_IS) -> Tensor:
     """Any kind of image that `msformer.segment` takes -> float32 ``[3, H, W]`` in [0, 1].
 
+    Args:
+        reading: of a file. Its window is for grey arrays and tensors, too.
+
     Raises:
-        ValueError: not an image, an unsupported shape or type, NaN or infinite values, no pixels.
+        ValueError: not an image, an unsupported shape or type, NaN or infinite values, no pixels; a slice or modality
+            of what is no file.
         OSError: a path that cannot be read.
     """
     name = "image"
     if isinstance(image, str | PathLike):
         name = str(image)
-        pixels = read_image(image)
+        pixels = read_image(image, reading)
     elif isinstance(image, PILImage.Image):
         pixels = from_pillow(image)
     elif isinstance(image, Tensor):
@@ -50,8 +55,18 @@ def prepare_image(image: Any) -> Tensor:
         raise ValueError(f"image: expected a path, array, tensor or PIL image, got {type(image).__name__}")
     if pixels.size == 0:
         raise ValueError(f"{name}: has no pixels, shape {pixels.shape}")
+    if not isinstance(image, str | PathLike):
+        pixels = _windowed(pixels, reading)
     values = torch.from_numpy(np.ascontiguousarray(_to_unit_range(pixels, name)))
     return values.expand(3, *values.shape) if values.dim() == 2 else values.permute(2, 0, 1)
+
+
+def _windowed(pixels: NDArray[Any], reading: Reading) -> NDArray[Any]:
+    """Grey values that are from no file, as the reading says."""
+    for argument in ("slice_index", "modality"):
+        if getattr(reading, argument) is not None:
+            raise ValueError(f"{argument}: expected the path of a file with it, got an image in memory")
+    return pixels if reading.window is None or pixels.ndim == 3 else apply_window(pixels, *reading.window)
 
 
 def _to_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:

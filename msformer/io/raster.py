@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ class Raster:
     """Whether the codec changes values, as JPEG does."""
     orientation: int = 1
     """By which the stored picture was turned, as TIFF and EXIF number them."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or left out, a sentence each."""
 
     def turned(self, orientation: int) -> Raster:
         """A picture as it lies in a file, upright."""
         pixels = turn_upright(self.pixels, orientation)
         alpha = None if self.alpha is None else turn_upright(self.alpha, orientation)
         indexes = None if self.indexes is None else turn_upright(self.indexes, orientation)
-        return Raster(pixels, alpha, indexes, self.lossy, orientation)
+        return replace(self, pixels=pixels, alpha=alpha, indexes=indexes, orientation=orientation)
 
 
 def check_size(path: Path, height: int, width: int, samples: int = 1) -> None:

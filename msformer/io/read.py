@@ -15,7 +15,7 @@ from torch import Tensor
 from msformer.io.base import CT_WINDOW, Notes, Slice, apply_window, default_window, show
 from msformer.io.medical import is_medical, read_slice
 from msformer.io.modality import GIVEN, find_modality, warn_of_air
-from msformer.io.ordinary import read_ordinary
+from msformer.io.ordinary import drop_extra_channels, read_raster
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Reading:
             raise ValueError(f"window: expected two numbers, the lower first, got {self.window}")
 
 
+AS_IT_IS = Reading()
+"""As the file says."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An image file as it was read."""
@@ -52,7 +56,7 @@ class Picture:
     """Of a DICOM or NIfTI file."""
 
 
-def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArray[np.generic]:
+def read_image(path: str | PathLike[str], reading: Reading = AS_IT_IS) -> NDArray[np.generic]:
     """The pixels of an ordinary picture (`msformer.io.ordinary`) as stored: ``[H, W]``, or ``[H, W, 3]``; 8 or 16 bits,
     or floating point. Of a DICOM or NIfTI file (`msformer.io.medical`), the slice as it is shown, 8 bits.
 
@@ -68,13 +72,14 @@ def read_image(path: str | PathLike[str], reading: Reading = Reading()) -> NDArr
     return read_picture(path, reading).pixels
 
 
-def read_picture(path: str | PathLike[str], reading: Reading = Reading()) -> Picture:
+def read_picture(path: str | PathLike[str], reading: Reading = AS_IT_IS) -> Picture:
     """As `read_image`, with what is known of the file; raises what that does."""
     path = Path(path)
     if is_medical(path):
         return _medical(read_slice(path, reading.slice_index, reading.modality), reading)
-    pixels: NDArray[Any] = read_ordinary(path)
-    notes = Notes(path)
+    raster = read_raster(path)
+    pixels: NDArray[Any] = drop_extra_channels(raster.pixels, str(path))
+    notes = Notes(path, list(raster.notes))
     modality, source = find_modality(path, reading.modality, lambda: float(pixels.min(initial=0)), notes)
     plain = pixels.ndim == 3 or pixels.dtype.kind not in "if"
     if modality == "CT" and plain and reading.window is None:
@@ -104,7 +109,7 @@ def _medical(found: Slice, reading: Reading) -> Picture:
     return Picture(show(found, reading.window), found.modality, facts, found)
 
 
-def is_ct(path: Path, reading: Reading = Reading()) -> bool:
+def is_ct(path: Path, reading: Reading = AS_IT_IS) -> bool:
     """Whether a file is of computed tomography; see `read_image`."""
     return read_picture(path, reading).modality == "CT"
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from msformer.io.base import ImageError
+from msformer.io.base import ImageError, Notes
 from msformer.io.raster import Raster, check_size, eight_bits, turn_upright
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, ordinary and BigTIFF
@@ -33,8 +33,11 @@ _BRADFORD = np.array(  # from XYZ of D50, the white of TIFF's CIELAB, to that of
 )
 
 
-def read_tiff(path: Path) -> Raster:
+def read_tiff(notes: Notes) -> Raster:
     """The picture of a TIFF file: RGB of 8 bits where it has a palette, CMYK, CIELAB or YCbCr, else as stored.
+
+    Args:
+        notes: of the file, for what is assumed and left out.
 
     Raises:
         ImageError: no picture, too large a one, colours that are not supported.
@@ -42,45 +45,46 @@ def read_tiff(path: Path) -> Raster:
     """
     import tifffile
 
+    path = notes.path
     with tifffile.TiffFile(path) as tiff:
-        page = _main_page(tiff, path)
+        page = _main_page(tiff, notes)
         check_size(path, page.imagelength, page.imagewidth, page.samplesperpixel * max(page.imagedepth, 1))
-        picture = replace(_decode(page, path), lossy=page.compression.name in _LOSSY)
+        picture = replace(_decode(page, notes), lossy=page.compression.name in _LOSSY)
         return picture.turned(_orientation(page))
 
 
-def _main_page(tiff: Any, path: Path) -> Any:
+def _main_page(tiff: Any, notes: Notes) -> Any:
     """The page to read; warns of pictures that are left out."""
-    pages = list(_pages(tiff.pages, path))
+    pages = list(_pages(tiff.pages, notes))
     if not pages:
-        raise ImageError(f"{path}: holds no picture")
+        raise ImageError(f"{notes.path}: holds no picture")
     whole = [page for page in pages if not page.is_reduced and not page.is_mask] or pages
     main = max(whole, key=lambda page: page.imagelength * page.imagewidth)
     levels, planes = _series(tiff, main)
     pictures = [page for page in whole if page is main or page.offset not in levels]
     if pictures[0] is not main:
         place = pictures.index(main) + 1
-        warnings.warn(f"{path}: page {place} of {len(pictures)}, the largest, is read", stacklevel=2)
+        notes.warn(f"page {place} of {len(pictures)}, the largest, is read")
     elif len(pictures) > 1:
-        warnings.warn(f"{path}: the first of {len(pictures)} pages is read", stacklevel=2)
+        notes.warn(f"the first of {len(pictures)} pages is read")
     elif planes > 1:
-        warnings.warn(f"{path}: the first of {planes} planes is read", stacklevel=2)
+        notes.warn(f"the first of {planes} planes is read")
     return main
 
 
-def _pages(pages: Any, path: Path) -> Iterator[Any]:
+def _pages(pages: Any, notes: Notes) -> Iterator[Any]:
     """All pages with pixels, those of SubIFDs behind their own; ends with a warning where the chain is damaged."""
     for number in range(len(pages)):
         try:
             page = pages[number]
             below = page.pages
         except Exception as error:  # must not hide the pages before it
-            warnings.warn(f"{path}: page {number + 1} is damaged and left out: {error}", stacklevel=2)
+            notes.warn(f"page {number + 1} is damaged and left out: {error}")
             continue
         if page.imagelength and page.imagewidth and page.dataoffsets:
             yield page
         if below is not None:
-            yield from _pages(below, path)
+            yield from _pages(below, notes)
 
 
 def _series(tiff: Any, page: Any) -> tuple[set[int], int]:
@@ -100,8 +104,9 @@ def _orientation(page: Any) -> int:
     return tag.value if tag is not None and tag.value in range(1, 9) else 1
 
 
-def _decode(page: Any, path: Path) -> Raster:
+def _decode(page: Any, notes: Notes) -> Raster:
     """A page as it lies in the file, not turned."""
+    path = notes.path
     colour, codec = getattr(page.photometric, "name", ""), page.compression.name
     if colour == "CFA":
         raise ImageError(f"{path}: the raw values of a camera's sensor (colour filter array) are not supported")
@@ -117,12 +122,12 @@ def _decode(page: Any, path: Path) -> Raster:
         indexes = samples.reshape(*samples.shape[:2], -1)[..., 0]
         if page.bitspersample < 8:
             indexes = indexes.astype(np.uint8) & (2**page.bitspersample - 1)
-        return Raster(_colour_map(page, path)[indexes], alpha, indexes)
+        return Raster(_colour_map(page, notes)[indexes], alpha, indexes)
     if colour == "SEPARATED":
         return Raster(_from_cmyk(samples, page, path), alpha)
     if colour in ("CIELAB", "ICCLAB") and samples.ndim == 3 and samples.shape[2] >= 3:
         return Raster(_from_lab(samples[..., :3], icc=colour == "ICCLAB"), alpha)
-    return Raster(_grey_or_rgb(samples, page, path, inverted=colour == "MINISWHITE"), alpha)
+    return Raster(_grey_or_rgb(samples, page, notes, inverted=colour == "MINISWHITE"), alpha)
 
 
 def _samples_last(stored: NDArray[Any], page: Any) -> NDArray[Any]:
@@ -144,11 +149,11 @@ def _alpha(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8] | None:
     return eight_bits(samples[..., samples.shape[2] - len(extra) + place], page.bitspersample)
 
 
-def _colour_map(page: Any, path: Path) -> NDArray[np.uint8]:
+def _colour_map(page: Any, notes: Notes) -> NDArray[np.uint8]:
     """The palette ``[colours, 3]``, of which TIFF has 16 bits and some writers fill the lower 8 alone."""
     colours = np.asarray(page.colormap).T
     if 0 < colours.max() < 256:
-        warnings.warn(f"{path}: the palette of 16 bits has values of 8 bits, and is taken as one of 8", stacklevel=2)
+        notes.warn("the palette of 16 bits has values of 8 bits, and is taken as one of 8")
         return colours.astype(np.uint8)
     return eight_bits(colours, 16)
 
@@ -184,13 +189,13 @@ def lab_to_rgb(lightness: NDArray[Any], chroma: NDArray[Any]) -> NDArray[np.uint
     return np.asarray(np.rint(rgb.clip(0, 1) * 255), np.uint8)
 
 
-def _grey_or_rgb(samples: NDArray[Any], page: Any, path: Path, inverted: bool) -> NDArray[Any]:
+def _grey_or_rgb(samples: NDArray[Any], page: Any, notes: Notes, inverted: bool) -> NDArray[Any]:
     if samples.dtype.kind == "c":
-        raise ImageError(f"{path}: expected real numbers, got {samples.dtype}")
+        raise ImageError(f"{notes.path}: expected real numbers, got {samples.dtype}")
     if samples.ndim == 3 and getattr(page.photometric, "name", "") == "RGB":
         samples = samples[..., :3]
     if samples.ndim == 3 and samples.shape[2] > 4:
-        warnings.warn(f"{path}: the first of {samples.shape[2]} channels is read", stacklevel=2)
+        notes.warn(f"the first of {samples.shape[2]} channels is read")
         samples = samples[..., 0]
     bits = page.bitspersample
     if samples.dtype == np.bool_ or bits < 8:
@@ -198,7 +203,7 @@ def _grey_or_rgb(samples: NDArray[Any], page: Any, path: Path, inverted: bool) -
         bits = 8
     if inverted:
         samples = _inverted(samples, bits)
-    return _without_gaps(samples, page, path)
+    return _without_gaps(samples, page, notes)
 
 
 def _inverted(samples: NDArray[Any], bits: int) -> NDArray[Any]:
@@ -210,14 +215,14 @@ def _inverted(samples: NDArray[Any], bits: int) -> NDArray[Any]:
     return np.nanmax(samples) + np.nanmin(samples) - samples
 
 
-def _without_gaps(samples: NDArray[Any], page: Any, path: Path) -> NDArray[Any]:
+def _without_gaps(samples: NDArray[Any], page: Any, notes: Notes) -> NDArray[Any]:
     """NaN, and the value that GDAL writes for missing pixels, become the lowest of the others."""
     gaps = np.isnan(samples) if samples.dtype.kind == "f" else np.zeros(samples.shape, np.bool_)
     if "GDAL_NODATA" in page.tags:
         gaps |= samples == page.nodata
     if not gaps.any() or gaps.all():
         return samples
-    warnings.warn(f"{path}: {gaps.sum()} missing values are shown as the lowest", stacklevel=2)
+    notes.warn(f"{gaps.sum()} missing values are shown as the lowest")
     return np.where(gaps, samples[~gaps].min(), samples)
 
 

@@ -23,12 +23,13 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import click
 import ray
 import torch
 from ray.exceptions import RayError
 
 import msformer
+from msformer.machine import cores
+from msformer.messages import say
 from msformer.output import write_files
 from msformer.runs.executors import Executor, Item, Report, Value, Work
 
@@ -92,7 +93,7 @@ class Cluster(Executor):
             self.__exit__(None, None, None)
             raise
         nodes, tasks = _count(len(self._nodes), "node"), _count(min(self._slots, self.at_once or self._slots), "task")
-        click.echo(f"Ray {ray.__version__}, {nodes}: {tasks} at a time, each with {_count(self.threads, 'thread')}")
+        say(f"Ray {ray.__version__}, {nodes}: {tasks} at a time, each with {_count(self.threads, 'thread')}")
         return self
 
     def __exit__(
@@ -242,11 +243,6 @@ def _check_answer(address: str) -> None:
     if trial.returncode != 0:
         reasons = _ERROR.findall(trial.stderr) or [f"exit status {trial.returncode}"]
         raise ValueError(f"cluster: {address} cannot be joined: {reasons[0]}")
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _slots(node: dict[str, float], needs: Needs) -> int:

@@ -174,3 +174,10 @@ def settings_record(plan: Plan) -> Record:
         "mask": plan.mask,
         "version": msformer.__version__,
     }
+
+
+def settings_line(settings: Record) -> str:
+    """The settings that are set, in a line for people."""
+    given = {name: value for name, value in settings.items() if value is not None and name != "version"}
+    given |= given.pop("weights", {})
+    return ", ".join(f"{name} {value}" for name, value in given.items())

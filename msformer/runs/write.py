@@ -1,10 +1,9 @@
-"""What a run leaves in its folder: pictures, masks, volumes, contact sheets and the summary."""
+"""What a run leaves in its folder for each image, and the summary of all."""
 
 from __future__ import annotations
 
 import platform
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from PIL import Image as PILImage
 from msformer.io.medical import read_slice
 from msformer.io.nifti import write_nifti
 from msformer.io.prepare import prepare_image
-from msformer.io.read import read_image
-from msformer.output import NameRefused, OutputError, complete_file, remove, write_json
-from msformer.pictures import ROWS_PER_SHEET, contact_sheet, indexed_png, overlay, read_labels, small_row, write_png
+from msformer.io.read import AS_IT_IS, Reading
+from msformer.output import NameRefused, OutputError, remove, write_json
+from msformer.pictures import indexed_png, overlay, read_labels, write_png
 from msformer.runs.plan import SUMMARY, Job, Plan
 from msformer.runs.ways import Record, Result
 
@@ -27,15 +26,13 @@ SUMMARISED = (
     *("seconds", "device", "backend", "size"),
 )
 """What the summary has of a record."""
-_SHEET = re.compile(r"contact-sheet(-\d+)?\.png")
 
 
-def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> dict[str, str]:
+def write_volumes(jobs: Sequence[Job], folder: Path, plan: Plan) -> dict[str, str]:
     """Puts the label maps, masks and probabilities of slices of volumes together into a NIfTI file each.
 
     Args:
         jobs: finished ones; those that are not slices are left alone.
-        kinds: as of a `Plan`.
 
     Returns:
         Errors by file, of volumes that cannot be read any more, or whose results cannot have their name.
@@ -50,7 +47,7 @@ def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> di
             volumes.setdefault(job.volume, []).append(job)
     for name, slices in volumes.items():
         try:
-            _write_volume(name, slices, folder, kinds)
+            _write_volume(name, slices, folder, plan)
         except (ValueError, OSError, SyntaxError, MemoryError) as error:
             if isinstance(error, OutputError) and not isinstance(error, NameRefused):
                 raise
@@ -58,10 +55,10 @@ def write_volumes(jobs: Sequence[Job], folder: Path, kinds: Sequence[str]) -> di
     return failures
 
 
-def _write_volume(name: str, slices: Sequence[Job], folder: Path, kinds: Sequence[str]) -> None:
+def _write_volume(name: str, slices: Sequence[Job], folder: Path, plan: Plan) -> None:
     remove(folder / f"{name}.json")  # of a single slice, whose files these replace
-    places = [read_slice(job.source, job.slice_index) for job in slices]
-    for kind in kinds:
+    places = [read_slice(job.source, job.slice_index, plan.reading.modality) for job in slices]
+    for kind in plan.kinds:
         values = [read_values(job, folder, kind) for job in slices]
         write_nifti(folder / f"{name}.{kind}.nii.gz", list(zip(values, places, strict=True)))
 
@@ -78,9 +75,9 @@ def read_values(job: Job, folder: Path, kind: str) -> NDArray[Any]:
     return pixels > 0 if kind == "mask" else pixels.astype(np.float32) / 255
 
 
-def display_image(pixels: Any) -> NDArray[np.uint8]:
-    """``[H, W, 3]`` uint8 of any image that `segment` takes."""
-    return (prepare_image(pixels).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+def display_image(image: Any, reading: Reading = AS_IT_IS) -> NDArray[np.uint8]:
+    """``[H, W, 3]`` uint8 of any image that `segment` takes, a file as the reading says."""
+    return (prepare_image(image, reading).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
 def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Result) -> None:
@@ -98,44 +95,6 @@ def write_pictures(job: Job, folder: Path, pixels: NDArray[Any], result: Result)
 def read_mask(job: Job, folder: Path) -> NDArray[np.bool_]:
     """The mask that was written for an image."""
     return np.asarray(read_labels(job.file(folder, ".mask.png")) > 0)
-
-
-def write_sheets(
-    jobs: Sequence[Job],
-    records: Sequence[Record],
-    folder: Path,
-    plan: Plan,
-    caption: Callable[[Job, Record], str],
-    mask: Callable[[Job], NDArray[np.bool_] | None],
-    border: str,
-) -> tuple[list[Path], dict[str, str]]:
-    """Contact sheets of all finished images: one page, or numbered pages.
-
-    Returns:
-        The paths of the pages, and the errors by origin of images that cannot be drawn, as they are gone meanwhile.
-    """
-    pages = [list(zip(jobs, records, strict=True))[i : i + ROWS_PER_SHEET] for i in range(0, len(jobs), ROWS_PER_SHEET)]
-    names = ["contact-sheet.png"] if len(pages) == 1 else [f"contact-sheet-{i + 1}.png" for i in range(len(pages))]
-    missing: dict[str, str] = {}
-    written = []
-    for page, name in zip(pages, names, strict=True):
-        rows = []
-        for job, record in page:
-            try:
-                pixels = display_image(read_image(job.source, plan.reading_of(job)))
-                labels, drawn_mask = read_labels(job.file(folder, ".labels.png")), mask(job)
-            except (ValueError, OSError, SyntaxError, MemoryError) as error:
-                missing[job.origin] = str(error)
-                continue
-            rows.append(small_row(Path(job.name).name, caption(job, record), pixels, labels, drawn_mask))
-        if rows:
-            with complete_file(folder / name) as temporary:
-                contact_sheet(rows, temporary, border)
-            written.append(folder / name)
-    for stale in folder.iterdir():
-        if _SHEET.fullmatch(stale.name) and stale not in written:
-            remove(stale)
-    return written, missing
 
 
 def write_summary(

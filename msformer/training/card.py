@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,43 @@ from msformer.output import complete_file, printable
 from msformer.training.sight import find_sight
 
 _CARD = """\
+{front}
 # A segmentation model of msformer, trained without masks
 
 A small MS-Former for images of the kind **{domain}**. No mask was used to train it: {teaching}.
 
+## How to use it
+
 ```console
+$ pip install "msformer[segment]"
 $ msformer segment FOLDER --model {argument} --mask --out RESULTS
 ```
 
 ```python
 import msformer
 
-model = msformer.load({folder!r})
+model = msformer.load({folder!r})  # or ORG/NAME of the Hugging Face Hub, with msformer[hub]
+found = model.predict("image.png")
+found.mask, found.probability, found.confidence
 ```
+
+## Limits
 
 Use it for images like those that it was trained on: the same kind, the same kind of device. Look at the contact sheets
 before you rely on a mask; the record of each image says how sure the network was. It is no medical device, and nothing
 here was tested for diagnosis.
+{doubts}
+## How good it is
 
+No true mask was there to compare with, so this card has no score of accuracy. Where there are masks,
+
+```console
+$ msformer evaluate --data DIR --methods {argument}/ --out REPORT
+```
+
+measures it. What the training itself tells is how far teachers and network agree, as Dice coefficients from 0 to 1:
+
+{agreement}
 ## Network
 
 MS-Former, {parameters:,} weights, width {embed_dim}, {depth} block{plural} in each branch, {num_clusters} labels.
@@ -37,11 +57,48 @@ Images are resized to {size} x {size} pixels, and {sight}.
 ## Training
 
 {training}
+## Licence of the weights
+
+{licence}
+
 ## Format
 
-`model.safetensors` and `model.json`, format {format}, written by msformer {version}.
+`model.safetensors` and `model.json`, format {format}, written by msformer {version}. No code, no pickles.
 SHA-256 of the weights: `{sha256}`.
 """
+
+_NETWORK_CARD = """\
+{front}
+# A network of msformer
+
+MS-Former, {parameters:,} weights, width {embed_dim}, {depth} block{plural} in each branch, {num_clusters} labels,
+{in_channels} input channels. What it was trained on, and how well it does, whoever saved it has not said here.
+
+```python
+import msformer
+
+network = msformer.MSFormer.from_pretrained({folder!r})  # or ORG/NAME of the Hugging Face Hub, with msformer[hub]
+logits = network(images, attention=False).logits  # images [B, {in_channels}, H, W], at least 33 x 33
+```
+
+## Licence of the weights
+
+{licence}
+
+## Format
+
+`model.safetensors` and `config.json`. No code, no pickles.
+"""
+
+UNKNOWN = "unknown"
+"""How the Hugging Face Hub calls a license that nobody has stated."""
+_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_STATED = "`{}`, as whoever saved it said."
+_UNSTATED = (
+    "Not stated. Whoever trained it decides, as far as the images allow: `model.save_pretrained(FOLDER, "
+    'license="cc-by-4.0")` writes it here.'
+)
+_TAGS = ("msformer", "medical", "unsupervised", "efficient-attention")
 
 _TEACHING = {
     "teacher": "it learned where several rules, on simple label maps of each image, agree on the object",
@@ -50,30 +107,60 @@ _TEACHING = {
 }
 
 
+def check_license(license: str | None) -> None:
+    """Raises ValueError for a license that is no identifier."""
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise ValueError(f"license: expected an identifier such as mit or cc-by-4.0, got {license!r}")
+
+
 def write_card(path: Path, description: Mapping[str, Any], parameters: int) -> None:
-    """Writes the card of a model as Markdown.
+    """Writes the card of a trained model as Markdown, its front matter as the Hugging Face Hub reads it.
 
     Args:
         description: what ``model.json`` is going to hold.
         parameters: weights of the network.
     """
-    architecture, folder = description["architecture"], path.absolute().parent.name
-    text = _CARD.format(
+    training = {**description["training"]}
+    agreement = {name: value for name, value in training.items() if "agreement" in name and value is not None}
+    doubts = [*training.pop("doubts", ()), *training.pop("warnings", ())]
+    _write(
+        path,
+        _CARD,
+        license=description["license"],
+        tags=(*_TAGS, description["domain"]),
         domain=description["domain"],
         teaching=_TEACHING[description["objective"]],
-        folder=folder,
-        argument=shlex.quote(folder),
         parameters=parameters,
-        embed_dim=architecture["embed_dim"],
-        depth=architecture["depth"],
-        plural="" if architecture["depth"] == 1 else "s",
-        num_clusters=architecture["num_clusters"],
+        **description["architecture"],
         size=description["preprocessing"]["size"],
         sight=find_sight(description["preprocessing"]["sight"]).words,
-        training="".join(_facts(description["training"])),
+        doubts="".join(f"\n- {doubt}" for doubt in doubts) + "\n" if doubts else "",
+        agreement="".join(_facts(agreement)) or "- nothing was recorded\n",
+        training="".join(_facts({name: value for name, value in training.items() if name not in agreement})),
         format=description["format"],
         version=description["version"],
         sha256=description["sha256"],
+    )
+
+
+def write_network_card(path: Path, architecture: Mapping[str, Any], parameters: int, license: str | None) -> None:
+    """Writes the card of a network of which nothing is known but its architecture."""
+    _write(path, _NETWORK_CARD, license=license, tags=_TAGS, parameters=parameters, **architecture)
+
+
+def _write(path: Path, template: str, *, license: str | None, tags: Sequence[str], **values: Any) -> None:
+    folder = path.absolute().parent.name
+    front = [
+        *("---", "library_name: msformer", f"license: {license or UNKNOWN}", "pipeline_tag: image-segmentation"),
+        *("tags:", *(f"- {tag}" for tag in tags), "---"),
+    ]
+    text = template.format(
+        front="\n".join(front),
+        folder=folder,
+        argument=shlex.quote(folder),
+        plural="" if values["depth"] == 1 else "s",
+        licence=_STATED.format(license) if license else _UNSTATED,
+        **values,
     )
     with complete_file(path) as temporary:
         temporary.write_text(printable(text), encoding="utf-8")

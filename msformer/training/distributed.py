@@ -78,11 +78,6 @@ def started_again() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def speaks() -> bool:
-    """Whether this process, of those that ``torchrun`` started if it did, prints what all have to say."""
-    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
-
-
 def is_spread() -> bool:
     """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

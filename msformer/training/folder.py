@@ -14,6 +14,7 @@ import numpy as np
 
 from msformer.io.files import find_images
 from msformer.io.read import Reading
+from msformer.messages import tell
 from msformer.runs.plan import Job, plan_jobs, reading_of
 from msformer.training.distributed import Processes
 from msformer.training.domains import Domain, find_domain, guess_domain
@@ -86,7 +87,7 @@ def gather(
     with Watch("images", len(jobs), shown=shown) as watch:
         if domain is None:
             watch.say(f"domain: {chosen.name}, as most images look; --domain says otherwise")
-        requests = [Request(job, _reading_of(job, reading), chosen, taught, seed) for job in jobs]
+        requests = [Request(job, safe_reading_of(job, reading), chosen, taught, seed) for job in jobs]
         lessons, failures = learn(requests, out / TEACHERS, watch.update, processes, workers)
     if not lessons:
         raise ValueError(f"every image failed, the first with: {named(failures)[0]}")
@@ -97,8 +98,20 @@ def gather(
             "kind: try another --domain, or --objective consistency, which needs no teachers"
         )
     disagreed = tuple(name for name in lessons if name not in kept)
+    for job in jobs:
+        _tell_of(job, lessons.get(job.name), failures.get(job.origin))
     warnings = tuple(concerns(chosen, lessons, kept, failures))
     return Material(chosen, domain is None, kept, make_pool(kept, chosen.sight), disagreed, failures, warnings)
+
+
+def _tell_of(job: Job, lesson: Lesson | None, error: str | None) -> None:
+    facts: dict[str, Any] = {"name": job.name, "source": job.source, "slice": job.slice_index}
+    if lesson is None:
+        tell("image", **facts, status="failed", error=error)
+    else:
+        status = "done" if lesson.agreement >= AGREEMENT else "left out"
+        record = {"agreement": lesson.agreement, "teachers": lesson.teachers, "kind": str(lesson.kind)}
+        tell("image", **facts, status=status, record=record)
 
 
 def concerns(
@@ -152,7 +165,8 @@ def named(failures: Mapping[str, str]) -> list[str]:
     return [error if origin in error else f"{origin}: {error}" for origin, error in failures.items()]
 
 
-def _reading_of(job: Job, reading: Reading) -> Reading:
+def safe_reading_of(job: Job, reading: Reading) -> Reading:
+    """`reading_of`; of a file that cannot be read, as it was asked for."""
     try:
         return reading_of(job, reading)
     except (ValueError, OSError):

@@ -114,7 +114,7 @@ def learn(
     Raises:
         OutputError: the folder cannot be written to.
     """
-    missing = [request for request in requests if not _path(request, folder).exists()]
+    missing = unmade(requests, folder)
     report(len(requests) - len(missing))
     for done, _ in enumerate(_made(missing[processes.rank :: processes.count], folder, workers), start=1):
         report(min(len(requests), len(requests) - len(missing) + done * processes.count))
@@ -128,6 +128,11 @@ def learn(
         except (ValueError, OSError) as error:
             failures[request.job.origin] = str(error)
     return lessons, failures
+
+
+def unmade(requests: Sequence[Request], folder: Path) -> list[Request]:
+    """Those without a file."""
+    return [request for request in requests if not _path(request, folder).exists()]
 
 
 def make_pool(lessons: dict[str, Lesson], sight: Sight = STANDARDISED, size: int = TEACHER_SIZE) -> Pool:

@@ -21,11 +21,12 @@ import msformer
 import msformer_kernels
 from msformer.claim import claimed
 from msformer.io.read import Reading
+from msformer.machine import cores
 from msformer.memory import kept_memory
+from msformer.messages import tell, tell_at_end, warn
 from msformer.model import MSFormer
 from msformer.output import prepare_folder
 from msformer.segmentation import find_device
-from msformer.text import say
 from msformer.training import checkpoint
 from msformer.training.batches import Batches
 from msformer.training.checkpoint import State
@@ -119,21 +120,20 @@ def train(
     chosen = find_objective(objective, weights)
     out = Path(out)
     with joined(device) as processes, ExitStack() as alone:
-        settings = Settings(
-            objective=objective,
-            weights=chosen.weights,
-            domain=domain or GUESSED,
+        settings = settings_of(
+            chosen,
+            domain,
+            learning_rate,
+            _device(device, processes).type,
+            backend,
             steps=steps,
             seed=seed,
             batch=batch,
             accumulate=accumulate,
             precision=precision,
             rounds=rounds,
-            learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
             embed_dim=embed_dim,
             depth=depth,
-            device=_device(device, processes).type,
-            backend=resolve(backend, _device(device, processes).type, torch.float32),
         )
         settings.check_split(processes.count)
         if processes.first:
@@ -142,7 +142,7 @@ def train(
             if overwrite and not started_again():
                 (out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
         wait_for_all()
-        checkpoint.read(out, _early(_record(settings)))  # before minutes of teachers
+        read_early(out, settings)  # before minutes of teachers
         shown = progress and processes.first
         material = gather(
             paths,
@@ -150,7 +150,7 @@ def train(
             domain=domain,
             taught=chosen.taught,
             seed=seed,
-            reading=Reading(window, slice_index, modality or ("CT" if domain == "ct" else None)),
+            reading=reading_for(domain, window, slice_index, modality),
             all_slices=all_slices,
             workers=workers or _cores(),
             processes=processes,
@@ -163,8 +163,44 @@ def train(
         wait_for_all()
     model = load(out, device=device)
     for doubt in model.doubts if shown else ():
-        say(f"warning: {doubt}")
+        warn(doubt)
+    left_out, failed = len(material.disagreed), len(material.failures)
+    counts = {"done": len(material.pool), "left_out": left_out, "failed": failed}
+    tell_at_end(counts={"images": sum(counts.values())} | counts, out=out, training=model.training)
     return model
+
+
+def settings_of(
+    objective: Objective,
+    domain: str | None,
+    learning_rate: float | None,
+    device: str,
+    backend: str | None,
+    **more: Any,
+) -> Settings:
+    """What was asked for, with what follows from the objective and the device; raises as `train` does."""
+    return Settings(
+        objective=objective.name,
+        weights=objective.weights,
+        domain=domain or GUESSED,
+        learning_rate=objective.learning_rate if learning_rate is None else learning_rate,
+        device=device,
+        backend=resolve(backend, device, torch.float32),
+        **more,
+    )
+
+
+def reading_for(
+    domain: str | None, window: tuple[float, float] | None, slice_index: int | None, modality: str | None
+) -> Reading:
+    """How images are read: with the domain ``"ct"`` they are of CT."""
+    return Reading(window, slice_index, modality or ("CT" if domain == "ct" else None))
+
+
+def read_early(out: Path, settings: Settings) -> State | None:
+    """The checkpoint of a training with these settings, before its images are known, of which the domain may be
+    guessed; raises ValueError for one with others."""
+    return checkpoint.read(out, {name: value for name, value in _record(settings).items() if name != "domain"})
 
 
 class _Run:
@@ -205,13 +241,14 @@ class _Run:
         done = self._steps_before() + self.state.step
         with Watch("step", self.settings.steps * self.settings.rounds, done, self.shown) as watch:
             for warning in self.material.warnings:
-                watch.say(f"warning: {warning}")
+                watch.warn(warning)
             watch.say(
                 f"{len(self.material.pool)} images, domain {self.material.domain.name}, objective "
                 f"{self.objective.name}; {REPORT} in {self.out} shows how it goes"
             )
             if done:
                 watch.say(f"goes on after step {done}")
+            tell("start", images=len(self.material.pool), out=self.out, settings=_record(self.settings), done=done)
             if self.state.complete and not from_first(self._has_results):
                 self._write_results(self._finished_network(), self._pool(watch))
             while not self.state.complete:
@@ -377,11 +414,6 @@ def _record(settings: Settings) -> dict[str, Any]:
     return record
 
 
-def _early(record: dict[str, Any]) -> dict[str, Any]:
-    """What of it is known before the images are, of which the domain may be guessed."""
-    return {name: value for name, value in record.items() if name != "domain"}
-
-
 def _device(device: str, processes: Processes) -> torch.device:
     """Of several processes on a machine with GPUs, each has its own."""
     found = find_device(device)
@@ -390,5 +422,4 @@ def _device(device: str, processes: Processes) -> torch.device:
 
 def _cores() -> int:
     """Cores for this process, of those that it may run on."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -17,26 +17,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
-from torch import Tensor
 
 import msformer
+from msformer.hub import find_folder
 from msformer.io.prepare import prepare_image
+from msformer.io.read import Reading
 from msformer.model import MINIMUM_SIZE, MSFormer
 from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
-from msformer.training.card import write_card
+from msformer.training.card import check_license, write_card
 from msformer.training.domains import find_domain
 from msformer.training.sight import STANDARDISED, Sight, find_sight
+from msformer.training.weights import (
+    CARD,
+    DESCRIPTION,
+    WEIGHTS,
+    ModelError,
+    architecture_of,
+    count_weights,
+    network_bytes,
+    read_network,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from msformer.training.predict import Prediction
 
 FORMAT = 2
 """Of ``model.json``; it rises when an older package could not use a newer model."""
-WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
 OBJECTIVES = ("teacher", "consistency", "published")
 """``teacher``: two labels, of which label 1 is the object. The others: clusters, of which a rule picks the object."""
 
@@ -51,10 +59,6 @@ _PARTS = {
     "training": dict,
 }
 """Of ``model.json``, but for its format."""
-
-
-class ModelError(ValueError):
-    """A folder that holds no usable model; the message names it and says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,37 @@ class TrainedModel:
     version: str
     """Of msformer, that it was written by."""
     folder: Path = field(default=Path())
+    license: str | None = None
+    """Of the weights, as the model card says it; None where nobody has said it."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | PathLike[str], *, revision: str | None = None, device: str | torch.device = "auto"
+    ) -> TrainedModel:
+        """`msformer.load`, under the name that other libraries give it."""
+        return load(name, revision=revision, device=device)
+
+    def save_pretrained(self, folder: str | PathLike[str], *, license: str | None = None) -> None:
+        """Writes the model, for `load` to read it or to be uploaded to the Hugging Face Hub.
+
+        Args:
+            folder: is made if it is not there; other files in it stay.
+            license: of the weights, as the Hub abbreviates it: ``mit``, ``cc-by-4.0``, ...; None keeps what it is.
+
+        Raises:
+            ValueError: a license that is no such identifier.
+            OutputError: the folder cannot be written to.
+        """
+        save_model(
+            folder,
+            self.network,
+            domain=self.domain,
+            objective=self.objective,
+            size=self.size,
+            training=self.training,
+            license=self.license if license is None else license,
+            sight=self.sight,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -88,16 +123,25 @@ class TrainedModel:
         """Warnings of what came of the training."""
         return tuple(self.training.get("doubts", ()))
 
-    def predict(self, image: Any, **options: Any) -> Prediction:
+    def predict(
+        self,
+        image: Any,
+        *,
+        window: tuple[float, float] | None = None,
+        slice_index: int | None = None,
+        modality: str | None = None,
+        **options: Any,
+    ) -> Prediction:
         """What the network says of an image of any kind that `msformer.segment` takes.
 
         Args:
             image: a path, PIL image, array or tensor, see `msformer.segment`.
+            window, slice_index, modality: how it is read, see `msformer.segment`.
             options: of `msformer.training.predict.predict`.
         """
         from msformer.training.predict import predict
 
-        return predict(self, prepare_image(image), **options)
+        return predict(self, prepare_image(image, Reading(window, slice_index, modality)), **options)
 
 
 def save_model(
@@ -108,6 +152,8 @@ def save_model(
     objective: str,
     size: int,
     training: Mapping[str, Any],
+    license: str | None = None,
+    sight: Sight | None = None,
 ) -> None:
     """Writes a trained network, so that the folder holds a whole model or none.
 
@@ -119,76 +165,70 @@ def save_model(
         size: side of the square that images are resized to for a prediction, pixels.
         training: what a reader of the model card should know of the training (images, steps, seed, seconds, agreement,
             statistics of the images, warnings, ...): plain JSON; the card lists it as it is.
+        license: of the weights, as the Hugging Face Hub abbreviates it.
+        sight: that the network was trained with, if it is not the domain's.
 
     Raises:
-        ValueError: an unknown domain or objective, a size that is too small, weights that are not finite.
+        ValueError: an unknown domain or objective, a size that is too small, weights that are not finite, a license
+            that is no identifier.
         OutputError: the folder cannot be written to.
     """
     folder = Path(folder)
     _check(domain, objective, size)
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    broken = _not_finite(weights)
-    if broken is not None:
-        raise ValueError(f"network: its weights hold NaN or infinite values, in {broken}")
-    content = tensor_bytes(weights, metadata={"format": "pt"})
+    check_license(license)
+    content = network_bytes(network)
     description = {
         "format": FORMAT,
         "version": msformer.__version__,
         "domain": domain,
         "objective": objective,
         "architecture": architecture_of(network),
-        "preprocessing": {"size": size, "sight": find_domain(domain).sight.name},
+        "preprocessing": {"size": size, "sight": (sight or find_domain(domain).sight).name},
         "sha256": hashlib.sha256(content).hexdigest(),
         "training": dict(training),
+        "license": license,
     }
     json.dumps(description)  # raises TypeError before anything is written
     prepare_folder(folder)
     (folder / DESCRIPTION).unlink(missing_ok=True)  # an older one is not that of the new weights
     with complete_file(folder / WEIGHTS) as temporary:
         temporary.write_bytes(content)
-    write_card(folder / CARD, description, parameters=sum(p.numel() for p in network.parameters()))
+    write_card(folder / CARD, description, count_weights(network))
     write_json(folder / DESCRIPTION, description)
 
 
-def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") -> TrainedModel:
+def load(
+    name: str | PathLike[str], *, revision: str | None = None, device: str | torch.device = "auto"
+) -> TrainedModel:
     """Reads a model that `save_model` wrote, by this version of the package or an older one.
 
     Args:
-        folder: the folder.
+        name: the folder, or ``ORG/NAME`` of the Hugging Face Hub (extra ``[hub]``).
+        revision: of a model of the Hub: a branch, a tag or a commit.
         device: ``"auto"`` (the GPU if there is one), or as in PyTorch.
 
     Raises:
-        FileNotFoundError: no such folder, or one without a model.
+        FileNotFoundError: no such folder, or one without a model; a model of the Hub that is not there, or out of
+            reach.
         ModelError: damaged, of a newer package, of an unknown domain or objective, or with weights that do not fit.
-        ValueError: a device that cannot be used.
+        ValueError: a device that cannot be used, a revision of a folder.
     """
-    folder = Path(folder)
+    folder = find_folder(name, (WEIGHTS, DESCRIPTION, CARD), revision)
     description = _read_description(folder)
-    try:
-        content = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: no model, {WEIGHTS} is missing") from error
+    content = weights_of(folder)
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise ModelError(f"{folder}: {WEIGHTS} is damaged, or not the file that {DESCRIPTION} was written with")
     try:
         _check(description["domain"], description["objective"], description["preprocessing"]["size"])
         sight = find_sight(description["preprocessing"].get("sight", STANDARDISED.name))  # format 1 knew no other
-        network = MSFormer(**description["architecture"])
     except KeyError as error:
         raise ModelError(f"{folder / DESCRIPTION}: {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / DESCRIPTION}: {error}") from error
-    try:
-        network.load_state_dict(read_tensors(content))
-    except (RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: {WEIGHTS} does not fit the architecture in {DESCRIPTION}: {error}") from error
-    broken = _not_finite(network.state_dict())
-    if broken is not None:
-        raise ModelError(f"{folder}: {WEIGHTS} holds NaN or infinite values, in {broken}")
+    network = read_network(folder, DESCRIPTION, description["architecture"], content)
     decisive = {name: description[name] for name in ("domain", "objective", "architecture", "preprocessing", "sha256")}
     return TrainedModel(
-        network=network.eval().requires_grad_(False).to(find_device(device)),
+        network=network.requires_grad_(False).to(find_device(device)),
         domain=description["domain"],
         objective=description["objective"],
         size=description["preprocessing"]["size"],
@@ -197,25 +237,8 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "auto") ->
         digest=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
         version=description["version"],
         folder=folder,
+        license=description.get("license"),  # older packages did not know it
     )
-
-
-def architecture_of(network: MSFormer) -> dict[str, Any]:
-    """The arguments of `MSFormer` that make a network with the same weights."""
-    block: Any = network.block_s[0]
-    return {
-        "in_channels": network.patch_embed_s.proj.in_channels,
-        "embed_dim": network.linear_up.in_features,
-        "num_clusters": network.num_clusters,
-        "depth": len(network.block_s),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / network.linear_up.in_features,
-    }
-
-
-def _not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor that holds NaN or infinite values."""
-    return next((name for name, value in weights.items() if not value.isfinite().all()), None)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from msformer.messages import console, tell_progress, warn
 from msformer.text import visible
 
 LINE_EVERY = 10.0
@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, what: str, count: int, done: int = 0, shown: bool = True) -> None:
         self._what, self._count, self._shown = what, count, shown
-        self._console = Console()
+        self._console = console()
         self._first, self._begun = done, time.monotonic()
         self._last_line = self._begun
         self._bar = Progress(
@@ -57,6 +57,7 @@ class Watch:
         now = time.monotonic()
         text = "; ".join(part for part in (details, self._left(done, now)) if part)
         self._bar.update(self._task, completed=done, details=text)
+        tell_progress(self._what, done, self._count, text)
         if not self._console.is_terminal and (now - self._last_line >= LINE_EVERY or done == self._count > self._first):
             self._last_line = now
             self.say(f"{self._what} {done}/{self._count}" + (f": {text}" if text else ""))
@@ -65,6 +66,11 @@ class Watch:
         """Prints a line."""
         if self._shown:
             self._console.print(Text(visible(line)), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """As `msformer.messages.warn`, of the first of several processes."""
+        if self._shown:
+            warn(text)
 
     def _left(self, done: int, now: float) -> str:
         if done <= self._first or done >= self._count:

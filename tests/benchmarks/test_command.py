@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -40,15 +42,59 @@ def test_a_tiny_run_writes_everything(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json",
         "report.md",
-        "block-bfloat16-forward.png",
-        "block-bfloat16-training.png",
-        "roofline-bfloat16.png",
+        "report.html",
+        "block-bfloat16-forward.svg",
+        "block-bfloat16-training.svg",
+        "roofline-bfloat16.svg",
     }
     assert f"{torch.get_num_threads()} threads" in found.output
-    assert "over published" in found.output
-    again = run("--compare", tmp_path / "results.json", tmp_path / "results.json")
+    assert "as published" in found.output
+    assert "Summary" not in found.output  # of our kernels, which are not among the rivals
+    again = run("--compare", tmp_path / "results.json", tmp_path / "results.json", "--out", tmp_path / "compared")
     assert again.exit_code == 0
     assert "too few samples" in again.output
+    names = {path.name for path in (tmp_path / "compared").iterdir()}
+    assert names == {"comparison.md", "comparison.html", "comparison.svg"}
+
+
+def test_results_are_saved_by_machine_if_they_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "machines"
+    found = run(*TINY, "--out", tmp_path / "out", "--save-to", saved)
+    assert found.exit_code == 0, found.output
+    (path,) = saved.iterdir()
+    assert path.read_bytes() == (tmp_path / "out" / "results.json").read_bytes()
+    monkeypatch.setattr(command, "measure_case", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run(*TINY, "--out", tmp_path / "out", "--save-to", tmp_path / "more").exit_code == 130
+    assert not (tmp_path / "more").exists()
+
+
+def test_ceilings_are_the_best_of_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else may have run during one of the two."""
+    measured = [Ceilings(1e12, "a", 3e10, "b", None), Ceilings(2e12, "a", 1e10, "b", 5e12)]
+    monkeypatch.setattr(command, "measure_ceilings", mock.Mock(side_effect=measured))
+    assert run(*TINY, "--out", tmp_path).exit_code == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    found = Ceilings(**content["ceilings"])
+    assert (found.flop_per_second, found.bytes_per_second, found.pair_flop_per_second) == (2e12, 3e10, 5e12)
+    for row in content["rows"]:
+        least = max(row["flop"] / 2e12, row["bytes"] / 3e10)
+        assert row["share_of_ceiling"] == pytest.approx(least / row["seconds"])
+
+
+def test_variants_that_the_machine_lacks_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "missing_variants", lambda: {"amx": "Linux does not permit AMX tiles"})
+    monkeypatch.setattr(command.rival_names, "all_rivals", lambda: ("eager", "native"))
+    assert command.choose_rivals((), ("avx2", "amx")) == ("eager", "native (avx2)")
+    with pytest.raises(click.UsageError, match="--isa: not on this machine: amx: Linux does not permit AMX tiles"):
+        command.choose_rivals((), ("amx",))
+
+
+def test_the_quick_selection_says_what_it_does_without() -> None:
+    rivals = ("eager", "compile")
+    plan = command.make_plan(False, (), (), (), rivals, ())
+    (line,) = command.quick_left_out(plan, rivals)
+    assert line.startswith("compile of step and image: ")
+    assert command.quick_left_out(command.make_plan(False, ("step",), (), (), rivals, ()), rivals) == []
 
 
 def test_every_precision_has_rows(tmp_path: Path) -> None:
@@ -106,7 +152,7 @@ def test_files_of_another_kind_cannot_be_compared(tmp_path: Path) -> None:
     path.write_text("{}")
     found = run("--compare", path, path)
     assert found.exit_code == 1
-    assert "a.json: is not a results.json" in found.output
+    assert "a.json: is not a results.json of msformer bench" in found.output
 
 
 def test_an_output_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:

@@ -5,26 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from benchmarks.cases import Case, Shape
-from benchmarks.compare import FASTER, SAME, SLOWER, UNKNOWN, compare, print_comparison
+from benchmarks.compare import FASTER, SAME, SLOWER, UNKNOWN, compare
+from benchmarks.compare import document as compared
+from benchmarks.documents import markdown, print_table
 from benchmarks.machine import Ceilings, Machine
-from benchmarks.report import (
-    Results,
-    against_tokens,
-    columns_of,
-    machine_lines,
-    markdown,
-    print_group,
-    read_results,
-    roofline,
-    size,
-    write_results,
-)
+from benchmarks.plots import against_tokens, roofline
+from benchmarks.records import Results, read_results, save_to
+from benchmarks.report import case_table, columns_of, document, machine_lines, size, write_results
 from benchmarks.rows import MEASURED, WRONG, Row, new_row
 from benchmarks.tables import duration
 
@@ -58,13 +51,30 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     assert read_results(paths[0]) == written
     assert json.loads(paths[0].read_text())["rows"][1]["seconds"] == 2.0
     names = [path.name for path in paths]
-    assert names == ["results.json", "report.md", "block-float32-highest-training.png", "roofline-float32-highest.png"]
-    for path in paths[2:]:
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert min(picture.size) > 300
+    plots = ["block-float32-highest-training.svg", "roofline-float32-highest.svg"]
+    assert names == ["results.json", "report.md", "report.html", *plots]
+    page = paths[2].read_text()
+    for path in paths[3:]:
+        picture = ElementTree.parse(path).getroot()
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "native" in picture.attrib["aria-label"]
         assert f"]({path.name})" in paths[1].read_text()
+        assert path.read_text() in page
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    bad = "native (<b>$x_{</b>|[a](b)\x1b)"
+    found = results(row("eager", 3.0), row(bad, 1.0))
+    found.machine = replace(MACHINE, processor="<script>alert(1)</script>")
+    paths = write_results(tmp_path, found)
+    for path in paths[1:]:
+        text = path.read_text()
+        assert "<script>alert" not in text
+        assert "<b>$" not in text
+        assert "\x1b" not in text
+    assert r"native (&lt;b&gt;$x\_{&lt;/b&gt;\|\[a\](b)\\x1b)" in paths[1].read_text()
+    assert "default-src &#39;none&#39;" in paths[2].read_text()
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1e-3])
@@ -83,21 +93,60 @@ def test_every_point_is_within_its_plot(seconds: float) -> None:
 
 
 def test_results_without_any_time_can_be_written(tmp_path: Path) -> None:
-    assert [path.name for path in write_results(tmp_path, results(wrong("native")))] == ["results.json", "report.md"]
+    names = [path.name for path in write_results(tmp_path, results(wrong("native")))]
+    assert names == ["results.json", "report.md", "report.html"]
+    assert "native is not timed: output is off by 0.5" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 99}'])
-def test_other_files_are_errors(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON"),
+        ("[]", "it has no version"),
+        ("{}", "it has no version"),
+        ('{"version": 1}', "machine: field required"),
+        ('{"version": 99}', "version: expected 1, got 99"),
+    ],
+)
+def test_other_files_are_errors(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "some.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"some\.json"):
+    with pytest.raises(ValueError, match=rf"some\.json: .*{message}"):
         read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": [1.0, "fast"]}, r"rows\.0\.samples\.1: .*valid number"),
+        ({"samples": [0.0]}, r"rows\.0\.samples: expected numbers above 0, got \[0\.0\]"),
+        ({"samples": [float("nan")]}, r"rows\.0\.samples: expected numbers above 0"),
+        ({"operation": "conv"}, r"rows\.0\.operation: expected one of attention, .*, got 'conv'"),
+        ({"shape": "big"}, r"rows\.0\.shape: 'big' is not a shape"),
+        ({"status": "fine"}, r"rows\.0\.status: expected one of measured"),
+        ({"flop": 0}, r"rows\.0\.flop: expected numbers above 0"),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    content = results(row("native", 1.0)).to_json()
+    content["rows"][0] |= change
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "some.json")
+
+
+def test_a_machine_has_a_file_of_its_own(tmp_path: Path) -> None:
+    found = results(row("native", 1.0))
+    found.machine = replace(MACHINE, processor="Intel(R) Xeon(R) @ 2.0GHz", torch="2.13.0+cpu", threads=1)
+    path = save_to(tmp_path, found)
+    assert path.name == "intel-r-xeon-r-2.0ghz-2-cores-1-threads-torch-2.13.0-cpu.json"
+    assert read_results(path) == found
 
 
 def test_tables_say_what_was_found() -> None:
     rows = [row("eager", 0.03, 0.04, 0.05, error=2e-6), row("native", 0.01, error=3e-6), wrong("compile")]
     rows[0].other_programs = 0.75
-    page = markdown(results(*rows))
+    page = markdown(document(results(*rows)))
     lines = page.splitlines()
     (native,) = (line for line in lines if line.startswith("| native"))
     assert "| 10.0 ms |" in native
@@ -106,16 +155,32 @@ def test_tables_say_what_was_found() -> None:
     assert "| 3.0 MiB |" in native
     assert "| 3.0e-06 | 1.50 x |" in native
     assert "| eager | float32 | 40.0 ms | 25% |" in page
+    assert "| block 1x9x7x8h1, float32 highest, forward + backward | native | 10.0 ms | 4.00 x |" in page
     assert "- compile is not timed: output is off by 0.5, allowed is 0.001" in lines
     assert "- other programs kept 0.8 cores busy meanwhile: do not rely on these times" in lines
     assert "2000 GF/s" in page
     assert "Interrupted" not in page
-    assert "Interrupted" in markdown(replace(results(*rows), complete=False))
+    assert "Interrupted" in markdown(document(replace(results(*rows), complete=False)))
     console = Console(width=180, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_group(console, rows)
+    print_table(console, case_table(rows))
     printed = console.export_text()
-    assert "over eager" in printed
+    assert "times as fast" in printed
+    assert "as eager" in printed
     assert "4.00 x" in printed
+
+
+def test_a_gain_within_the_spreads_is_marked() -> None:
+    rows = [row("eager", 3.0, 4.0, 5.0), row("native", 2.0, 3.0, 4.0), row("compile", 1.0, 1.1, 1.2)]
+    shown = {cells[0]: cells[4:7] for cells in case_table(rows).rows}
+    assert case_table(rows).columns[4:7] == [f"times as fast\nas {name}" for name in ("eager", "compile", "native")]
+    assert shown["native"] == ["~1.33 x", "0.37 x", ""]
+    assert shown["compile"] == ["3.64 x", "", "2.73 x"]
+
+
+def test_what_was_left_out_is_told() -> None:
+    found = results(row("native", 1.0))
+    found.left_out = ["CPU variant amx: Linux does not permit AMX tiles"]
+    assert "- not run: CPU variant amx: Linux does not permit AMX tiles" in markdown(document(found)).splitlines()
 
 
 def test_units() -> None:
@@ -165,7 +230,7 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     found = compare(old, high)
     assert [change.ratio for change in found.changes] == [1.0]
     assert found.only_new == [("block", "1x9x7x8h1", "float32 high", "training", "native")]
-    page = markdown(high)
+    page = markdown(document(high))
     assert "## block 1x9x7x8h1, float32 highest, forward + backward" in page
     assert "## block 1x9x7x8h1, float32 high, forward + backward" in page
 
@@ -173,7 +238,7 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
 def test_variants_are_compared_with_the_first() -> None:
     rows = [row("native (amx)", 1.0), row("native (avx2)", 3.0), row("native (plain)", 9.0), row("eager", 6.0)]
     assert columns_of(rows) == ["eager", "native (amx)"]
-    lines = markdown(results(*rows)).splitlines()
+    lines = markdown(document(results(*rows))).splitlines()
     (slow,) = (line for line in lines if line.startswith("| native (plain)"))
     assert "| 0.67 x | 0.11 x |" in slow
 
@@ -187,9 +252,17 @@ def test_ceilings_of_bfloat16_are_told_where_there_are_any() -> None:
     )
 
 
-def test_a_comparison_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    comparison = compare(results(row("native", 1.0, 1.0, 1.0)), results(row("native", 2.0, 2.0, 2.0)))
-    print_comparison(Console(width=180), comparison)
-    printed = capsys.readouterr().out
-    for part in ("block", "1x9x7x8h1", "1.00 s", "2.00 s", "2.000", SLOWER):
-        assert part in printed
+def test_a_comparison_is_a_report() -> None:
+    comparison = compare(results(row("native", 1.0, 1.0, 1.0)), results(row("native", 2.0, 2.0, 2.0), wrong("eager")))
+    found = compared(comparison)
+    (table,) = found.tables
+    assert table.rows == [[f"{BLOCK.operation} 1x9x7x8h1, float32 highest, forward + backward", "native", *CHANGED]]
+    assert table.notes == ["only in the second file: block 1x9x7x8h1 float32 highest training eager"]
+    assert [plot.name for plot in found.plots] == ["comparison"]
+    assert "1 slower" in found.plots[0].alt
+    nothing = compared(compare(results(row("native", 1.0)), results(row("eager", 1.0))))
+    assert nothing.plots == []
+    assert "the files have no row in common" in nothing.tables[0].notes
+
+
+CHANGED = ["1.00 s", "2.00 s", "2.000", SLOWER]

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
 import toolchain  # noqa: E402
+from extensions import EXTENSIONS, supported_variants  # noqa: E402
 from toolchain import BuildFailed, NotBuilt, Object, cuda_architectures, find_nvcc, run_ninja  # noqa: E402
 
 
@@ -66,6 +67,25 @@ def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("CUDACXX", str(tmp_path / "gone"))
     with pytest.raises(BuildFailed, match=r"CUDACXX names .*gone, which is no program"):
         find_nvcc()
+
+
+def test_windows_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(NotBuilt, match="not built on Windows") as caught:
+        toolchain.find_compiler()
+    assert not isinstance(caught.value, BuildFailed), "which would be warned about, and no compiler would help"
+
+
+def test_a_compiler_for_another_processor_gets_the_variant_that_runs_anywhere(tmp_path: Path) -> None:
+    compiler = program(tmp_path / "c++", 'case "$*" in *-m*|*immintrin*) exit 1;; esac')
+    assert [variant.name for variant in supported_variants([compiler], tmp_path)] == ["plain"]
+
+
+def test_wheels_can_leave_cuda_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MSFORMER_CUDA", "0")
+    with pytest.raises(NotBuilt, match=r"MSFORMER_CUDA=0.*--no-binary msformer") as caught:
+        EXTENSIONS["_cuda"].build(tmp_path / "x.so", tmp_path)
+    assert not isinstance(caught.value, BuildFailed)
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -153,16 +173,12 @@ def test_a_required_extension_must_be_built(environment: dict[str, str], missing
 def test_the_emulation_is_required_where_it_is_wanted(
     native: str, emulate: str, required: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from extensions import EXTENSIONS
-
     monkeypatch.setenv("MSFORMER_REQUIRE_NATIVE", native)
     monkeypatch.setenv("MSFORMER_CUDA_EMULATE", emulate)
     assert EXTENSIONS["_cuda_emulated"].is_required() is required
 
 
 def test_the_emulation_is_built_where_it_is_wanted_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from extensions import EXTENSIONS
-
     monkeypatch.delenv("MSFORMER_CUDA_EMULATE", raising=False)
     with pytest.raises(NotBuilt, match="MSFORMER_CUDA_EMULATE=1 is in the environment") as caught:
         EXTENSIONS["_cuda_emulated"].build(tmp_path / "x.so", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from msformer.pictures import (
     outline,
     overlay,
     palette,
+    row_pictures,
 )
 from msformer.scoring import dice, oracle, oracle_union, score
 from msformer.synthetic import synthetic_lesion
@@ -71,6 +73,23 @@ def test_contact_sheet(tmp_path: Path) -> None:
     with PILImage.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 800
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_mask_that_was_found_is_drawn_within_the_true_border() -> None:
+    image, labels = np.full((40, 40, 3), 100, dtype=np.uint8), np.zeros((40, 40), dtype=np.uint8)
+    truth, found = (np.arange(40) < end for end in (20, 30))
+    truth, found = np.tile(truth, (40, 1)), np.tile(found, (40, 1))
+    row = SheetRow("name", "1 label", image, labels, truth, found)
+    first, middle, _ = row_pictures(row)
+    line = (0, 255, 120)
+    assert (first[:, 19] == line).all()
+    assert (first[:, [10, 25, 35]] == 100).all()
+    assert (middle[:, 19] == line).all()
+    assert (middle[:, [10, 25]] == 100).all()
+    assert (middle[:, 35] == 33).all(), "not found, and darkened"
+    assert not (row_pictures(replace(row, found=None))[1][:, 19] == line).all(), (
+        "an overlay of labels has no true border"
+    )
 
 
 def test_synthetic_images_follow_from_the_seed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image as PILImage
 
 import msformer
 import msformer_kernels
+from msformer.io.read import Reading, read_image
 from msformer.segmentation import order_by_area
 from tests.msformer.conftest import FAST_BACKENDS, QUICK
 
@@ -140,3 +142,17 @@ def test_ctrl_c_passes_through(picture: Picture) -> None:
     with pytest.raises(KeyboardInterrupt):
         msformer.segment(picture, **QUICK, progress=interrupt)
     assert msformer_kernels.explain().rule == "the fastest for the device"
+
+
+def test_a_file_is_read_as_asked(tmp_path: Path) -> None:
+    """As with --window, --slice and --modality on the command line."""
+    volume = np.random.default_rng(0).integers(-1000, 1000, (40, 44, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii.gz")
+    options: list[dict[str, Any]] = [{"slice_index": 2, "modality": "CT"}, {"slice_index": 2, "window": (-512, 512)}]
+    expected = read_image(tmp_path / "a.nii.gz", Reading((-512, 512), 2))
+    found = [msformer.segment(tmp_path / "a.nii.gz", **QUICK, **each).losses for each in options]
+    assert found == [msformer.segment(expected, **QUICK).losses] * 2
+    with pytest.raises(ValueError, match="expected a slice index from 0 to 2, got 3"):
+        msformer.segment(tmp_path / "a.nii.gz", **QUICK, slice_index=3)
+    with pytest.raises(ValueError, match="window: expected two numbers, the lower first"):
+        msformer.segment(expected, **QUICK, window=(1, 1))

@@ -12,8 +12,9 @@ import pytest
 
 from msformer.drawing import drawn
 from msformer.evaluation.summary import write_csv
+from msformer.messages import plain_warnings, telling
 from msformer.output import write_json
-from msformer.text import cell_text, markdown_text, plain_warnings, visible
+from msformer.text import cell_text, markdown_text, visible
 
 NASTY = (
     "tab\t line\n esc\x1b[31m c1\x9b bidi\u202egnp.exe \u2066 null-width\u200b bell\x07 [/b] <script>&amp; | `x` $_$"
@@ -49,10 +50,16 @@ def test_markdown_shows_the_text_itself() -> None:
     assert shown == (r"a_b &lt;i&gt; \[x\](y) \| \*z\* \_w\_ &amp; \`c\`\\n")
 
 
-def test_warnings_are_safe_lines() -> None:
+def test_warnings_are_safe_lines_each_once(capsys: pytest.CaptureFixture[str]) -> None:
     with plain_warnings():
-        assert warnings.formatwarning("x\x1b[31m", UserWarning, "f.py", 3) == "warning: x\\x1b[31m\n"
-        assert "f.py:3: DeprecationWarning: x\\x1b" in warnings.formatwarning("x\x1b", DeprecationWarning, "f.py", 3)
+        for _ in range(2):
+            warnings.showwarning("x\x1b[31m", UserWarning, "f.py", 3)
+        assert capsys.readouterr().err == "warning: x\\x1b[31m\n"
+        warnings.showwarning("x\x1b", DeprecationWarning, "f.py", 3)
+        assert "f.py:3: DeprecationWarning: x\\x1b" in capsys.readouterr().err
+    with telling(quiet=True), plain_warnings():
+        warnings.showwarning("y", UserWarning, "f.py", 3)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ struct Attention : Problem<E> {
         row.delta[j] = j < keys ? key_softmax_delta(c + j * value_width, g + j * value_width, values) : T(0);
       }
     });
+    if (this->softmax() && a.memory_tokens && max_of(a.key_tokens, a.memory_tokens) <= Blocks::kTokens)
+      sum_deltas<Blocks>(rows, grad_contexts, transposed);
     const auto write = [&](Blocks& blocks, const KeyTensors& tensors, std::int64_t batch, std::int64_t head,
                            std::int64_t token, std::int64_t tokens) {
       const std::int64_t pair = batch * a.heads + head;
@@ -174,6 +176,21 @@ struct Attention : Problem<E> {
         [&](Blocks& blocks, std::int64_t, std::int64_t batch, std::int64_t head, std::int64_t token,
             std::int64_t tokens) { write(blocks, this->of_images(), batch, head, token, tokens); });
     if (a.memory_tokens) backward_memory<Blocks>(write);
+  }
+
+  // delta of one block of memory tokens and one of others as the sum it stands for (see add_key_softmax_delta)
+  template <class Blocks>
+  void sum_deltas(T* rows, const T* grad_contexts, const Element* transposed) const {
+    this->template for_chunks<Blocks>(
+        {1, 1}, 1, kNothing,
+        [&](Blocks& blocks, std::int64_t pair, std::int64_t batch, std::int64_t head, std::int64_t, std::int64_t) {
+          const KeyStatistics<T> statistics(rows + pair * 3 * key_width, key_width);
+          fill(statistics.delta, key_width, T(0));
+          for (const KeyTensors& tensors : {this->of_memory(), this->of_images()})
+            if (tensors.tokens)
+              blocks.add_delta(tensors, batch, head, 0, tensors.tokens, grad_contexts + pair * context_size(),
+                               transposed + pair * transposed_size, statistics);
+        });
   }
 
   // the gradients of the memory: those of every image in a workspace, then their sums

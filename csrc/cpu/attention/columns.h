@@ -96,23 +96,15 @@ class Columns {
                           std::int64_t tokens, const T* grad_context, const Element*, const Element*,
                           KeyStatistics<T> statistics) {
     const std::int64_t width = padded<T>(tokens);
-    load_keys(from, batch, head, token, tokens);
-    load(from.value, batch, head, token, tokens, p_.values, values_);
-    for_masked(from.mask, batch, token, tokens, [&](std::int64_t i) {
-      for (std::int64_t c = 0; c < p_.values; ++c) values_[c * width + i] = T(0);
-    });
-    if (p_.softmax())
-      for (std::int64_t c = 0; c < p_.keys; ++c)
-        weights_of(keys_ + c * width, width, statistics.max[c], statistics.inverse_sum[c]);
+    weigh(from, batch, head, token, tokens, grad_context, statistics);
     ask_for(from.key, batch, head, token + tokens, from.tokens, p_.keys);
     ask_for(from.value, batch, head, token + tokens, from.tokens, p_.values);
     ask_for(from.grad_key, batch, head, token, from.tokens, p_.keys);
     ask_for(from.grad_value, batch, head, token, from.tokens, p_.values);
     gemm<Values<T>>(p_.values, p_.keys, width, {grad_context, 1, p_.value_width}, {keys_, width}, Start::zero, nullptr,
                     {grad_values_, width});
+    mask_columns(from.mask, batch, token, tokens, T(0), grad_values_, p_.values);
     store(from.grad_value, batch, head, token, tokens, p_.values, grad_values_);
-    gemm<Values<T>>(p_.keys, p_.values, width, {grad_context, p_.value_width, 1}, {values_, width}, Start::zero,
-                    nullptr, {grad_keys_, width});
     const T scale = p_.key_factor(batch), *grad_sum = grad_context + p_.key_sum_at();
     for (std::int64_t c = 0; c < p_.keys; ++c) {
       const T* weights = keys_ + c * width;
@@ -131,11 +123,33 @@ class Columns {
         scale_rows(grad, width, scale);
       }
     }
-    mask_columns(from.mask, batch, token, tokens, T(0), grad_keys_);
+    mask_columns(from.mask, batch, token, tokens, T(0), grad_keys_, p_.keys);
     store(from.grad_key, batch, head, token, tokens, p_.keys, grad_keys_);
   }
 
+  // see Rows
+  void add_delta(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                 const T* grad_context, const Element*, KeyStatistics<T> statistics) {
+    const std::int64_t width = padded<T>(tokens);
+    weigh(from, batch, head, token, tokens, grad_context, statistics);
+    for (std::int64_t c = 0; c < p_.keys; ++c)
+      statistics.delta[c] += dot_rows(keys_ + c * width, grad_keys_ + c * width, width);
+  }
+
  private:
+  void weigh(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+             const T* grad_context, KeyStatistics<T> statistics) {
+    const std::int64_t width = padded<T>(tokens);
+    load_keys(from, batch, head, token, tokens);
+    load(from.value, batch, head, token, tokens, p_.values, values_);
+    mask_columns(from.mask, batch, token, tokens, T(0), values_, p_.values);
+    if (p_.softmax())
+      for (std::int64_t c = 0; c < p_.keys; ++c)
+        weights_of(keys_ + c * width, width, statistics.max[c], statistics.inverse_sum[c]);
+    gemm<Values<T>>(p_.keys, p_.values, width, {grad_context, p_.value_width, 1}, {values_, width}, Start::zero,
+                    nullptr, {grad_keys_, width});
+  }
+
   static Vector<T> load(const T* at) { return MSFORMER_VARIANT::load(at); }
   static void store(T* at, Vector<T> x) { MSFORMER_VARIANT::store(at, x); }
 
@@ -186,11 +200,11 @@ class Columns {
       if (!mask.data[batch * mask.batch_stride + (token + i) * mask.token_stride]) task(i);
   }
 
-  void mask_columns(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens, T value,
-                    T* x) const {
+  static void mask_columns(const Mask& mask, std::int64_t batch, std::int64_t token, std::int64_t tokens, T value, T* x,
+                           std::int64_t channels) {
     const std::int64_t width = padded<T>(tokens);
     for_masked(mask, batch, token, tokens, [&](std::int64_t i) {
-      for (std::int64_t c = 0; c < p_.keys; ++c) x[c * width + i] = value;
+      for (std::int64_t c = 0; c < channels; ++c) x[c * width + i] = value;
     });
   }
 
@@ -201,7 +215,7 @@ class Columns {
     load(from.key, batch, head, token, tokens, p_.keys, keys_);
     scale_rows(keys_, p_.keys * width, p_.key_factor(batch));
     if (p_.relu()) relu_rows(keys_, p_.keys * width);
-    mask_columns(from.mask, batch, token, tokens, p_.masked_logit(), keys_);
+    mask_columns(from.mask, batch, token, tokens, p_.masked_logit(), keys_, p_.keys);
     if (p_.softmax()) set_padding(keys_, p_.keys, tokens, width, -kInfinity<T>);
   }
 

@@ -64,12 +64,10 @@ class Rows {
                           std::int64_t tokens, const T* grad_context, const Element* grad_packed,
                           const Element* grad_transposed, KeyStatistics<T> statistics) {
     const std::int64_t width = p_.key_width;
-    load_keys(from, batch, head, token, tokens);
-    if (p_.softmax()) key_softmax(tokens, width, keys_, statistics.max, statistics.inverse_sum);
+    weigh(from, batch, head, token, tokens, grad_context, grad_transposed, statistics);
     multiply(p_.engine, tokens, p_.keys, p_.value_width, keys_, width, grad_packed, grad_values_, p_.value_width);
+    apply_mask<T>(from.mask, batch, token, tokens, T(0), grad_values_, p_.value_width, nullptr, 0);
     store_tokens(from.grad_value, batch, head, token, tokens, p_.values, grad_values_, p_.value_width);
-    multiply(p_.engine, tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
-             p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
     const T scale = p_.key_factor(batch);
     if (p_.softmax()) {
       if (p_.is_all(tokens)) key_softmax_delta_of_block(tokens, width, keys_, grad_keys_, statistics.delta);
@@ -83,7 +81,24 @@ class Rows {
     store_tokens(from.grad_key, batch, head, token, tokens, p_.keys, grad_keys_, width);
   }
 
+  // adds what the block has of delta, the sum over tokens of weights times their gradients
+  void add_delta(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+                 const T* grad_context, const Element* grad_transposed, KeyStatistics<T> statistics) {
+    weigh(from, batch, head, token, tokens, grad_context, grad_transposed, statistics);
+    add_key_softmax_delta(tokens, p_.key_width, keys_, grad_keys_, statistics.delta);
+  }
+
  private:
+  // keys become weights, and grad_keys_ the gradients of these
+  void weigh(const KeyTensors& from, std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t tokens,
+             const T* grad_context, const Element* grad_transposed, KeyStatistics<T> statistics) {
+    const std::int64_t width = p_.key_width;
+    load_keys(from, batch, head, token, tokens);
+    if (p_.softmax()) key_softmax(tokens, width, keys_, statistics.max, statistics.inverse_sum);
+    multiply(p_.engine, tokens, p_.values, width, values_, p_.value_width, grad_transposed, grad_keys_, width,
+             p_.divides() ? grad_context + p_.key_sum_at() : nullptr);
+  }
+
   template <class Exact>
   void add_keys_by(const Exact& engine, const KeyTensors& from, std::int64_t batch, std::int64_t head,
                    std::int64_t token, std::int64_t tokens, KeySums<T> sums) {

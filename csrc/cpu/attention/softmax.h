@@ -9,9 +9,6 @@
 
 namespace msformer::MSFORMER_VARIANT {
 
-template <class T>
-constexpr T kInfinity = static_cast<T>(__builtin_inf());
-
 // rho_q: softmax over each of `segments` slices of `width` values in every row. Padding must hold -infinity.
 template <class T>
 void softmax_rows(T* x, std::int64_t rows, std::int64_t segments, std::int64_t width) {
@@ -123,15 +120,21 @@ inline T key_softmax_delta(const T* values, const T* grad, std::int64_t count) {
   return static_cast<T>(sum);
 }
 
-// The same where one block has all tokens: as the sum it stands for, whose rounding errors are those of grad - delta.
+// The same for few tokens, block by block: as the sum it stands for, whose rounding errors are those of grad - delta.
 // So a token that has all the weight gets exactly no gradient.
 template <class T>
-void key_softmax_delta_of_block(std::int64_t tokens, std::int64_t width, const T* s, const T* grad, T* delta) {
+void add_key_softmax_delta(std::int64_t tokens, std::int64_t width, const T* s, const T* grad, T* delta) {
   for (std::int64_t c = 0; c < width; c += kWidth<T>) {
-    Vector<T> sum{};
+    Vector<T> sum = load(delta + c);
     for (std::int64_t i = 0; i < tokens; ++i) sum += load(s + i * width + c) * load(grad + i * width + c);
     store(delta + c, sum);
   }
+}
+
+template <class T>
+void key_softmax_delta_of_block(std::int64_t tokens, std::int64_t width, const T* s, const T* grad, T* delta) {
+  fill(delta, width, T(0));
+  add_key_softmax_delta(tokens, width, s, grad, delta);
 }
 
 // grad of the key softmax (in place): s * (grad - delta). Where one token has all the weight its delta is its own grad,

@@ -16,7 +16,8 @@ inline void row_statistics(const T* row, std::int64_t channels, T eps, bool cent
   mean = T(0);
   if (centred) {
     Vector<T> sum{};
-    for (std::int64_t c = 0; c < padded<T>(channels); c += W) sum += load(row + c);  // padding is zero
+    for (std::int64_t c = 0; c < whole; c += W) sum += load(row + c);
+    if (whole < channels) sum += keep_lanes<T>(load(row + whole), channels - whole);  // beside infinity padding is NaN
     mean = horizontal_sum<T>(sum) / static_cast<T>(channels);
   }
   Vector<T> squares{}, rests{};
@@ -27,6 +28,7 @@ inline void row_statistics(const T* row, std::int64_t channels, T eps, bool cent
   for (std::int64_t c = 0; c < whole; c += W) add(load(row + c) - mean);
   if (whole < channels) add(keep_lanes<T>(load(row + whole) - mean, channels - whole));
   T variance = horizontal_sum<T>(squares) / static_cast<T>(channels);
+  if (variance == kInfinity<T>) variance = static_cast<T>(__builtin_nan(""));  // nothing right is left to say
   if (centred) {
     const T rest = horizontal_sum<T>(rests) / static_cast<T>(channels);
     mean += rest;

@@ -8,12 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "fork.h"
 #include "memory.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace msformer::MSFORMER_VARIANT {
@@ -36,33 +32,36 @@ class Arena {
   std::size_t used_ = 0;
 };
 
+// What the threads of one loop share. Each takes the next task that nobody has, until none is left.
+template <class Task>
+struct Loop {
+  const Task& task;
+  std::int64_t count;
+  std::size_t scratch_bytes;
+  std::int64_t next = 0;
+  bool out_of_memory = false;
+
+  static void work(void* loop) { static_cast<Loop*>(loop)->work(); }
+  void work() {
+    void* scratch = thread_scratch(scratch_bytes);
+    if (!scratch) return __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+    for (;;) {
+      const std::int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= count) return;
+      task(i, scratch);
+    }
+  }
+};
+
 // Runs task(i, scratch) for every i below count. Scratch is the thread's own; a task that starts a loop of its own must
-// not use it afterwards. A loop that needs no team opens no parallel region at all: one inside it would count as
-// nested, and OpenMP starts new threads for nested teams.
+// not use it afterwards. A loop that needs no team makes none: one within it would count as nested, and OpenMP starts
+// new threads for nested teams.
 template <class Task>
 void parallel_for(std::int64_t count, int num_threads, std::size_t scratch_bytes, const Task& task) {
-#ifdef _OPENMP
-  if (num_threads > 1 && count > 1 && !omp_in_parallel() && threads_may_be_used()) {
-    const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
-    bool out_of_memory = false;
-#pragma omp parallel num_threads(team)
-    {
-      void* scratch = thread_scratch(scratch_bytes);
-      if (!scratch) {
-#pragma omp atomic write
-        out_of_memory = true;
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (std::int64_t i = 0; i < count; ++i)
-        if (scratch) task(i, scratch);
-    }
-    if (out_of_memory) throw_out_of_memory();
-    return;
-  }
-#endif
-  void* scratch = thread_scratch(scratch_bytes);
-  if (!scratch) throw_out_of_memory();
-  for (std::int64_t i = 0; i < count; ++i) task(i, scratch);
+  Loop<Task> loop{task, count, scratch_bytes};
+  const int team = static_cast<int>(min_of<std::int64_t>(num_threads, count));
+  if (team < 2 || !run_on_team(team, Loop<Task>::work, &loop)) loop.work();
+  if (loop.out_of_memory) throw_out_of_memory();
 }
 
 }  // namespace msformer::MSFORMER_VARIANT

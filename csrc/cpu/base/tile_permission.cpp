@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "processor.h"
+
 namespace msformer {
 namespace {
 
@@ -26,16 +28,6 @@ bool processor_has_tiles() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
   return (d & kBFloat16) && (d & kTile);
-}
-
-// the state that the operating system keeps when threads change; all zero where it does not say
-unsigned kept_state() {
-  unsigned a, b, c, d;
-  constexpr unsigned kSaysSo = 1u << 27;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaysSo)) return 0;
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return low;
 }
 
 Found find() {

@@ -60,6 +60,9 @@ template <class T>
 inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<Vector<T>*>(p) = v;
 }
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
 // x in every lane; x - 0 is x for every x, which the compiler knows, so that nothing is calculated
 template <class T>
 inline Vector<T> splat(T x) {

@@ -83,6 +83,12 @@ struct BatchNorm {
     }
   }
 
+  // NaN where the variance is beyond the largest number, as nothing right is left to say
+  static T reciprocal_deviation(T variance, double eps) {
+    if (variance == kInfinity<T>) return static_cast<T>(__builtin_nan(""));
+    return static_cast<T>(1 / __builtin_sqrt(static_cast<double>(variance) + eps));
+  }
+
   // rows [width]: what both passes that write multiply with
   struct Channels {
     T *mean, *rstd, *weight, *bias;
@@ -95,7 +101,7 @@ struct BatchNorm {
       copy_padded(mean, b.a.mean, b.channels);
       copy_padded(rstd, b.a.variance, b.channels);
       for (std::int64_t c = 0; c < b.width; ++c)
-        rstd[c] = c < b.channels ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(rstd[c]) + b.a.eps)) : T(0);
+        rstd[c] = c < b.channels ? reciprocal_deviation(rstd[c], b.a.eps) : T(0);
       copy_padded(bias, b.a.parameters.bias, b.channels);
       copy_padded(weight, b.a.parameters.weight, b.channels);
       if (!b.a.parameters.weight) fill(weight, b.channels, T(1));

@@ -73,6 +73,12 @@ struct Activated {
   Vector<T> value, slope;
 };
 
+// 1 / (1 + e) of an e that vexp made: where that is saturated the sigmoid is zero, whatever it is multiplied with
+template <class T>
+inline Vector<T> sigmoid_of(Vector<T> e) {
+  return e > static_cast<T>(sizeof(T) == 4 ? 1.65e38 : 8.2e307) ? Vector<T>{} : T(1) / (e + T(1));
+}
+
 // activation and its derivative at x
 template <class T>
 inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
@@ -84,18 +90,23 @@ inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
       // x sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3), the same as x (1 + tanh y) / 2
       const T k = T(0.7978845608028653558), c = T(0.044715);
       const Vector<T> square = x * x, y = x * (square * (k * c) + k);
-      const Vector<T> e = vexp(y * T(-2)), sigmoid = one / (e + one);
+      const Vector<T> e = vexp(y * T(-2)), sigmoid = sigmoid_of<T>(e);
       const Vector<T> dy = square * (T(3) * k * c) + k;
       return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid) * dy * T(2)};
     }
     case ActivationFunction::silu: {
-      const Vector<T> e = vexp(-x), sigmoid = one / (e + one);
+      const Vector<T> e = vexp(-x), sigmoid = sigmoid_of<T>(e);
       return {x * sigmoid, sigmoid + x * sigmoid * (e * sigmoid)};
     }
     case ActivationFunction::hardswish: {
       const Vector<T> three = splat(T(3)), sixth = splat(T(1) / T(6));
       const Vector<T> inside = x * (x + three) * sixth, slope = x * (sixth + sixth) + splat(T(0.5));
-      return {x <= -three ? zero : x >= three ? x : inside, x <= -three ? zero : x >= three ? one : slope};
+      return {x <= -three  ? x * zero
+              : x >= three ? x
+                           : inside,  // NaN of -infinity, as in PyTorch
+              x <= -three  ? zero
+              : x >= three ? one
+                           : slope};
     }
     case ActivationFunction::relu6: {
       const Vector<T> six = splat(T(6));

@@ -77,11 +77,14 @@ class MemoryTokens {
   // The gradients, of all images: calls row_of(batch, row, max, sum, delta, grad_context) for what they are made of.
   template <class RowOf>
   void write_gradients(const RowOf& row_of) const {
-    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(count * (key_width_ + value_width_));
+    const std::int64_t size = count * (key_width_ + value_width_);
+    const std::size_t bytes = (sizeof(double) + sizeof(T)) * static_cast<std::size_t>(size);
     parallel_for(a_.heads, a_.num_threads, bytes, [&](std::int64_t head, void* memory) {
-      T *grad_keys = static_cast<T*>(memory), *grad_values = grad_keys + count * key_width_;
-      fill(grad_keys, count * (key_width_ + value_width_), T(0));
-      for (std::int64_t batch = 0; batch < a_.batch; ++batch)
+      double* totals = static_cast<double*>(memory);
+      T *grad_keys = reinterpret_cast<T*>(totals + size), *grad_values = grad_keys + count * key_width_;  // of an image
+      for (std::int64_t i = 0; i < size; ++i) totals[i] = 0;
+      for (std::int64_t batch = 0; batch < a_.batch; ++batch) {
+        fill(grad_keys, size, T(0));
         for (std::int64_t j = 0; j < head_keys_; ++j) {
           const std::int64_t row = head * head_keys_ + j;
           T max, sum, delta;
@@ -89,11 +92,15 @@ class MemoryTokens {
           row_of(batch, row, max, sum, delta, grad_context);
           for (std::int64_t m = 0; m < count; ++m) {
             const T p = weight(m, row, max, sum);
-            grad_keys[m * key_width_ + j] +=
-                p * static_cast<T>(gain(m, row, grad_context) - static_cast<double>(delta));
+            if (p != T(1))  // a token that has all the weight gets exactly no gradient
+              grad_keys[m * key_width_ + j] +=
+                  p * static_cast<T>(gain(m, row, grad_context) - static_cast<double>(delta));
             add(p, grad_context, grad_values + m * value_width_);
           }
         }
+        for (std::int64_t i = 0; i < size; ++i) totals[i] += static_cast<double>(grad_keys[i]);
+      }
+      for (std::int64_t i = 0; i < size; ++i) grad_keys[i] = static_cast<T>(totals[i]);
       store_tokens(a_.grad_memory_key, 0, head, 0, count, head_keys_, grad_keys, key_width_);
       store_tokens(a_.grad_memory_value, 0, head, 0, count, head_values_, grad_values, value_width_);
     });

@@ -14,8 +14,9 @@ A backend need not serve every operator, nor every call of one: `why_not` says i
 choice, the errors and `explain` all ask it. A call takes the first of:
 
 1. its ``backend`` argument; if that backend cannot serve the call, the call raises and says why;
-2. the innermost `use_backend`, 3. the environment variable ``MSFORMER_BACKEND``; likewise, except that an operator for
-   which the backend has no kernels at all gets the default;
+2. the innermost `use_backend`; likewise, except that an operator for which the backend has no kernels at all gets the
+   default;
+3. the environment variable ``MSFORMER_BACKEND``, as `use_backend`;
 4. by default the fastest backend for the device that serves the call, else ``reference``.
 
 Under `torch.compile` and `torch.export` the first two are part of the graph, for the user chose them. Without them the
@@ -386,7 +387,10 @@ def _details(name: str, device_type: str) -> str:
         isas = ", ".join(_native.available_isas())
         refused = _native.why_tiles_are_refused()
         found = f", instruction set {_native.isa()} (of {isas}{f'; no amx: {refused}' if refused else ''})"
-        return f"{found}, {torch.get_num_threads()} threads, float32 products of {cpu_float32_precision()} precision"
+        threads = (
+            f"{torch.get_num_threads()} threads" if _native.thread_library() else "1 thread: no OpenMP runtime here"
+        )
+        return f"{found}, {threads}, float32 products of {cpu_float32_precision()} precision"
     if name == "triton" and device_type == "cuda" and torch.cuda.is_available():
         from msformer_kernels.triton import device
 

@@ -240,5 +240,6 @@ class Operator(Generic[R]):
 
         returns = inspect.signature(self.reference).return_annotation
         function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        function.__annotations__ = {**check.__annotations__, "return": returns}
         function.explain = explain  # type: ignore[attr-defined]
         return cast(Callable[P, R], function)

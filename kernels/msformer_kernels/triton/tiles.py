@@ -116,11 +116,17 @@ def load_vector(pointer, index, count, PRESENT: tl.constexpr, missing: tl.conste
 
 
 @triton.jit
+def reciprocal_deviation(variance, eps):
+    """NaN where the variance is beyond the largest number, as nothing right is left to say."""
+    return 1.0 / tl.sqrt(variance + eps) + (variance - variance)
+
+
+@triton.jit
 def normalize_rows(x, columns, count, eps):
     """Rows with mean 0 and variance 1, zeros in the padding, and 1 / sqrt(variance + eps) of each."""
     mean = tl.sum(x, 1) / count
     centred = tl.where((columns < count)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / count + eps)
+    rstd = reciprocal_deviation(tl.sum(centred * centred, 1) / count, eps)
     return centred * rstd[:, None], rstd
 
 

@@ -172,7 +172,7 @@ def test_what_a_backend_does_not_serve_is_skipped(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(OPERATORS[name], "served_by", ("native",))
         reply = answer(
             {
-                "call": "benchmarks.gpu.checks:compare",
+                "call": ".checks:compare",
                 "arguments": {"case": case("mix_ffn_skip"), "backend": "triton", "device": "cpu"},
             }
         )

@@ -38,7 +38,7 @@ def test_every_item_names_a_function_that_takes_its_arguments(recorded: Recordin
     assert len({item.name for item in recorded.items}) == len(recorded.items)
     for item in recorded.items:
         module, _, function = item.call.partition(":")
-        inspect.signature(getattr(import_module(module), function)).bind(**item.arguments)
+        inspect.signature(getattr(import_module(module, "benchmarks.gpu"), function)).bind(**item.arguments)
         assert item.limit >= item.seconds
         if isinstance(content := item.arguments.get("case"), dict):
             assert C.GpuCase.from_json(content).to_json() == content

@@ -94,6 +94,7 @@ CASES = Cases(
             layout="transposed",
             memory=5,
         ),
+        self_attention_case("few_tokens", tokens=9, channels=100, key_channels=66, value_channels=130, heads=2),
         self_attention_case("memory_groups", batch=5, tokens=400, channels=12, heads=2, memory=2),
     ],
     empty=[

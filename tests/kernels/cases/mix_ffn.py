@@ -94,6 +94,7 @@ CASES = Cases(
             skip=False,
             hidden_norm=False,
         ),
+        mix_ffn_case("few_tokens", height=3, width=4, channels=70, hidden=130),
         # bands, strips, and images that are smaller than the convolution
         mix_ffn_case("five", height=28, width=9, channels=9, hidden=18, kernel_size=5),
         mix_ffn_case(

@@ -333,11 +333,20 @@ def test_extension_shares_the_openmp_of_torch() -> None:
     """Two OpenMP runtimes in one process would fight over the cores and ignore torch.set_num_threads."""
     require("native")
     code = (
-        "import torch, msformer_kernels\n"
+        "import os, torch, msformer_kernels as kernels\n"
+        "from msformer_kernels import _native\n"
+        "torch.set_num_threads(1)\n"
+        "x, weight = torch.ones(1, 4000, 64), torch.ones(64, 64)\n"
+        "torch.set_num_threads(3)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "kernels.linear(x, weight, backend='native')\n"
+        "started = len(os.listdir('/proc/self/task')) - before\n"
         "lines = [line.strip() for line in open('/proc/self/maps')]\n"
-        "print(len({line.split('/')[-1] for line in lines if 'libgomp' in line or 'libomp' in line}))"
+        "names = ('libgomp', 'libomp', 'libiomp')\n"
+        "runtimes = {line.split(' ')[-1] for line in lines if any(name in line for name in names)}\n"
+        "print(started, len(runtimes), os.path.realpath(_native.thread_library()) in runtimes)"
     )
-    assert int(_run(code).stdout) <= 1
+    assert _run(code).stdout.split() == ["2", "1", "True"]
 
 
 def test_a_call_that_a_backend_cannot_serve_is_refused_and_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ from extensions import build_emulation  # noqa: E402
 from toolchain import BuildFailed, find_compiler  # noqa: E402
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0", "-g1")  # compiled in less time
-pytestmark = pytest.mark.slow(90)
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("MSFORMER_TEST_SANITIZERS"), reason="the build takes a minute: make sanitize"
+)
 
 
 def runtime(compiler: list[str], library: str) -> str:

@@ -101,8 +101,9 @@ class Recipe:
 
     @property
     def repeats_itself(self) -> bool:
-        """Whether all tokens are the same: their errors are, too, and add up instead of averaging out."""
+        """Whether all tokens or their gradients are the same: errors are, too, and add up instead of averaging out."""
         layouts = {value for name, value in self.settings.items() if name.startswith("layout.")}
+        layouts.add(self["gradients"])
         return bool(layouts & {"one_token", "one_value"}) or self["values"] in ("same_tokens", "constant")
 
     @property
@@ -185,8 +186,11 @@ def draw(seed: int, index: int, backends: tuple[str, ...] = ("native",), variant
         settings["values"] = "constant"
     if operator == "batch_norm" and settings["gradients"] not in OF_WEIGHTS:
         settings["gradients"] = "contiguous"  # of the same gradient for every token nothing is left
-    if settings["values"] in SPECIAL and settings.get("activation") == "relu6":
-        settings["activation"] = "relu"  # what PyTorch makes of NaN in the backward of ReLU6 depends on vectorisation
+    for name in ("activation", "inner_activation"):
+        if settings["values"] in SPECIAL and settings.get(name) == "relu6":
+            settings[name] = "relu"  # what PyTorch makes of NaN in ReLU6 depends on vectorisation
+        if settings["values"] in ("subnormal", "some_subnormal") and settings.get(name) == "relu":
+            settings[name] = "gelu"  # tiles make zeros of subnormal numbers, at which ReLU switches
     settings["seed"] = rng.randrange(1000)
     return _tidied(operator, settings, first)
 

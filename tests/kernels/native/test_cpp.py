@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "csrc"))
+from extensions import LIBRARIES, ONCE_OF_BASE  # noqa: E402
 from variants import AMX, EMULATED_TILES, FLAGS, VARIANTS, Variant  # noqa: E402
 
 
@@ -24,10 +25,9 @@ def compiler() -> str:
 
 def compiled(variant: Variant, program: Path, *more: str) -> Path:
     """The program of unit_tests.cpp, at this path."""
-    base = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp"))
-    sources = [Path(__file__).with_name("unit_tests.cpp"), *base]
-    flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp", *more]
-    subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
+    sources = [Path(__file__).with_name("unit_tests.cpp"), *ONCE_OF_BASE]
+    flags = [*FLAGS, *variant.flags, *variant.definitions(), f"-I{ROOT / 'csrc'}", "-O1", *more]
+    subprocess.run([compiler(), *flags, *map(str, sources), *LIBRARIES, "-o", str(program)], check=True)
     return program
 
 
@@ -43,7 +43,7 @@ def test_unit_tests(variant: Variant, tmp_path: Path) -> None:
 
 
 def processor_features() -> set[str]:
-    """As `__builtin_cpu_supports` names them."""
+    """As csrc/variants.py names them."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("the features of the processor are read from /proc/cpuinfo")
@@ -53,7 +53,7 @@ def processor_features() -> set[str]:
 
 def compiles(variant: Variant, folder: Path) -> bool:
     source = folder / f"{variant.name}.cpp"
-    source.write_text(f"#include <immintrin.h>\n{variant.probe}\n" if variant.probe else "")
+    source.write_text(f"#include <immintrin.h>\n{variant.probe}\n" if variant.flags else "")
     arguments = [compiler(), *FLAGS, *variant.flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
     return subprocess.run(arguments, capture_output=True, check=False).returncode == 0
 

@@ -15,7 +15,7 @@ pytest.importorskip("msformer_kernels._native", reason="the extension was not bu
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = Path(__file__).parent / "tiles"
 sys.path.insert(0, str(ROOT / "csrc"))
-from extensions import openmp_flags, supported_variants  # noqa: E402
+from extensions import LIBRARIES, ONCE_OF_BASE, supported_variants  # noqa: E402
 from toolchain import BuildFailed, find_compiler  # noqa: E402
 from variants import AMX, EMULATED_TILES, FLAGS  # noqa: E402
 
@@ -30,7 +30,7 @@ def compiled(folder: Path) -> Path:
         pytest.skip(str(error))
     if AMX.name not in [variant.name for variant in supported_variants(compiler, folder)]:
         pytest.skip("the compiler does not know AMX")
-    base = [*compiler, *FLAGS, *openmp_flags(compiler, folder)]
+    base = [*compiler, *FLAGS]
     commands = {}
     for name, variant in UNITS.items():
         unit, header = variant.tile_unit or ("", "")
@@ -39,14 +39,13 @@ def compiled(folder: Path) -> Path:
         flags = [f"-DMSFORMER_{key}={value}" for key, value in definitions.items()]
         # the vector code of both is that of any processor with AVX2; the instructions of AMX need no flag
         commands[f"{name}.o"] = [*base, *EMULATED_TILES.flags, *flags, "-c", str(FOLDER / "products.cpp")]
-    of_all = (ROOT / "csrc/cpu/base" / name for name in ("fork.cpp", "memory.cpp", "tile_permission.cpp"))
-    for source in (*of_all, FOLDER / "trap.cpp"):
+    for source in (*ONCE_OF_BASE, FOLDER / "trap.cpp"):
         commands[f"{source.stem}.o"] = [*base, *EMULATED_TILES.flags, "-c", str(source)]
     for name, command in commands.items():
         subprocess.run([*command, "-o", str(folder / name)], check=True)
     program = folder / "program"
     objects = [str(folder / name) for name in commands]
-    subprocess.run([*base, str(FOLDER / "main.cpp"), *objects, "-o", str(program)], check=True)
+    subprocess.run([*base, str(FOLDER / "main.cpp"), *objects, *LIBRARIES, "-o", str(program)], check=True)
     return program
 
 

@@ -107,6 +107,15 @@ def check_error_rule(case: Case, dtype: str, backend: str, most: int = 100, medi
     raise AssertionError("\n".join(rule.faults()))
 
 
+def check_float64(case: Case, backend: str) -> None:
+    """Raises AssertionError where results in float64 are not those of the reference."""
+    tensors = cast(case.draw(), torch.float64)
+    expected, found = run(case, tensors, "reference"), run(case, tensors, backend)
+    for name, value in expected.items():
+        scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def skip_in_the_interpreter(backend: str, dtype: str, medium: bool) -> None:
     """It is slow, and float16 takes the same way as bfloat16, which few cases show."""
     if (backend, dtype, medium) == ("triton", "f16", False):
@@ -132,13 +141,7 @@ class OperatorTests:
 
     @pytest.mark.accuracy
     def test_float64_agrees_with_the_reference(self, any_native: Case, float64_backend: str) -> None:
-        tensors = cast(any_native.draw(), torch.float64)
-        expected, found = run(any_native, tensors, "reference"), run(any_native, tensors, float64_backend)
-        for name, value in expected.items():
-            scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
-            torch.testing.assert_close(
-                found[name], value, rtol=0, atol=1e-12 * scale, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        check_float64(any_native, float64_backend)
 
     def test_empty_inputs(self, empty: Case, backend: str) -> None:
         tensors = cast(empty.draw(), torch.float32)

@@ -54,6 +54,17 @@ def test_a_large_mean_does_not_swallow_the_variance(backend: str) -> None:
     assert (found - exact).abs().max() < 2e-3, "rounding of the input's mean alone is 6e-4 of its deviation"
 
 
+def test_a_variance_beyond_the_largest_float_is_not_wrong_in_silence(backend: str) -> None:
+    require(backend, "batch_norm")
+    torch.manual_seed(0)
+    x = torch.randn(1, 50, 3)
+    expected = kernels.batch_norm(x, backend=backend)[0]
+    x[..., 1] *= 1e25
+    found = kernels.batch_norm(x, backend=backend)[0]
+    assert found[..., 1].isnan().all()
+    torch.testing.assert_close(found[..., ::2], expected[..., ::2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_float32_parameters_with_narrow_activations(dtype: torch.dtype, backend: str) -> None:
     """As `torch.nn.BatchNorm2d`: they count with all their digits, and so do their gradients."""

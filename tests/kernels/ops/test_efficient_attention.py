@@ -160,6 +160,25 @@ def test_masked_tokens_may_hold_anything(name: str, backend_name: str) -> None:
         torch.testing.assert_close(dirty[key], clean[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend_name", ["reference", "native", "cuda", "triton"])
+@pytest.mark.parametrize("image", [False, True])
+def test_masked_keys_and_values_have_no_gradient_beside_nan(backend_name: str, image: bool) -> None:
+    """Of other tokens, in a query."""
+    require(backend_name)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 4) for _ in range(3))
+    if image:  # channels first
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    k.requires_grad_()
+    v.requires_grad_()
+    q[0, 0, 2, 1] = math.nan
+    keep = torch.arange(9) > 4
+    output, _ = kernels.efficient_attention(q, k, v, mask=keep.expand(2, -1), backend=backend_name)
+    for gradient in torch.autograd.grad(output.sum(), (k, v)):
+        assert gradient[0, 0, 5:].isnan().any()
+        assert not gradient[:, :, :5].any()
+
+
 @pytest.mark.parametrize("normalization", ["softmax", "scaling", "relu"])
 def test_memory_equals_tokens_in_front(normalization: str) -> None:
     """The same for every image, never masked."""

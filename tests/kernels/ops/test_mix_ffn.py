@@ -143,6 +143,48 @@ def test_slopes_of_large_arguments_are_finite(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-6, msg=activation)
 
 
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "identity"])
+def test_far_below_zero(activation: str, backend: str) -> None:
+    """Slopes are exactly zero, whatever they are multiplied with; and minus infinity is what it is in PyTorch."""
+    weight, tap = torch.ones(1, 1, requires_grad=True), torch.zeros(1, 1, 3, 3)
+    tap[..., 1, 1] = 1
+
+    def output_of(x: float, name: str) -> Tensor:
+        tokens = torch.full((1, 1, 1), x)
+        return kernels.mix_ffn(tokens, 1, 1, weight, None, tap, None, weight, None, activation=activation, backend=name)
+
+    for x in (-1e5, -1e10, -1e15):
+        output = output_of(x, backend)
+        assert output.item() == 0
+        assert torch.autograd.grad(output.sum(), weight)[0].item() == 0
+    expected, found = (output_of(-math.inf, name).item() for name in ("reference", backend))
+    assert math.isnan(found) == math.isnan(expected)
+
+
+def test_what_an_activation_cuts_off_is_gone(backend: str) -> None:
+    """Minus infinity before a ReLU, with fewer features than a vector has."""
+    torch.manual_seed(0)
+    x, one, tap = torch.randn(1, 12, 1), torch.ones(1, 1), torch.randn(1, 1, 3, 3)
+    x[0, 5] = -math.inf
+    options = {"hidden_norm_weight": one[0], "hidden_norm_bias": one[0], "inner_activation": "relu"}
+    if backend == "cuda":
+        pytest.skip("its kernels have no activation before the convolution")
+    output = kernels.mix_ffn(x, 3, 4, one, None, tap, None, one, None, **options, backend=backend)
+    assert output.isfinite().all()
+
+
+def test_a_hidden_norm_of_huge_values_is_no_number_or_that_of_pytorch(backend: str) -> None:
+    """The variance of the hidden features is beyond the largest float."""
+    torch.manual_seed(0)
+    x, weight, tap, one = torch.randn(1, 1, 8) * 1e37, torch.randn(8, 8), torch.randn(8, 1, 3, 3), torch.ones(8)
+    options = {"hidden_norm_weight": one, "hidden_norm_bias": one, "activation": "identity"}
+    expected, found = (
+        kernels.mix_ffn(x, 1, 1, weight, None, tap, None, weight, None, **options, backend=name)
+        for name in ("reference", backend)
+    )
+    assert (found.isnan() | (found - expected).abs().lt(1e-3)).all()
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_gradients_through_an_activation_before_the_convolution(skip: bool, float64_backend: str) -> None:
     case = mix_ffn_case("inner", skip=skip, hidden_norm=skip, inner_activation="gelu_tanh", activation="silu")

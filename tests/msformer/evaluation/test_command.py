@@ -24,6 +24,7 @@ from msformer.cli import main
 from msformer.evaluation import command
 from msformer.evaluation.protocols import PROTOCOLS
 from msformer_kernels.core.backends import resolve
+from tests.msformer.commands.events import events, of_kind
 from tests.msformer.evaluation import data
 
 FAST = "everything, otsu, kmeans-2"
@@ -36,7 +37,8 @@ def evaluate(*arguments: object) -> Result:
 def test_a_report(tmp_path: Path) -> None:
     data.make_pairs(tmp_path / "data")
     out = tmp_path / "out"
-    result = evaluate("--data", tmp_path / "data", "--methods", FAST, "--out", out)
+    arguments = ("--data", tmp_path / "data", "--methods", FAST, "--out", out)
+    result = evaluate(*arguments, "--json")
     assert result.exit_code == 0, result.output
     assert {"report.html", "report.md", "summary.csv", "scores.csv", "run.json", "maps"} == {
         p.name for p in out.iterdir()
@@ -57,7 +59,16 @@ def test_a_report(tmp_path: Path) -> None:
         assert heading in text
     assert "| Otsu | 9" in text
     assert "layout pairs, 3 images" in text
-    assert "3 images in" in result.output
+    assert "3 images in" in result.stderr
+    told = events(result)
+    maps = of_kind(told, "map")
+    assert [(each["image"], each["status"]) for each in maps[:4]] == [("a", "done")] * 3 + [("b", "done")]
+    assert maps[1]["scores"]["blind"]["dsc"] == pytest.approx(chosen.dsc.iloc[0])
+    assert json.loads((out / "maps" / "otsu" / "a.json").read_text()) == maps[1]["record"]
+    assert maps[1]["record"]["read"] == {"modality": "", "modality_source": "", "notes": [], "masks": []}
+    assert told[-1]["counts"] == {"images": 3, "maps": 9, "done": 9, "skipped": 0, "failed": 0}
+    assert {line["protocol"] for line in told[-1]["summary"]} == set(PROTOCOLS)
+    assert "would make 0 of 9 label maps" in evaluate(*arguments, "--dry-run").output
     assert "left" in result.output, "the time left is said"
 
 
@@ -358,21 +369,22 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--methods", "unet"), "methods: unknown 'unet'"),
-        (("--select", "best"), "select: unknown rule 'best'; expected auto, central, dark, lesion, lung"),
-        (("--layout", "cityscapes"), "layout: unknown 'cityscapes'"),
-        (("--data", "nowhere"), "nowhere: no such file or folder"),
-        (("--device", "tpu"), "device: 'tpu' cannot be used"),
-        (("--ablation", "--methods", "otsu"), "methods: --ablation says which, got 'otsu' as well"),
-        (("--window", "5", "5"), "window: expected two numbers, the lower first, got (5.0, 5.0)"),
+        (("--methods", "unet"), 2, "methods: unknown 'unet'"),
+        (("--select", "best"), 2, "'best' is not one of 'auto', 'central', 'dark', 'lesion', 'lung'"),
+        (("--layout", "cityscapes"), 2, "'cityscapes' is not one of"),
+        (("--label", "red"), 2, "label: expected a number"),
+        (("--data", "nowhere"), 1, "nowhere: no such file or folder"),
+        (("--device", "tpu"), 1, "device: 'tpu' cannot be used"),
+        (("--ablation", "--methods", "otsu"), 2, "--ablation says which methods, got --methods 'otsu' as well"),
+        (("--window", "5", "5"), 2, "expected two numbers, the lower first, got 5 and 5"),
     ],
 )
-def test_errors_of_usage(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_errors_of_usage(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
     data.make_pairs(tmp_path / "data")
     result = evaluate("--data", tmp_path / "data", "--out", tmp_path / "out", *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert message in result.output
     assert not (tmp_path / "out").exists()
 

@@ -150,12 +150,15 @@ def page_of(names: list[str]) -> Iterator[str]:
     rows = [["<i>Otsu</i>", "81.2"]]
     shown = [Shown(1, "<i>Otsu</i>", picture, picture, dict.fromkeys(PROTOCOLS, "81.2"))]
     method = SimpleNamespace(title="<i>Otsu</i>")
-    report = SimpleNamespace(about={"data": NAMES[0]}, failures={NAMES[0]: NAMES[1]}, left_out=NAMES, methods=[method])
     return rendered(
         "msformer.evaluation",
         "page.html",
         "page.js",
-        report=report,
+        about={"data": NAMES[0]},
+        failures={NAMES[0]: NAMES[1]},
+        left_out=NAMES,
+        explanation="",
+        methods=[method],
         tables=[("blind", "Blind", ["method", "DSC"], rows, Markup("<svg></svg>"))],
         gallery=[(name, picture, picture, shown) for name in names],
         protocols=PROTOCOLS,

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from msformer.io.base import ImageError
-from msformer.io.ordinary import read_ordinary, read_raster
+from msformer.io.ordinary import read_raster
 from msformer.io.prepare import prepare_image
+from msformer.io.read import read_image
 from msformer.pictures import indexed_png, read_labels
 
 RANDOM = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def read(content: bytes, path: Path) -> NDArray[Any]:
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return read_ordinary(path)
+        return read_image(path)
 
 
 def chunk(kind: bytes, content: bytes, check: int | None = None) -> bytes:
@@ -140,7 +141,7 @@ def test_orientations_that_there_are_not(value: Any, tmp_path: Path) -> None:
 def test_damaged_exif_gives_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded("PNG", exif=b"\0\x08\0\x02\x01\x12\0\x03"))
     with pytest.warns(UserWarning, match=r"a\.png: the EXIF is damaged"):
-        read_ordinary(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("code", [305, 270, 34675, 700, 33550], ids=str)
@@ -189,7 +190,7 @@ def test_the_first_of_an_animation(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:], **options)
     with pytest.warns(UserWarning, match="the first of 2 pictures is read"):
-        assert (read_ordinary(tmp_path / "a") == 10).all()
+        assert (read_image(tmp_path / "a") == 10).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
@@ -213,7 +214,7 @@ def test_jpeg_of_cmyk_and_of_12_bits(tmp_path: Path) -> None:
     inks = np.full((8, 8, 4), (0, 128, 255, 40), np.uint8)
     PILImage.fromarray(inks, "CMYK").save(tmp_path / "a.jpg", quality=100, subsampling=0)
     expected = np.asarray(PILImage.fromarray(inks, "CMYK").convert("RGB"))
-    assert np.abs(read_ordinary(tmp_path / "a.jpg").astype(int) - expected).max() <= 3
+    assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - expected).max() <= 3
     deep = np.add.outer(np.arange(0, 4000, 125), np.arange(64)).astype(np.uint16)
     content = imagecodecs.jpeg_encode(deep, bitspersample=12, level=98)
     assert np.abs(read(content, tmp_path / "b.jpg").astype(int) - deep).max() < 40
@@ -235,10 +236,10 @@ def test_heic_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     with pytest.raises(ImageError, match=r"pillow-heif is not installed; run: pip install 'msformer\[heif\]'"):
-        read_ordinary(tmp_path / "a.heic")
+        read_image(tmp_path / "a.heic")
 
 
 def test_no_program_is_run_for_a_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
     with pytest.raises(ImageError, match="not an image that can be read"):
-        read_ordinary(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")

@@ -18,7 +18,8 @@ from PIL import Image as PILImage
 from PIL import ImageCms
 
 from msformer.io.base import ImageError
-from msformer.io.ordinary import from_pillow, read_ordinary, read_raster
+from msformer.io.ordinary import from_pillow, read_raster
+from msformer.io.read import read_image
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -29,7 +30,7 @@ def quiet(path: Path) -> NDArray[Any]:
     """What is read without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return read_ordinary(path)
+        return read_image(path)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -46,7 +47,7 @@ def test_a_thumbnail_that_the_file_does_not_mark(tmp_path: Path) -> None:
         writer.write(COLOUR[::4, ::4], photometric="rgb")
         writer.write(COLOUR, photometric="rgb")
     with pytest.warns(UserWarning, match=r"a\.tif: page 2 of 2, the largest, is read"):
-        assert np.array_equal(read_ordinary(tmp_path / "a.tif"), COLOUR)
+        assert np.array_equal(read_image(tmp_path / "a.tif"), COLOUR)
 
 
 def test_a_thumbnail_of_old_files(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_thumbnail_of_old_files(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for pixels, kind in ((COLOUR[::2, ::2], 2), (COLOUR, 1)):
             writer.write(pixels, photometric="rgb", extratags=[(255, "H", 1, kind, False)])
-    assert np.array_equal(read_ordinary(tmp_path / "a.tif"), COLOUR)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), COLOUR)
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["levels below", "picture below"])
@@ -100,20 +101,20 @@ STACK = RANDOM.integers(0, 4096, (2, 3, 4, 6, 7)).astype(np.uint16)
 def test_the_first_picture_of_a_stack(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", STACK, **options)
     with pytest.warns(UserWarning, match=message):
-        assert np.array_equal(read_ordinary(tmp_path / "a.tif"), STACK[0, 0, 0])
+        assert np.array_equal(read_image(tmp_path / "a.tif"), STACK[0, 0, 0])
 
 
 def test_a_volume_in_one_page(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", STACK[0, 0], photometric="minisblack", volumetric=True)
     with pytest.warns(UserWarning, match="the first of 4 planes is read"):
-        assert np.array_equal(read_ordinary(tmp_path / "a.tif"), STACK[0, 0, 0])
+        assert np.array_equal(read_image(tmp_path / "a.tif"), STACK[0, 0, 0])
 
 
 def test_channels_that_are_no_colours(tmp_path: Path) -> None:
     many = RANDOM.integers(0, 256, (8, 9, 6)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", many, photometric="minisblack", planarconfig="contig")
     with pytest.warns(UserWarning, match="the first of 6 channels"):
-        assert np.array_equal(read_ordinary(tmp_path / "a.tif"), many[..., 0])
+        assert np.array_equal(read_image(tmp_path / "a.tif"), many[..., 0])
     tifffile.imwrite(tmp_path / "b.tif", many, photometric="rgb", extrasamples=["unspecified"] * 3)
     assert np.array_equal(quiet(tmp_path / "b.tif"), many[..., :3])
 
@@ -127,7 +128,7 @@ def test_a_damaged_second_page_does_not_hide_the_first(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert np.array_equal(read_ordinary(tmp_path / "a.tif"), GREY16)
+        assert np.array_equal(read_image(tmp_path / "a.tif"), GREY16)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -164,7 +165,7 @@ def test_a_palette_of_8_bits_in_16(tmp_path: Path) -> None:
     indexes = np.arange(256, dtype=np.uint8).reshape(16, 16)
     path = write_palette(tmp_path / "a.tif", indexes, colours, 8)
     with pytest.warns(UserWarning, match="the palette of 16 bits has values of 8 bits"):
-        assert np.array_equal(read_ordinary(path), colours[indexes])
+        assert np.array_equal(read_image(path), colours[indexes])
 
 
 SMOOTH = np.stack(np.meshgrid(np.linspace(30, 220, 32), np.linspace(60, 200, 24)), -1).round().astype(np.uint8)
@@ -215,7 +216,7 @@ def test_what_libtiff_decodes_is_whole(tmp_path: Path) -> None:
     assert start > 100, "the pixels stand behind the tags"
     (tmp_path / "a.tif").write_bytes(content[: start + 500])
     with pytest.raises(ImageError, match="truncated"):
-        read_ordinary(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -268,12 +269,12 @@ def test_missing_values_are_dark(tmp_path: Path) -> None:
     values[0] = np.nan
     tifffile.imwrite(tmp_path / "a.tif", values)
     with pytest.warns(UserWarning, match="9 missing values"):
-        found = read_ordinary(tmp_path / "a.tif")
+        found = read_image(tmp_path / "a.tif")
     assert (found[0] == np.nanmin(values)).all()
     assert np.array_equal(found[1:], values[1:])
     tifffile.imwrite(tmp_path / "b.tif", np.nan_to_num(values, nan=-9999), extratags=[(42113, "s", 0, "-9999", True)])
     with pytest.warns(UserWarning, match="9 missing values"):
-        assert np.array_equal(read_ordinary(tmp_path / "b.tif"), found)
+        assert np.array_equal(read_image(tmp_path / "b.tif"), found)
 
 
 def test_alpha_of_a_tiff(tmp_path: Path) -> None:
@@ -308,17 +309,17 @@ def test_damaged(damage: Callable[[bytearray], bytearray], message: str, tmp_pat
     tifffile.imwrite(content, COLOUR, photometric="rgb", metadata=None)
     (tmp_path / "a.tif").write_bytes(damage(bytearray(content.getvalue())))
     with pytest.raises(ImageError, match=message):
-        read_ordinary(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")
 
 
 def test_without_a_word_about_colours(tmp_path: Path) -> None:
     content = io.BytesIO()
     tifffile.imwrite(content, COLOUR, photometric="rgb", metadata=None)
     (tmp_path / "a.tif").write_bytes(no_photometric(bytearray(content.getvalue())))
-    assert np.array_equal(read_ordinary(tmp_path / "a.tif"), COLOUR)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), COLOUR)
 
 
 def test_the_values_of_a_sensor_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", GREY16, photometric="cfa")
     with pytest.raises(ImageError, match="colour filter array"):
-        read_ordinary(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")

@@ -108,7 +108,7 @@ def test_a_run_says_the_same_in_whatever_order_images_end(tmp_path: Path, monkey
         assert "[2/6] b: failed" in result.output or "[4/6] b: failed" in result.output
         tables = (pd.read_csv(out / "report" / f"{table}.csv") for table in ("scores", "summary"))
         scored.append([table.drop(columns="seconds").to_csv() for table in tables])
-        monkeypatch.setattr("msformer.cli.make_executor", lambda *arguments, **more: Backwards())
+        monkeypatch.setattr("msformer.commands.segment.make_executor", lambda *arguments, **more: Backwards())
         monkeypatch.setattr(command, "make_executor", lambda *arguments, **more: Backwards())
     assert segmented[0] == segmented[1]
     assert scored[0] == scored[1]

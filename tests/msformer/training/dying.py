@@ -79,10 +79,11 @@ def in_child(arguments: list[str], prepare: Callable[[], None] = lambda: None) -
         os._exit(99)
 
 
-def killed_at_each_write(folder: Path, arguments: list[str]) -> Iterator[str]:
-    """Trains in ``folder/whole``, then once for each point in ``folder/…``, twice: killed there, and again."""
+def killed_at_each_write(folder: Path, every: int, arguments: list[str]) -> Iterator[str]:
+    """Trains in ``folder/whole``, then for one of `every` points in ``folder/…``, twice: killed there, and again."""
     assert in_child([*arguments, "--out", str(folder / "whole")]) == 0
-    for kind, points in ((die_at_step, range(4, 99, 11)), (die_at_rename, range(99)), (die_at_write, range(99))):
+    some = range(0, 99, every)
+    for kind, points in ((die_at_step, range(4, 99, 11)), (die_at_rename, some), (die_at_write, some)):
         for point in points:
             name = f"{kind.__name__}-{point}"
             command = [*arguments, "--out", str(folder / name)]
@@ -97,7 +98,7 @@ def killed_at_each_write(folder: Path, arguments: list[str]) -> Iterator[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "each":
-        for name in killed_at_each_write(Path(sys.argv[2]), sys.argv[3:]):
+        for name in killed_at_each_write(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]):
             print(name, flush=True)
     else:
         if os.environ.get("RANK", "0") == sys.argv[1] and not started_again():

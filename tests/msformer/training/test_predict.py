@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from msformer.io.base import apply_window
 from msformer.io.prepare import prepare_image
 from msformer.scoring import dice
 from msformer.training import predict as module
@@ -164,6 +165,9 @@ def test_any_image(tmp_path: Path) -> None:
 
     Image.fromarray(lesion(TRUTH)).save(path)
     np.testing.assert_array_equal(model.predict(path).mask, predict(model, IMAGE).mask)
+    framed = model.predict(lesion(TRUTH)[..., 0], window=(0, 128)).labels
+    shown = model.predict(apply_window(lesion(TRUTH)[..., 0], 0, 128)).labels
+    np.testing.assert_array_equal(framed, shown)
     net = model.predict(lesion(TRUTH), gate="net")
     np.testing.assert_array_equal(net.mask, predict(model, IMAGE, gate="net").mask)
     for image in (torch.zeros(3, 1, 1), torch.full((3, 50, 300), 0.4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,22 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
     card = (save_dark_model(tmp_path / "moles") / "README.md").read_text()
     for part in ("**dermoscopy**", "--model moles", "width 6, 1 block in", "49 x 49", "- images: 3\n", "  - mean: 0.5"):
         assert part in card
-    assert "warnings: none" in card
     assert "{" not in card
+    assert "license: unknown\n" in card
+    assert "- nothing was recorded" in card
+
+
+def test_the_card_has_the_doubts_and_scores_of_the_training_and_no_others(tmp_path: Path) -> None:
+    training = {**FACTS, "final agreement with the targets": 0.871, "doubts": ["Do not rely on its masks."]}
+    save_model(tmp_path, dark_network(), domain="ct", objective="teacher", size=49, training=training, license="mit")
+    card = (tmp_path / "README.md").read_text()
+    front, limits, scores, rest = re.split(r"\n## (?:Limits|How good it is|Network)\n", card)
+    assert "license: mit" in front
+    assert "- ct\n" in front
+    assert "- Do not rely on its masks." in limits
+    assert "- final agreement with the targets: 0.871" in scores
+    assert "agreement" not in rest
+    assert "`mit`, as whoever saved it said" in rest
 
 
 def test_an_interrupted_save_leaves_no_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

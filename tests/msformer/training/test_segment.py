@@ -47,7 +47,7 @@ def test_a_folder(images: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     endings = (".json", ".labels.png", ".mask.png", ".overlay.png", ".probability.png")
     expected = {f"{name}{ending}" for name in ("a", "sub/b") for ending in endings}
-    assert files(out) == expected | {"contact-sheet.png", "summary.json"}
+    assert files(out) == expected | {"contact-sheet.png", "report.html", "summary.json"}
     assert "a: confidence 0." in result.output
     assert "2 of 2 images" in result.output
     mask, probability, labels = (pixels(out / f"a.{kind}.png") for kind in ("mask", "probability", "labels"))
@@ -201,7 +201,7 @@ def test_several_at_once_give_what_one_at_a_time_gives(images: Path, tmp_path: P
         (["--model", "model", "--preset", "quick"], 2, "--preset: of a fit"),
         (["--refine"], 2, "--refine is for --model, which is not given"),
         (["--model", "model", "--select", "dark"], 2, "--select is for --mask"),
-        (["--model", "model", "--backend", "tpu"], 1, "unknown backend 'tpu'"),
+        (["--model", "model", "--backend", "tpu"], 2, "'tpu' is not one of 'reference'"),
     ],
 )
 def test_errors_of_usage(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msformer_kernels.triton.tiles import aligned, load_tile, load_vector, store_tile
+from msformer_kernels.triton.tiles import aligned, load_tile, load_vector, reciprocal_deviation, store_tile
 
 
 @triton.jit
@@ -127,8 +127,8 @@ def batch_norm_normalize_kernel(
     rows = tl.program_id(0) % token_tiles * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     mean = load_vector(mean_ptr, columns, channels, True, 0.0)
-    variance = load_vector(variance_ptr, columns, channels, True, 0.0)
-    scale = load_vector(weight_ptr, columns, channels, WEIGHT, 1.0) / tl.sqrt(variance + eps)
+    rstd = reciprocal_deviation(load_vector(variance_ptr, columns, channels, True, 0.0), eps)
+    scale = load_vector(weight_ptr, columns, channels, WEIGHT, 1.0) * rstd
     bias = load_vector(bias_ptr, columns, channels, BIAS, 0.0)
     x = load_tile(x_ptr + batch * stride_b, rows, columns, stride_n, stride_c, tokens, channels)
     output = (x - mean[None, :]) * scale[None, :] + bias[None, :]
@@ -164,7 +164,7 @@ def batch_norm_gradient_sums_kernel(
     split = tl.program_id(1)
     columns = tl.program_id(2) * BC + tl.arange(0, BC)
     mean = load_vector(mean_ptr, columns, channels, True, 0.0)
-    rstd = 1.0 / tl.sqrt(load_vector(variance_ptr, columns, channels, True, 0.0) + eps)
+    rstd = reciprocal_deviation(load_vector(variance_ptr, columns, channels, True, 0.0), eps)
     total = tl.zeros([BN, BC], tl.float32)
     dot = tl.zeros([BN, BC], tl.float32)
     first = split * split_size
@@ -214,7 +214,7 @@ def batch_norm_gradient_kernel(
     rows = tl.program_id(0) % token_tiles * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     mean = load_vector(mean_ptr, columns, channels, True, 0.0)
-    rstd = 1.0 / tl.sqrt(load_vector(variance_ptr, columns, channels, True, 0.0) + eps)
+    rstd = reciprocal_deviation(load_vector(variance_ptr, columns, channels, True, 0.0), eps)
     scale = load_vector(weight_ptr, columns, channels, WEIGHT, 1.0) * rstd
     grad_mean = load_vector(sums_ptr, columns, channels, True, 0.0) * inverse_count
     slope = load_vector(sums_ptr + channels, columns, channels, True, 0.0) * inverse_count * rstd

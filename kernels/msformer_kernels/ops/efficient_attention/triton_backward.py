@@ -313,6 +313,8 @@ def attention_key_gradient_kernel(
                                      tokens, key_channels, key_scale, SOFTMAX)  # fmt: skip
             context = load_tile(grad_context_ptr, features, columns, value_channels, 1, key_channels, value_channels)
             grad_value += dot(weights, context, tl.float32, PRECISION)
+        if MASKED:  # whatever came out of other tokens
+            grad_value = tl.where(kept[:, None], grad_value, 0.0)
         grad_value_ptr += batch * grad_value_stride_b + pair % heads * grad_value_stride_h
         store_tile(
             grad_value_ptr, grad_value, rows, columns, grad_value_stride_n, grad_value_stride_c, tokens, value_channels

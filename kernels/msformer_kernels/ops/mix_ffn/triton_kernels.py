@@ -32,7 +32,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         e = tl.exp(-2.0 * tl.abs(y))
         sigmoid = tl.where(y < 0, e / (1.0 + e), 1.0 / (1.0 + e))
         slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-        return x * sigmoid, sigmoid + 2.0 * x * slope * e / ((1.0 + e) * (1.0 + e))
+        return x * sigmoid, sigmoid + 2.0 * e / ((1.0 + e) * (1.0 + e)) * x * slope
     elif ACTIVATION == "identity":
         return x, tl.full(x.shape, 1.0, tl.float32)
     elif ACTIVATION == "silu":
@@ -42,7 +42,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         sigmoid = tl.where(x < 0, small, large)
         return x * sigmoid, sigmoid + x * small * large
     elif ACTIVATION == "hardswish":
-        value = tl.where(x <= -3, 0.0, tl.where(x >= 3, x, x * (x + 3.0) / 6.0))
+        value = tl.where(x <= -3, x * 0.0, tl.where(x >= 3, x, x * (x + 3.0) / 6.0))
         return value, tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x / 3.0 + 0.5))
     elif ACTIVATION == "relu6":
         return tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x)), tl.where((x <= 0) | (x >= 6), 0.0, 1.0)

@@ -6,7 +6,7 @@ Builds the kernels for each sanitizer in build/sanitize (five minutes a variant 
 interpreter that has the sanitizer's library before all others. Each is first shown a fault, which it must find.
 
 - address: reads and writes beyond tensors and scratch memory, and what C++ leaves undefined.
-- thread: races. Loops run on the threads of openmp.cpp, all of whose waits the sanitizer sees, in place of libgomp.
+- thread: races. Loops run on the threads of team.cpp, all of whose waits the sanitizer sees, in place of libgomp.
 - memcheck: values that nobody wrote, in what the kernels are made of (unit_tests.cpp), as AVX2 code: valgrind knows no
   AVX-512, and an interpreter with PyTorch takes it hours.
 """

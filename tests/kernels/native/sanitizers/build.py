@@ -21,7 +21,7 @@ LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)
 VARIANTS, ONCE, SHARED = variants.VARIANTS[:], extensions.NATIVE_ONCE[:], extensions.SHARED_LIBRARY[:]
 COMMON = [flag for flag in variants.FLAGS if flag not in ("-O3", "-DNDEBUG")]
 """As setup.py has them: each build changes the lists themselves."""
-OPENMP = Path(__file__).with_name("openmp.cpp")
+TEAM = Path(__file__).with_name("team.cpp")
 
 
 def build(kind: str, names: list[str], folder: Path) -> Path:
@@ -35,7 +35,7 @@ def build(kind: str, names: list[str], folder: Path) -> Path:
     variants.VARIANTS[:] = [variant for variant in VARIANTS if variant.name in names]
     variants.FLAGS[:] = [*COMMON, "-O1", "-g1", "-fno-omit-frame-pointer", *FLAGS[kind]]
     extensions.SHARED_LIBRARY[:] = [*SHARED, *FLAGS[kind]]  # the linker gets no FLAGS
-    extensions.NATIVE_ONCE[:] = [*ONCE, *([OPENMP] if kind == "thread" else [])]
+    extensions.NATIVE_ONCE[:] = [TEAM if kind == "thread" and path.name == TEAM.name else path for path in ONCE]
     output = folder / "_native.so"
     extensions.build_native(output, folder)
     return output

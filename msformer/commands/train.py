@@ -1,4 +1,4 @@
-"""``msformer train``: its options. Heavy imports happen when it runs, so that help comes at once."""
+"""``msformer train``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from typing import Any
 
 import click
 
-from msformer.options import ALL_SLICES, SliceType, modality_option, needed_packages
-from msformer.text import say
+from msformer.commands.base import INTERRUPTED, Command
+from msformer.messages import complain, say, speaks
+from msformer.options import (
+    ALL_SLICES,
+    backend_option,
+    dry_run_option,
+    modality_option,
+    needed_packages,
+    of_usage,
+    slice_option,
+    window_option,
+)
 
 
 class WeightsType(click.ParamType):
@@ -36,7 +46,7 @@ class WeightsType(click.ParamType):
         return found
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
 @click.option(
@@ -73,16 +83,15 @@ class WeightsType(click.ParamType):
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="The highest. [default: 0.002]")
 @click.option("--embed-dim", type=click.IntRange(1), default=32, show_default=True, help="Width of the network.")
 @click.option("--depth", type=click.IntRange(1), default=1, show_default=True, help="Blocks a branch.")
-@click.option("--window", type=(float, float), default=None, help="Values that become black and white. [default: auto]")
-@click.option(
-    "--slice", type=SliceType(), default=None, help="Of NIfTI volumes and DICOM frames; 'all': each. [default: middle]"
-)
+@window_option
+@slice_option
 @modality_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--backend", default=None, help="Of the kernels: reference, native, ... [default: the fastest]")
+@backend_option
 @click.option("--workers", type=click.IntRange(1), help="Images that are read at the same time. [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Train anew, whatever is there.")
-def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) -> None:
+@dry_run_option
+def train(folders: tuple[Path, ...], slice: int | str | None, dry_run: bool, **options: Any) -> None:
     """Train one small network for all images in folders, without masks: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
 
     The network is taught by rules, where several of them agree on the object of an image. Then use it: `msformer
@@ -91,24 +100,24 @@ def train(folders: tuple[Path, ...], slice: int | str | None, **options: Any) ->
     Stopped with Ctrl-C or killed, the same command goes on where it was. `torchrun --nproc-per-node N -m msformer
     train ...` shares the work among N processes.
     """
-    from msformer.cli import INTERRUPTED, friendly_errors
-
-    with friendly_errors(), needed_packages("train"):
+    with needed_packages("train"):
         from torch import OutOfMemoryError
 
-        from msformer.training.distributed import speaks
+        from msformer.training.objectives import find_objective
+        from msformer.training.preview import preview
         from msformer.training.run import train as run
 
+        with of_usage("--weights"):
+            find_objective(options["objective"], options["weights"])
+        options |= {"all_slices": slice == ALL_SLICES, "slice_index": None if slice == ALL_SLICES else slice}
+        if dry_run:
+            preview(folders, **options)
+            return
         try:
-            model = run(
-                folders,
-                all_slices=slice == ALL_SLICES,
-                slice_index=None if slice == ALL_SLICES else slice,  # type: ignore[arg-type]
-                **options,
-            )
+            model = run(folders, **options)
         except KeyboardInterrupt:
             if speaks():
-                click.echo("\nstopped; the same command goes on where it was", err=True)
+                complain("stopped; the same command goes on where it was")
             sys.exit(INTERRUPTED)
         except FloatingPointError as error:
             raise ValueError(f"{error}: --learning-rate") from error

@@ -1,0 +1,63 @@
+"""`msformer bench`: the benchmarks as they are installed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from click.testing import CliRunner
+
+import msformer
+from msformer.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_command_is_that_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name that an installed package has for it."""
+    monkeypatch.setattr(msformer, "__path__", [*msformer.__path__, str(ROOT)])
+    found = CliRunner().invoke(main, ["bench", "--help"])
+    assert found.exit_code == 0, found.output
+    assert "Usage: msformer bench" in found.output
+    assert "--compare" in found.output
+    assert "msformer.benchmarks.__main__" in sys.modules
+    wrong = CliRunner().invoke(main, ["bench", "--op", "conv"])
+    assert wrong.exit_code == 2
+    assert "'conv' is not one of" in wrong.output
+
+
+@pytest.mark.parametrize("when", ["imported", "run"])
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    missing = ModuleNotFoundError("No module named 'psutil'", name="psutil")
+    command = mock.Mock()
+    command.main.main.side_effect = missing
+    imported = mock.Mock(return_value=command) if when == "run" else mock.Mock(side_effect=missing)
+    monkeypatch.setattr("msformer.bench.import_module", imported)
+    found = CliRunner().invoke(main, ["bench"])
+    assert found.exit_code == 1
+    assert "psutil is not installed; run: pip install 'msformer[bench]'" in found.output
+
+
+def test_all_that_the_benchmarks_need_is_built(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path / "lib")]
+    command += ["egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = tmp_path / "lib/msformer/benchmarks"
+    sources = [path for path in (ROOT / "benchmarks").rglob("*") if path.suffix in (".py", ".cpp", ".html")]
+    assert len(sources) > 40
+    assert [path for path in sources if not (built / path.relative_to(ROOT / "benchmarks")).exists()] == []
+
+
+def test_the_benchmarks_import_one_another_by_relative_names() -> None:
+    """By another name they would be found in a checkout alone; `gpu_check.py` finds it when it is run by its path."""
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        absolute = {
+            node.module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("benchmarks")
+        }
+        assert absolute == ({"benchmarks"} if path.name == "gpu_check.py" else set()), path
