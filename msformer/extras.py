@@ -21,7 +21,6 @@ EXTRAS = {
         "markupsafe": "markupsafe",
         "matplotlib": "matplotlib",
         "packaging": "packaging",
-        "packaging": "packaging",
         "rich": "rich",
         "safetensors": "safetensors",
         "scipy": "scipy",
@@ -33,7 +32,6 @@ EXTRAS = {
     "evaluate": {"monai": "monai", "pandas": "pandas"},
     "medical": {"gdcm": "python-gdcm", "nibabel": "nibabel", "pydicom": "pydicom"},
     "heif": {"pillow_heif": "pillow-heif"},
-    "hub": {"huggingface_hub": "huggingface-hub"},
     "hub": {"huggingface_hub": "huggingface-hub"},
     "cluster": {"ray": "ray"},
 }
