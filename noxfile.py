@@ -54,7 +54,8 @@ def compatibility(session: nox.Session, torch: str) -> None:
     session.install("--no-cache-dir", "--no-compile", f"torch=={torch}", str(wheel), "pytest", "pytest-timeout")
     folder = Path(session.create_tmp()) / "sources"  # without the packages, so that the installed ones are tested
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks"):  # these have the accuracy rule
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     session.chdir(folder)
     session.run("python", "-c", "import torch, msformer_kernels as k; print(torch.__version__, k.explain())")
