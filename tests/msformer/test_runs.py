@@ -218,7 +218,7 @@ def test_an_image_that_is_gone_when_sheets_are_drawn(tmp_path: Path, monkeypatch
     monkeypatch.setattr(RunProgress, "ended", gone)
     result = run("segment", tmp_path / "in", "--out", tmp_path / "out", *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
-    assert "not on a contact sheet" in result.output
+    assert "not in the pictures of all" in result.output
     assert {"contact-sheet.png", "summary.json"} <= files(tmp_path / "out")
 
 

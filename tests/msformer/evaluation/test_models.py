@@ -105,12 +105,15 @@ def test_names_that_mean_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("methods", "message"),
-    [("gone/", "error: gone: no such folder"), ("gone", "methods: unknown 'gone'; expected some of all, everything")],
+    ("methods", "code", "message"),
+    [
+        ("gone/", 1, "error: gone: no such folder"),
+        ("gone", 2, "methods: unknown 'gone'; expected some of all, everything"),
+    ],
 )
-def test_models_that_are_not_there(methods: str, message: str, pairs: Path, tmp_path: Path) -> None:
+def test_models_that_are_not_there(methods: str, code: int, message: str, pairs: Path, tmp_path: Path) -> None:
     result = evaluate("--data", pairs, "--out", tmp_path / "out", "--methods", methods)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert message in result.output
 
 
