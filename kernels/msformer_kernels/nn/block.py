@@ -148,5 +148,5 @@ def _why_attention_is_called(layer: Any) -> str | None:
 
 def _why_feed_forward_is_called(layer: Any) -> str | None:
     """Likewise the feed-forward layer."""
-    built = type(layer) if type(layer) in FEED_FORWARD.values() else MixFFN
+    built = type(layer) if type(layer) in tuple(FEED_FORWARD.values()) else MixFFN
     return why_any_is_called() or why_called(layer, built)
