@@ -12,8 +12,8 @@ import sys
 import click
 
 import msformer
-from msformer.bench import bench
 from msformer.commands.base import EXIT_CODES
+from msformer.commands.bench import bench
 from msformer.commands.completion import completion
 from msformer.commands.demo import demo
 from msformer.commands.doctor import doctor, info

@@ -36,7 +36,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, when
     command = mock.Mock()
     command.main.main.side_effect = missing
     imported = mock.Mock(return_value=command) if when == "run" else mock.Mock(side_effect=missing)
-    monkeypatch.setattr("msformer.bench.import_module", imported)
+    monkeypatch.setattr("msformer.commands.bench.import_module", imported)
     found = CliRunner().invoke(main, ["bench"])
     assert found.exit_code == 1
     assert "psutil is not installed; run: pip install 'msformer[bench]'" in found.output
