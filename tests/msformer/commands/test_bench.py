@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import msformer
 from msformer.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_command_is_that_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
