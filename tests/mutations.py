@@ -254,13 +254,6 @@ MUTATIONS = [
         SELF,
     ),
     Mutation(
-        "few tokens: padding of what the backward reads not cleared",
-        "csrc/cpu/self_attention/unfolded.cpp",
-        "    clear(p.attended + values, p.query + p.leading);\n",
-        "",
-        SELF,
-    ),
-    Mutation(
         "few tokens: what one product made of the tokens taken for another's",
         f"{ENGINE}/dense.h",
         "return engine.make_left(num_threads, memory_, k, tokens, {x, 1, leading});",
