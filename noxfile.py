@@ -42,7 +42,8 @@ def find_wheel(session: nox.Session, python: str) -> Path:
     dist = ROOT / "dist"
     pattern = f"msformer-*-cp{python.replace('.', '')}-*.whl"
     if not list(dist.glob(pattern)):
-        session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={dist}", str(ROOT))
+        build = ("python", "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={dist}", str(ROOT))
+        session.run(*build, env={"MSFORMER_CUDA": "0"})  # what is tested here runs on the CPU
     return max(dist.glob(pattern), key=lambda path: path.stat().st_mtime)
 
 

@@ -34,6 +34,13 @@ EXTRAS = {
     "heif": {"pillow_heif": "pillow-heif"},
     "hub": {"huggingface_hub": "huggingface-hub"},
     "cluster": {"ray": "ray"},
+    "bench": {
+        "einops": "einops",
+        "psutil": "psutil",
+        "pydantic": "pydantic",
+        "pytest": "pytest",
+        "pytest_benchmark": "pytest-benchmark",
+    },
 }
 """By extra, what is imported, and under which name pip has it."""
 
