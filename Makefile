@@ -181,9 +181,13 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(call install,all,[test])
 	touch $@
 
-# with what the package needs as it is installed, the tools from the index
+# the package stays as it is installed, with the emulations or without
 $(VENV)/installed-docs: $(VENV)/installed
+ifeq ($(LOCK),1)
+	$(PIP) install --no-deps --require-hashes -r requirements/docs.txt
+else
 	$(PIP) install "msformer[docs]"
+endif
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from msformer.output import OutputError, prepare_folder
+from msformer.commands.base import INTERRUPTED, Command
+from msformer.messages import complain, say, tell, tell_at_end, tell_progress, warn
+from msformer.options import dry_run_option, needed_packages
+from msformer.output import prepare_folder
 
 from . import rivals as rival_names
 from .cases import (
@@ -32,7 +38,7 @@ from .cases import (
     quick_rivals,
     why_not,
 )
-from .compare import compare
+from .compare import Comparison, compare
 from .compare import document as comparison_document
 from .documents import make_console, print_legend, print_lines, print_table, write_document
 from .left_out import known_variants, left_out, missing_variants
@@ -41,10 +47,10 @@ from .measure import Settings, measure_case, set_share
 from .records import Results, read_results, write_json_file
 from .records import save_to as save_results
 from .report import LEGEND, case_table, head_lines, summary, write_results
+from .rows import MEASURED
 from .variants import in_variants, make_anywhere
 
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
-INTERRUPTED = 130
 Plan = list[tuple[Case, tuple[str, ...]]]
 
 
@@ -62,7 +68,12 @@ class ShapeType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    "bench",
+    cls=Command,
+    goes_on=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--full", is_flag=True, help="The whole grid instead of the quick selection; takes hours.")
 @click.option("--op", "operations", multiple=True, type=click.Choice(OPERATIONS), help="Operation; may be repeated.")
 @click.option("--shape", "shapes", multiple=True, type=ShapeType(), help="Such as 1x257x257x100h1; may be repeated.")
@@ -120,6 +131,7 @@ class ShapeType(click.ParamType):
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Two results.json: shows what changed, and measures nothing.",
 )
+@dry_run_option
 def main(
     full: bool,
     operations: tuple[str, ...],
@@ -135,48 +147,70 @@ def main(
     out: Path,
     save_to: Path | None,
     compared: tuple[Path, Path] | None,
+    dry_run: bool,
 ) -> None:
     """Times the operators, the block, a fitting step and a whole image, beside their rivals.
 
     Without options: a quick look at each, in less than three minutes on two cores. With --op, --shape, --dtype or
     --passes: the combinations of what was chosen.
     """
-    console = make_console()
-    if compared:
-        try:
-            show_comparison(console, compared, out)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-        return
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = choose_rivals(rivals, variants)
-    plan = [
-        (case, rivals)
-        for planned, rivals in make_plan(full, operations, shapes, dtypes, chosen, passes)
-        for case in in_precisions(planned, dict.fromkeys(precisions))
-    ]
-    missing = left_out() + quick_left_out(plan, chosen)
-    try:
-        prepare_folder(out)
+    with needed_packages("bench"):
+        if compared:
+            refuse_beside_comparison()
+            show_comparison(compared, out)
+            return
+        if threads:
+            torch.set_num_threads(threads)
+        chosen = choose_rivals(rivals, variants)
+        plan = [
+            (case, rivals)
+            for planned, rivals in make_plan(full, operations, shapes, dtypes, chosen, passes)
+            for case in in_precisions(planned, dict.fromkeys(precisions))
+        ]
+        missing = left_out() + quick_left_out(plan, chosen)
         settings = Settings(rounds or (FULL_ROUNDS if full else QUICK_ROUNDS), keep_memory=not default_allocator)
-        complete = run(console, plan, settings, out, missing, save_to)
-    except OutputError as error:
-        raise click.ClickException(str(error)) from error
-    if not complete:
-        sys.exit(INTERRUPTED)
+        if not dry_run:
+            prepare_folder(out)
+        tell_start(plan, settings, out, missing, dry_run)
+        if dry_run:
+            preview(plan, settings, out, missing)
+        elif not run(plan, settings, out, missing, save_to):
+            sys.exit(INTERRUPTED)
 
 
-def show_comparison(console: Console, files: tuple[Path, Path], out: Path) -> None:
+def refuse_beside_comparison() -> None:
+    """Raises click.UsageError for options that say what to measure, and how."""
+    context = click.get_current_context()
+    names = {name: option for option in context.command.params if (name := option.name) in context.params}
+    given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    options = [names[name].opts[0] for name in given if name not in ("compared", "out")]
+    if options:
+        raise click.UsageError(f"{', '.join(options)}: of a measurement, which --compare does not make")
+
+
+def show_comparison(files: tuple[Path, Path], out: Path) -> None:
     """Prints and writes what changed from the first file to the second."""
     old, new = map(read_results, files)
     prepare_folder(out)
-    found = comparison_document(compare(old, new))
-    print_lines(console, found.warnings)
+    comparison = compare(old, new)
+    found = comparison_document(comparison)
+    for warning in found.warnings:
+        warn(warning)
+    tell_changes(comparison)
+    console = make_console()
     for table in found.tables:
         print_table(console, table)
     print_legend(console, found.legend)
-    _print_paths(console, write_document(out, "comparison", found))
+    _finish(write_document(out, "comparison", found), out)
+
+
+def tell_changes(comparison: Comparison) -> None:
+    for change in comparison.changes:
+        *case, rival = change.old.key
+        old, new, verdict = change.old.seconds, change.new.seconds, change.verdict.lower() or "same"
+        tell("change", name=" ".join(case), rival=rival, old=old, new=new, verdict=verdict)
+    only = {"only_old": len(comparison.only_old), "only_new": len(comparison.only_new)}
+    tell_at_end(counts={"rows": len(comparison.changes)} | only)
 
 
 def choose_rivals(names: Sequence[str], variants: Sequence[str]) -> tuple[str, ...]:
@@ -241,13 +275,36 @@ def quick_left_out(plan: Plan, chosen: Sequence[str]) -> list[str]:
     return found
 
 
-def run(
-    console: Console, plan: Plan, settings: Settings, out: Path, missing: list[str], save: Path | None = None
-) -> bool:
+def tell_start(plan: Plan, settings: Settings, out: Path, missing: list[str], dry_run: bool) -> None:
+    facts = asdict(settings) | {"threads": torch.get_num_threads()}
+    tell("start", cases=len(plan), rows=_count(plan), out=out, settings=facts, left_out=missing, dry_run=dry_run)
+
+
+def preview(plan: Plan, settings: Settings, out: Path, missing: list[str]) -> None:
+    """Says what `run` would measure, and writes nothing."""
+    for case, rivals in plan:
+        say(f"{case}: {', '.join(rivals)}")
+        for rival in rivals:
+            tell("row", name=str(case), rival=rival, status="would run")
+    for line in missing:
+        say(f"not run: {line}")
+    rows, rounds = _count(plan), settings.rounds
+    say(f"would time {rows} rows of {len(plan)} cases in at most {rounds} rounds into {out}; nothing was written")
+    tell_at_end(dry_run=True, counts={"rows": rows, "done": rows, "failed": 0}, out=out)
+
+
+def _count(plan: Plan) -> int:
+    """Rows of the results."""
+    return sum(len(rivals) for _, rivals in plan)
+
+
+def run(plan: Plan, settings: Settings, out: Path, missing: list[str], save: Path | None = None) -> bool:
     """Measures, prints and writes; whether it came to the end. After each case the JSON file is whole."""
+    console = make_console()
     with console.status("measuring what this machine can do"):
         ceilings = measure_ceilings()
     results = Results(describe(), ceilings, settings.rounds, [], keep_memory=settings.keep_memory, left_out=missing)
+    tell("facts", machine=asdict(results.machine), ceilings=asdict(ceilings))
     print_lines(console, head_lines(results))
     try:
         _measure_all(console, plan, settings, out, results)
@@ -256,7 +313,7 @@ def run(
             set_share(row, results.ceilings)
         results.complete = True
     except KeyboardInterrupt:
-        console.print("interrupted; writing what was measured")
+        complain("interrupted; writing what was measured")
     print_legend(console, LEGEND)
     print_table(console, summary(results.rows))
     paths = write_results(out, results)
@@ -264,13 +321,18 @@ def run(
         if results.complete:
             paths.append(save_results(save, results))
         else:
-            console.print(f"not written to {save}: the run is not complete", markup=False)
-    _print_paths(console, paths)
+            warn(f"not written to {save}: the run is not complete")
+    done = sum(row.status == MEASURED for row in results.rows)
+    tell_at_end(counts={"rows": _count(plan), "done": done, "failed": len(results.rows) - done})
+    _finish(paths, out)
     return results.complete
 
 
-def _print_paths(console: Console, paths: Sequence[Path]) -> None:
-    print_lines(console, [f"wrote {path}" for path in paths])
+def _finish(paths: Sequence[Path], out: Path) -> None:
+    """Says what was written, last."""
+    for path in paths:
+        say(f"wrote {path}")
+    tell_at_end(out=out, files=[path.name if path.parent == out else path for path in paths])
 
 
 def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, results: Results) -> None:
@@ -293,12 +355,14 @@ def _measure_all(console: Console, plan: Plan, settings: Settings, out: Path, re
         for number, (case, rivals) in enumerate(plan, start=1):
             if not console.is_terminal:
                 console.print(f"[{number} of {len(plan)}] {case}: {', '.join(rivals)}", markup=False, soft_wrap=True)
-            report = _reporter(bars, task, str(case))
+            report = _reporter(bars, task, str(case), _parts(rivals, settings.rounds))
             make = partial(make_anywhere, keep_memory=settings.keep_memory)
             rows = measure_case(case, rivals, settings, results.ceilings, flush, report, make)
             done += _parts(rivals, settings.rounds)
             bars.update(task, completed=done)
             results.rows += rows
+            for row in rows:
+                tell("row", name=str(case), rival=row.rival, status=row.status, record=row.to_json())
             print_table(console, case_table(rows))
             write_json_file(out, results)
 
@@ -308,9 +372,12 @@ def _parts(rivals: Sequence[str], rounds: int) -> int:
     return 2 + 2 * len(rivals) + rounds
 
 
-def _reporter(bars: Progress, task: Any, case: str) -> Callable[[str], None]:
+def _reporter(bars: Progress, task: TaskID, case: str, parts: int) -> Callable[[str], None]:
+    done = count()
+
     def report(what: str) -> None:
         bars.update(task, advance=1, description=f"{case}: {what}")
+        tell_progress(case, next(done), parts, what)
 
     return report
 

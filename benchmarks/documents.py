@@ -9,6 +9,7 @@ from pathlib import Path
 from rich import table as rich_table
 from rich.console import Console
 
+from msformer import messages
 from msformer.options import needed_packages
 from msformer.output import complete_file
 from msformer.text import markdown_text, visible
@@ -45,8 +46,8 @@ class Document:
 
 def make_console() -> Console:
     """As wide as the terminal, and wide enough for the tables where there is none."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=180)
+    found = messages.console(highlight=False)
+    return found if found.is_terminal else messages.console(highlight=False, width=180)
 
 
 def print_lines(console: Console, lines: Sequence[str]) -> None:

@@ -92,11 +92,11 @@ def complain(text: str) -> None:
     _print(visible(text), sys.stderr)
 
 
-def console() -> Console:
-    """For tables and bars; it has colours and moves only on a terminal."""
+def console(**options: Any) -> Console:
+    """For tables and bars; it has colours and moves only on a terminal. `options` are those of rich."""
     from rich.console import Console
 
-    return Console(stderr=_manner.json, quiet=_manner.quiet)
+    return Console(stderr=_manner.json, quiet=_manner.quiet, **options)
 
 
 def is_heard() -> bool:

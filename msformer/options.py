@@ -74,6 +74,9 @@ def slice_option(command: Command) -> Command:
     return click.option("--slice", type=SliceType(), default=None, help=text)(command)
 
 
+SEED = click.IntRange(0, 2**32 - 1)
+"""What every generator of random numbers takes."""
+
 BACKENDS = ("reference", "native", "cuda", "triton")
 """Those of `msformer_kernels`, whose import takes a second."""
 
@@ -114,8 +117,8 @@ def make_executor(cluster: str | None, threads: int | None, device: str, at_once
         here: items at a time in this process otherwise.
 
     Raises:
-        click.UsageError: threads of tasks where there are none.
-        ValueError: Ray is not installed, or an address that means nothing.
+        click.UsageError: threads of tasks where there are none, an address or device that no cluster has.
+        ValueError: Ray is not installed.
     """
     from msformer.runs.executors import Local
 
@@ -125,7 +128,8 @@ def make_executor(cluster: str | None, threads: int | None, device: str, at_once
         return Local(at_once or here)
     with needed_packages("cluster"):
         from msformer.runs.cluster import Cluster
-    return Cluster(cluster, threads or 1, at_once, device)
+    with of_usage():
+        return Cluster(cluster, threads or 1, at_once, device)
 
 
 @contextmanager
@@ -181,7 +185,7 @@ def fit_options(size: int | None, max_steps: int | None = None) -> Callable[[Com
             help="Steps at most.",
         ),
         click.option("--min-labels", type=click.IntRange(1), help="Stop at this many labels."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the initial weights."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Of the initial weights."),
         click.option("--ce", type=click.FloatRange(0), help="Weight of the cross-entropy."),
         click.option("--inter", type=click.FloatRange(0), help="Weight of the inter-scale loss."),
         click.option("--intra", type=click.FloatRange(0), help="Weight of the intra-scale loss."),
@@ -221,6 +225,8 @@ def make_fit(values: dict[str, Any]) -> Fit:
     given = {name: values.pop(name) for name in ("ce", "inter", "intra")}
     with of_usage():
         preset = find_preset(run["preset"], **values)
+        if isinstance(preset.size, int) and preset.margin >= preset.size:
+            raise ValueError(f"margin: expected less than the size, {preset.size} pixels, got {preset.margin}")
         weights = replace(preset.weights, **{name: value for name, value in given.items() if value is not None})
     return Fit(run | vars(preset) | {"weights": weights, "device": str(device), "backend": backend})
 

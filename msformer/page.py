@@ -21,7 +21,7 @@ def rendered(package: str, name: str, script: str | None = None, **content: Any)
 
     Args:
         package: where the template is.
-        name: of the template, which may also show ``style``, ``policy`` and ``script``, and extend ``gallery.html``.
+        name: of the template, which extends ``base.html`` or ``gallery.html``, and may show ``script``.
         script: the name of a file of JavaScript beside it, for a page that extends ``gallery.html``.
         content: what the template shows.
     """

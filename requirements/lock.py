@@ -4,8 +4,8 @@
 
 Needs uv. They are for Python 3.11 on Linux and the CPU build of torch, which torch-cpu.txt names by its local version:
 another index has it only if it has the very same file. base.txt is what `make demo` installs, bench.txt what `make
-bench` does, all.txt is for tests and lint, tools.txt for `make lock`, `make licences` and `make audit`, wheels.txt for
-`make wheels`, with any Python that there are wheels for.
+bench` does, docs.txt what `make docs` does, all.txt is for tests and lint, tools.txt for `make lock`, `make licences`
+and `make audit`, wheels.txt for `make wheels`, with any Python that there are wheels for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tomllib
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent / "pyproject.toml"
 TORCH = "2.13.0+cpu"
-EXTRAS = {"base": ("segment",), "bench": ("bench",), "all": ("test", "dev", "bench")}
+EXTRAS = {"base": ("segment",), "bench": ("bench",), "docs": ("docs",), "all": ("test", "dev", "bench")}
 TOOLS = ("uv", "pip-audit", "pip-licenses")
 WHEELS = ("auditwheel", "build", "ziglang==0.17.1")
 """A wheel is as its compiler is, so another version of that is somebody's decision."""

@@ -98,6 +98,7 @@ def test_the_lock_files_hold_what_pyproject_asks_for() -> None:
     needed = project["project"]["dependencies"] + project["build-system"]["requires"]
     wanted = {"base": needed + extras["segment"]}  # of `make demo`
     wanted["bench"] = wanted["base"] + extras["bench"]
+    wanted["docs"] = wanted["bench"] + extras["docs"]
     of_tests = ("test", "dev", "cluster", "medical", "train")
     wanted["all"] = wanted["bench"] + [requirement for extra in of_tests for requirement in extras[extra]]
     for name, requirements in wanted.items():

@@ -30,10 +30,15 @@ _QUIET, _JSON = ("-q", "--quiet"), ("--json",)
 
 
 class Command(click.Command):
-    """A command with ``--quiet`` and ``--json``, whose errors are lines, and whose last event says how it ended."""
+    """A command with ``--quiet`` and ``--json``, whose errors are lines, and whose last event says how it ended.
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
+    Args:
+        goes_on: whether the same command goes on where it was interrupted.
+    """
+
+    def __init__(self, *arguments: Any, goes_on: bool = True, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self.goes_on = goes_on
         self.params += [
             click.Option(_QUIET, is_flag=True, expose_value=False, help="Print errors only."),
             click.Option(_JSON, is_flag=True, expose_value=False, help="Print events, a line of JSON each."),
@@ -51,7 +56,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         code = FAILED
         try:
-            with friendly_errors():
+            with friendly_errors(self.goes_on):
                 result = super().invoke(ctx)
                 code = DONE
                 return result
@@ -70,18 +75,18 @@ class Command(click.Command):
 
 
 @contextmanager
-def friendly_errors() -> Iterator[None]:
+def friendly_errors(goes_on: bool = True) -> Iterator[None]:
     """Turns errors that a user can do something about into a line on stderr and exit code 1; Ctrl-C into 130."""
     with plain_warnings(), _noticed_interrupt() as interrupt:
         try:
             yield
         except KeyboardInterrupt:
-            _end_interrupted()
+            _end_interrupted(goes_on)
         except (Abort, Exit):
             raise
         except Exception as error:
             if interrupt.is_set():
-                _end_interrupted()
+                _end_interrupted(goes_on)
             if not _is_friendly(error):
                 raise
             complain(f"error: {error}")
@@ -100,8 +105,9 @@ def _is_friendly(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError)
 
 
-def _end_interrupted() -> NoReturn:
-    complain("interrupted; finished images are complete, the same command goes on where it stopped")
+def _end_interrupted(goes_on: bool) -> NoReturn:
+    then = "; finished images are complete, the same command goes on where it stopped" if goes_on else ""
+    complain(f"interrupted{then}")
     sys.exit(INTERRUPTED)
 
 

@@ -17,7 +17,7 @@ SET_UP = {
 }
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, goes_on=False)
 @click.argument("shell", type=click.Choice(list(SET_UP)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

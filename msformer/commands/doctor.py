@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from msformer.doctor.selftest import Verdict
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, goes_on=False)
 def doctor() -> None:
     """Look at the installation: what is used and why, a self-test of a few seconds, and advice.
 
@@ -38,7 +38,7 @@ def doctor() -> None:
     sys.exit(FAILED if failed else DONE)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, goes_on=False)
 def info() -> None:
     """Print what `doctor` does, without the self-test."""
     _advise(_look(), ())

@@ -11,6 +11,7 @@ import click
 from msformer.commands.base import DONE, FAILED, Command, friendly_errors
 from msformer.messages import show
 from msformer.options import (
+    SEED,
     backend_option,
     cluster_options,
     dry_run_option,
@@ -58,7 +59,7 @@ def list_methods(context: click.Context, option: click.Parameter, value: str) ->
 @click.option(
     "--size", type=click.IntRange(33), default=257, show_default=True, help="Side of the fitted image, pixels."
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @backend_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report.")

@@ -13,6 +13,7 @@ from msformer.commands.base import INTERRUPTED, Command
 from msformer.messages import complain, say, speaks
 from msformer.options import (
     ALL_SLICES,
+    SEED,
     backend_option,
     dry_run_option,
     modality_option,
@@ -67,7 +68,7 @@ class WeightsType(click.ParamType):
     help="Of the losses: ce, dice (teacher); mutual, inter (consistency); ce, inter, intra (published).",
 )
 @click.option("--steps", type=click.IntRange(1), default=1700, show_default=True, help="Of each round.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Crops a step, of all processes.")
 @click.option(
     "--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Parts of a batch, to save memory."
@@ -106,19 +107,22 @@ def train(folders: tuple[Path, ...], slice: int | str | None, dry_run: bool, **o
         from msformer.training.objectives import find_objective
         from msformer.training.preview import preview
         from msformer.training.run import train as run
+        from msformer.training.settings import SettingsError
 
         with of_usage("--weights"):
             find_objective(options["objective"], options["weights"])
         options |= {"all_slices": slice == ALL_SLICES, "slice_index": None if slice == ALL_SLICES else slice}
-        if dry_run:
-            preview(folders, **options)
-            return
         try:
+            if dry_run:
+                preview(folders, **options)
+                return
             model = run(folders, **options)
         except KeyboardInterrupt:
             if speaks():
                 complain("stopped; the same command goes on where it was")
             sys.exit(INTERRUPTED)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
         except FloatingPointError as error:
             raise ValueError(f"{error}: --learning-rate") from error
         except OutOfMemoryError as error:

@@ -74,6 +74,8 @@ def run(
     names = [name.strip() for name in methods.split(",")]
     if ablation and names != ["all"]:
         raise click.UsageError(f"--ablation says which methods, got --methods {methods!r} as well")
+    if masks is not None and layout not in ("auto", "pairs"):
+        raise click.UsageError(f"--masks is for --layout pairs, got --layout {layout}")
     plain = [name for name in names if not is_model(name)]
     with of_usage("--methods"):
         chosen = choose_methods([*plain, *FLOORS], ablation)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msformer.output import complete_file, printable
+from msformer.text import printable
 from msformer.training.sight import find_sight
 
 _CARD = """\
@@ -107,25 +107,23 @@ _TEACHING = {
 }
 
 
-def check_license(license: str | None) -> None:
-    """Raises ValueError for a license that is no identifier."""
-    if license is not None and not _LICENSE.fullmatch(license):
-        raise ValueError(f"license: expected an identifier such as mit or cc-by-4.0, got {license!r}")
-
-
-def write_card(path: Path, description: Mapping[str, Any], parameters: int) -> None:
-    """Writes the card of a trained model as Markdown, its front matter as the Hugging Face Hub reads it.
+def card(folder: Path, description: Mapping[str, Any], parameters: int) -> str:
+    """The card of a trained model as Markdown, its front matter as the Hugging Face Hub reads it.
 
     Args:
+        folder: of the model.
         description: what ``model.json`` is going to hold.
         parameters: weights of the network.
+
+    Raises:
+        ValueError: a license that is no identifier.
     """
     training = {**description["training"]}
     agreement = {name: value for name, value in training.items() if "agreement" in name and value is not None}
     doubts = [*training.pop("doubts", ()), *training.pop("warnings", ())]
-    _write(
-        path,
+    return _filled(
         _CARD,
+        folder,
         license=description["license"],
         tags=(*_TAGS, description["domain"]),
         domain=description["domain"],
@@ -143,27 +141,28 @@ def write_card(path: Path, description: Mapping[str, Any], parameters: int) -> N
     )
 
 
-def write_network_card(path: Path, architecture: Mapping[str, Any], parameters: int, license: str | None) -> None:
-    """Writes the card of a network of which nothing is known but its architecture."""
-    _write(path, _NETWORK_CARD, license=license, tags=_TAGS, parameters=parameters, **architecture)
+def network_card(folder: Path, architecture: Mapping[str, Any], parameters: int, license: str | None) -> str:
+    """The card of a network of which nothing is known but its architecture; raises as `card` does."""
+    return _filled(_NETWORK_CARD, folder, license=license, tags=_TAGS, parameters=parameters, **architecture)
 
 
-def _write(path: Path, template: str, *, license: str | None, tags: Sequence[str], **values: Any) -> None:
-    folder = path.absolute().parent.name
+def _filled(template: str, folder: Path, *, license: str | None, tags: Sequence[str], **values: Any) -> str:
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise ValueError(f"license: expected an identifier such as mit or cc-by-4.0, got {license!r}")
+    name = folder.absolute().name
     front = [
         *("---", "library_name: msformer", f"license: {license or UNKNOWN}", "pipeline_tag: image-segmentation"),
         *("tags:", *(f"- {tag}" for tag in tags), "---"),
     ]
     text = template.format(
         front="\n".join(front),
-        folder=folder,
-        argument=shlex.quote(folder),
+        folder=name,
+        argument=shlex.quote(name),
         plural="" if values["depth"] == 1 else "s",
         licence=_STATED.format(license) if license else _UNSTATED,
         **values,
     )
-    with complete_file(path) as temporary:
-        temporary.write_text(printable(text), encoding="utf-8")
+    return printable(text)
 
 
 def _facts(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

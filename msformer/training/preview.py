@@ -42,6 +42,7 @@ def preview(
     """
     chosen = find_objective(objective, weights)
     settings = settings_of(chosen, domain, learning_rate, find_device(device).type, backend, **more)
+    settings.check_split(processes=1)
     state = None if overwrite else read_early(out, settings)
     sources = find_images(folders, exclude=[out])
     jobs = plan_jobs(sources, folders, out / TEACHERS, all_slices)

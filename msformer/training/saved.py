@@ -23,9 +23,8 @@ from msformer.hub import find_folder
 from msformer.io.prepare import prepare_image
 from msformer.io.read import Reading
 from msformer.model import MINIMUM_SIZE, MSFormer
-from msformer.output import complete_file, prepare_folder, write_json
 from msformer.segmentation import find_device
-from msformer.training.card import check_license, write_card
+from msformer.training.card import card
 from msformer.training.domains import find_domain
 from msformer.training.sight import STANDARDISED, Sight, find_sight
 from msformer.training.weights import (
@@ -38,6 +37,7 @@ from msformer.training.weights import (
     network_bytes,
     read_network,
     weights_of,
+    write_model,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +175,6 @@ def save_model(
     """
     folder = Path(folder)
     _check(domain, objective, size)
-    check_license(license)
     content = network_bytes(network)
     description = {
         "format": FORMAT,
@@ -189,12 +188,8 @@ def save_model(
         "license": license,
     }
     json.dumps(description)  # raises TypeError before anything is written
-    prepare_folder(folder)
-    (folder / DESCRIPTION).unlink(missing_ok=True)  # an older one is not that of the new weights
-    with complete_file(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(content)
-    write_card(folder / CARD, description, count_weights(network))
-    write_json(folder / DESCRIPTION, description)
+    text = card(folder, description, count_weights(network))
+    write_model(folder, content, text, DESCRIPTION, description)
 
 
 def load(

@@ -27,12 +27,16 @@ AGREED = 0.85
 """In further rounds, images are left out on which network and fused mask agree less than this."""
 
 
+class SettingsError(ValueError):
+    """Settings that no training has, whatever its images."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Two trainings with the same settings on the same images give the same weights, on one machine in one process.
 
     Raises:
-        ValueError: a number out of range.
+        SettingsError: a number out of range, or settings that exclude each other.
     """
 
     objective: str
@@ -59,20 +63,20 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("seed", 0), ("batch", 1), ("accumulate", 1), ("rounds", 1), ("depth", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+                raise SettingsError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: unknown {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+            raise SettingsError(f"precision: unknown {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.rounds > 1 and self.objective != "teacher":
-            raise ValueError(f"rounds: {self.rounds} are for the objective teacher, got {self.objective}")
+            raise SettingsError(f"rounds: {self.rounds} are for the objective teacher, got {self.objective}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+            raise SettingsError(f"learning_rate: expected a positive number, got {self.learning_rate}")
 
     def check_split(self, processes: int) -> None:
-        """Raises ValueError where a batch does not divide into equal parts."""
+        """Raises SettingsError where a batch does not divide into equal parts."""
         parts = processes * self.accumulate
         if self.batch % parts:
             among = f"{processes} processes, accumulate {self.accumulate}"
-            raise ValueError(f"batch: expected a multiple of {parts} for {among}, got {self.batch}")
+            raise SettingsError(f"batch: expected a multiple of {parts} for {among}, got {self.batch}")
 
     def rate(self, step: int, round: int = 1) -> float:
         """The learning rate of a step, counted from 0: a short rise, then half a cosine to 0."""

@@ -22,7 +22,7 @@ from msformer.hub import find_folder
 from msformer.model import MSFormer
 from msformer.output import complete_file, prepare_folder, remove, write_json
 from msformer.segmentation import find_device
-from msformer.training.card import write_network_card
+from msformer.training.card import network_card
 
 WEIGHTS, CONFIG, DESCRIPTION, CARD = "model.safetensors", "config.json", "model.json", "README.md"
 """Names of files; `DESCRIPTION` is that of trained models."""
@@ -38,12 +38,21 @@ def save_network(folder: str | PathLike[str], network: MSFormer, license: str | 
     if (folder / DESCRIPTION).exists():
         raise ValueError(f"folder: {folder} holds a trained model, whose weights these are not; take another")
     content, config = network_bytes(network), architecture_of(network)
+    write_model(folder, content, network_card(folder, config, count_weights(network), license), CONFIG, config)
+
+
+def write_model(folder: Path, content: bytes, card: str, described_in: str, description: Mapping[str, Any]) -> None:
+    """Writes the weights, the card and last the description, in the file `described_in`.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
     prepare_folder(folder)
-    remove(folder / CONFIG)  # an older one is not that of the new weights
-    with complete_file(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(content)
-    write_network_card(folder / CARD, config, count_weights(network), license)
-    write_json(folder / CONFIG, config)
+    remove(folder / described_in)  # an older one is not that of the new weights
+    for name, data in ((WEIGHTS, content), (CARD, card.encode())):
+        with complete_file(folder / name) as temporary:
+            temporary.write_bytes(data)
+    write_json(folder / described_in, description)
 
 
 def load_network(name: str | PathLike[str], revision: str | None, device: str | torch.device) -> MSFormer:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from benchmarks import __main__ as command
 from benchmarks.machine import Ceilings
+from tests.msformer.commands.events import events, of_kind
 
 TINY = ["--shape", "1x9x7x8h2", "--op", "block", "--rounds", "1", "--rival", "eager", "--rival", "published"]
 
@@ -50,29 +51,80 @@ def test_a_tiny_run_writes_everything(tmp_path: Path) -> None:
     assert f"{torch.get_num_threads()} threads" in found.output
     assert "as published" in found.output
     assert "Summary" not in found.output  # of our kernels, which are not among the rivals
-    again = run("--compare", tmp_path / "results.json", tmp_path / "results.json", "--out", tmp_path / "compared")
+    both = ["--compare", tmp_path / "results.json", tmp_path / "results.json", "--out", tmp_path / "compared"]
+    again = run(*both)
     assert again.exit_code == 0
     assert "too few samples" in again.output
+    changes = of_kind(told := events(run(*both, "--json")), "change")
+    assert {(change["name"], change["verdict"]) for change in changes} == {
+        (f"block 1x9x7x8h2 bfloat16 {passes}", "too few samples") for passes in ("forward", "training")
+    }
+    assert all(change["old"] == change["new"] > 0 for change in changes)
+    assert told[-1]["counts"] == {"rows": 4, "only_old": 0, "only_new": 0}
+    assert told[-1]["files"] == ["comparison.md", "comparison.html", "comparison.svg"]
     names = {path.name for path in (tmp_path / "compared").iterdir()}
     assert names == {"comparison.md", "comparison.html", "comparison.svg"}
 
 
-def test_results_are_saved_by_machine_if_they_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_are_not_complete_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "measure_case", mock.Mock(side_effect=KeyboardInterrupt))
+    stopped = run(*TINY, "--out", tmp_path / "out", "--save-to", tmp_path / "more")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.startswith("interrupted; writing what was measured\nwarning: not written to ")
+    assert not (tmp_path / "more").exists()
+
+
+def test_events_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = tmp_path / "machines"
-    found = run(*TINY, "--out", tmp_path / "out", "--save-to", saved)
-    assert found.exit_code == 0, found.output
+    found = run(*TINY, "--out", tmp_path / "out", "--save-to", saved, "--json")
+    told = events(found)
+    assert [each["event"] for each in told if each["event"] != "progress"] == ["start", "facts", "row", "row", "end"]
+    start, facts = told[:2]
+    assert (start["cases"], start["rows"], start["dry_run"]) == (1, 2, False)
+    assert start["settings"]["threads"] == torch.get_num_threads()
+    assert facts["ceilings"]["flop_per_second"] == 1e12
+    progress = of_kind(told, "progress")[0]
+    assert (progress["name"], progress["done"], progress["total"]) == ("block 1x9x7x8h2 float32 highest training", 0, 7)
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["record"] for row in of_kind(told, "row")] == content["rows"]
+    assert told[-1]["counts"] == {"rows": 2, "done": 2, "failed": 0}
     (path,) = saved.iterdir()
     assert path.read_bytes() == (tmp_path / "out" / "results.json").read_bytes()
-    monkeypatch.setattr(command, "measure_case", mock.Mock(side_effect=KeyboardInterrupt))
-    assert run(*TINY, "--out", tmp_path / "out", "--save-to", tmp_path / "more").exit_code == 130
-    assert not (tmp_path / "more").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} | {str(path)} == set(told[-1]["files"])
+    assert "as published" in found.stderr
+    monkeypatch.setattr(command, "measure_ceilings", mock.Mock(side_effect=KeyboardInterrupt))
+    stopped = run(*TINY, "--out", tmp_path / "out", "--json")
+    assert events(stopped)[-1]["status"] == "interrupted"
+    assert stopped.stderr == "interrupted\n"
+
+
+def test_quiet_prints_errors_alone() -> None:
+    wrong = run("--compare", __file__, __file__, "-q")
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith(f"error: {__file__}: is not JSON: ")
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path: Path) -> None:
+    arguments = [*TINY, "--passes", "forward", "--passes", "training", "--out", tmp_path / "out", "--dry-run"]
+    found = run(*arguments)
+    assert found.exit_code == 0, found.output
+    assert "block 1x9x7x8h2 float32 highest forward: published, eager\n" in found.output
+    assert "would time 4 rows of 2 cases in at most 1 rounds" in found.output
+    told = events(run(*arguments, "--json"))
+    assert [(row["rival"], row["status"]) for row in of_kind(told, "row")] == [
+        (rival, "would run") for rival in ("published", "eager") * 2
+    ]
+    assert told[0]["dry_run"]
+    assert told[-1]["counts"] == {"rows": 4, "done": 4, "failed": 0}
+    assert not (tmp_path / "out").exists()
 
 
 def test_ceilings_are_the_best_of_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something else may have run during one of the two."""
     measured = [Ceilings(1e12, "a", 3e10, "b", None), Ceilings(2e12, "a", 1e10, "b", 5e12)]
     monkeypatch.setattr(command, "measure_ceilings", mock.Mock(side_effect=measured))
-    assert run(*TINY, "--out", tmp_path).exit_code == 0
+    quiet = run(*TINY, "--out", tmp_path, "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
     content = json.loads((tmp_path / "results.json").read_text())
     found = Ceilings(**content["ceilings"])
     assert (found.flop_per_second, found.bytes_per_second, found.pair_flop_per_second) == (2e12, 3e10, 5e12)
@@ -139,6 +191,7 @@ def test_an_interruption_writes_what_was_measured(tmp_path: Path, monkeypatch: p
         (["--op", "step", "--shape", "1x9x9x8"], "step needs images of at least 33 x 33"),
         (["--op", "image", "--dtype", "bfloat16"], "nothing to measure"),
         (["--compare", "nowhere.json", "nowhere.json"], "'nowhere.json' does not exist"),
+        (["--compare", __file__, __file__, "--rounds", "1", "--dry-run"], "--rounds, --dry-run: of a measurement"),
     ],
 )
 def test_bad_values_are_named(arguments: list[str], message: str) -> None:

@@ -206,6 +206,16 @@ def test_broken_files_do_not_stop_the_others(images: Path, tmp_path: Path) -> No
         (["segment", "x.png", "--out", "out", "--backend", "tpu"], 2, "'tpu' is not one of 'reference'"),
         (["segment", "x.png", "--out", "out", "--device", "warp"], 1, "device: 'warp' cannot be used"),
         (["segment", "x.png", "--out", "out", "--ce", "0", "--inter", "0", "--intra", "0"], 2, "switched off"),
+        (["segment", "x.png", "--out", "out", "--size", "33", "--margin", "33"], 2, "expected less than the size, 33"),
+        (["segment", "x.png", "--out", "out", "--learning-rate", "inf"], 2, "learning_rate: expected a positive"),
+        (["segment", "x.png", "--out", "out", "--seed", "-1"], 2, "-1 is not in the range 0<=x<=4294967295"),
+        (["demo", "--seed", "4294967296"], 2, "4294967296 is not in the range"),
+        (["segment", "x.png", "--out", "out", "--threads", "2"], 2, "--threads is for --cluster, which is not given"),
+        (
+            ["segment", "x.png", "--out", "out", "--cluster", "here"],
+            2,
+            "cluster: expected auto or HOST:PORT, got 'here'",
+        ),
         (["sgement"], 2, "No such command 'sgement'"),
     ],
 )

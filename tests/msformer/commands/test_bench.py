@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import msformer
+from benchmarks import __main__ as benchmarks
 from msformer.cli import main
+from tests.msformer.commands.events import events, of_kind
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,26 +22,27 @@ ROOT = Path(__file__).parents[3]
 def test_the_command_is_that_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the name that an installed package has for it."""
     monkeypatch.setattr(msformer, "__path__", [*msformer.__path__, str(ROOT)])
-    found = CliRunner().invoke(main, ["bench", "--help"])
+    found = CliRunner().invoke(main, ["bench", "--help"], prog_name="msformer")
     assert found.exit_code == 0, found.output
     assert "Usage: msformer bench" in found.output
     assert "--compare" in found.output
     assert "msformer.benchmarks.__main__" in sys.modules
-    wrong = CliRunner().invoke(main, ["bench", "--op", "conv"])
-    assert wrong.exit_code == 2
-    assert "'conv' is not one of" in wrong.output
+    wrong = CliRunner().invoke(main, ["bench", "--op", "conv", "--json"])
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "'conv' is not one of" in wrong.stderr
 
 
 @pytest.mark.parametrize("when", ["imported", "run"])
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    missing = ModuleNotFoundError("No module named 'psutil'", name="psutil")
-    command = mock.Mock()
-    command.main.main.side_effect = missing
-    imported = mock.Mock(return_value=command) if when == "run" else mock.Mock(side_effect=missing)
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, when: str, tmp_path: Path) -> None:
+    missing = mock.Mock(side_effect=ModuleNotFoundError("No module named 'psutil'", name="psutil"))
+    imported = mock.Mock(return_value=benchmarks) if when == "run" else missing
+    monkeypatch.setattr(benchmarks, "measure_ceilings", missing)
     monkeypatch.setattr("msformer.commands.bench.import_module", imported)
-    found = CliRunner().invoke(main, ["bench"])
+    found = CliRunner().invoke(main, ["bench", "--out", str(tmp_path), "--json"])
     assert found.exit_code == 1
-    assert "psutil is not installed; run: pip install 'msformer[bench]'" in found.output
+    sentence = "psutil is not installed; run: pip install 'msformer[bench]'"
+    assert f"error: {sentence}\n" in found.stderr
+    assert of_kind(events(found), "error") == [{"event": "error", "message": sentence}]
 
 
 def test_all_that_the_benchmarks_need_is_built(tmp_path: Path) -> None:

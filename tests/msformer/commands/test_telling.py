@@ -110,7 +110,7 @@ def test_a_library_that_makes_an_error_of_ctrl_c(images: Path, tmp_path: Path, m
 
 
 def test_every_command_can_be_quiet_and_tell_events() -> None:
-    for name in main.commands.keys() - {"bench"}:  # which hands all options on
+    for name in main.commands:
         shown = run(name, "--help").output
         assert "--quiet" in shown, name
         assert "--json" in shown, name

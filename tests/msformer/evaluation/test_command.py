@@ -378,6 +378,7 @@ def test_pairs_of_every_kind_have_the_rule_of_their_kind(tmp_path: Path) -> None
         (("--data", "nowhere"), 1, "nowhere: no such file or folder"),
         (("--device", "tpu"), 1, "device: 'tpu' cannot be used"),
         (("--ablation", "--methods", "otsu"), 2, "--ablation says which methods, got --methods 'otsu' as well"),
+        (("--masks", "masks", "--layout", "lung"), 2, "--masks is for --layout pairs, got --layout lung"),
         (("--window", "5", "5"), 2, "expected two numbers, the lower first, got 5 and 5"),
     ],
 )

@@ -77,6 +77,9 @@ def test_a_network_is_saved_and_loaded(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "license: mit\n" in card
     assert "has not said here" in card
+    with pytest.raises(ValueError, match=r"license: expected an identifier such as mit .*, got 'my own'"):
+        network.save_pretrained(tmp_path / "refused", license="my own")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_network_of_a_trained_model(tmp_path: Path) -> None:

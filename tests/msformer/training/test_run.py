@@ -168,12 +168,17 @@ def test_objectives_without_teachers(tmp_path: Path, objective: str) -> None:
         (["--weights", "inter=1"], "weights: teacher has no inter; expected some of ce, dice"),
         (["--batch", "3", "--accumulate", "2"], "batch: expected a multiple of 2"),
         (["--objective", "published", "--rounds", "2"], "rounds: 2 are for the objective teacher, got published"),
+        (["--learning-rate", "inf"], "learning_rate: expected a positive number, got inf"),
+        (["--learning-rate", "nan"], "learning_rate: expected a positive number, got nan"),
         (["--backend", "other"], "other"),
     ],
 )
-def test_bad_settings_are_errors_before_anything_is_read(tmp_path: Path, options: list[str], message: str) -> None:
-    found = command(tmp_path, "--out", tmp_path / "model", *options)
-    assert found.exit_code in (1, 2)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_bad_settings_are_errors_before_anything_is_read(
+    tmp_path: Path, options: list[str], message: str, more: list[str]
+) -> None:
+    found = command(tmp_path, "--out", tmp_path / "model", *options, *more)
+    assert found.exit_code == 2
     assert message in found.output
     assert not (tmp_path / "model").exists()
 

@@ -15,7 +15,7 @@ from safetensors.torch import save as tensor_bytes
 import msformer
 from msformer import MSFormer
 from msformer.output import OutputError
-from msformer.training import saved
+from msformer.training import weights
 from msformer.training.predict import predict
 from msformer.training.saved import ModelError, architecture_of, load, save_model
 from tests.msformer.training.data import FACTS, dark_network, save_dark_model
@@ -106,7 +106,7 @@ def test_an_interrupted_save_leaves_no_half_model(tmp_path: Path, monkeypatch: p
     def full(*arguments: Any, **options: Any) -> None:
         raise OutputError("no space left")
 
-    monkeypatch.setattr(saved, "write_card", full)
+    monkeypatch.setattr(weights, "write_json", full)
     with pytest.raises(OutputError):
         save_dark_model(tmp_path, sharpness=3.0)
     with pytest.raises(FileNotFoundError, match=r"no model, model\.json is missing"):
