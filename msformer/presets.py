@@ -88,7 +88,7 @@ SMOOTH = replace(PUBLISHED, icnr=True, margin=8)
 """Without checkerboards, and without a frame that shares its label with the object (docs/preset-results.md)."""
 
 QUICK = replace(SMOOTH, size=129)
-"""In a third of the time: half the size, with coarser borders (docs/preset-results.md)."""
+"""In less than half of the time: half the size, with coarser borders (docs/preset-results.md)."""
 
 PRESETS = {"smooth": SMOOTH, "published": PUBLISHED, "quick": QUICK}
 DEFAULT = "smooth"
