@@ -1,4 +1,4 @@
-"""Settings of a fit, and names for some of them. docs/evaluation.md has what each gains and costs."""
+"""Settings of a fit, and names for some of them. docs/preset-results.md has what each gains and costs."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ PUBLISHED = Preset(
 """Of the published demo (Karimijafarbigloo et al., "MS-Former", MIDL 2023)."""
 
 SMOOTH = replace(PUBLISHED, icnr=True, margin=8)
-"""Without checkerboards, and without a frame that shares its label with the object (docs/evaluation.md)."""
+"""Without checkerboards, and without a frame that shares its label with the object (docs/preset-results.md)."""
 
 QUICK = replace(SMOOTH, size=129)
-"""In a third of the time: half the size, with coarser borders (docs/evaluation.md)."""
+"""In less than half of the time: half the size, with coarser borders (docs/preset-results.md)."""
 
 PRESETS = {"smooth": SMOOTH, "published": PUBLISHED, "quick": QUICK}
 DEFAULT = "smooth"

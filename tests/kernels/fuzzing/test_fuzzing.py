@@ -1,5 +1,5 @@
 """300 calls of the fuzzer, and those that it found wrong once, by the coarse rule, which holds on every processor.
-`make fuzz` makes 10,000 in every variant, by the sharp one."""
+`make fuzz` makes 10,000, shared among the variants, by the sharp one."""
 
 from __future__ import annotations
 
