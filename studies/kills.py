@@ -1,7 +1,7 @@
 """Runs that are killed or cannot write, again and again: afterwards every file is whole, and the resumed run equals the
 uninterrupted one, byte by byte.
 
-    python -m studies.kills                          # 200 kills of each command, about 20 minutes
+    python -m studies.kills                          # 200 kills of each command: docs/reliability.md
     python -m studies.kills --kills 20 evaluate      # 20 of one
 
 The real commands run in forks of this process, which has imported what takes seconds, with the clock of durations

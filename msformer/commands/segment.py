@@ -65,7 +65,9 @@ def segment(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Segment image files, and all images in folders and their subfolders: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
+    """Segment image files, and all images in folders and their subfolders.
+
+    PNG, JPEG, TIFF, BMP, GIF, WebP, AVIF, HEIC, JPEG 2000, PNM, DICOM and NIfTI are read.
 
     Writes for each image an indexed label map, a colour overlay and a record; for all, report.html, contact sheets and
     summary.json.

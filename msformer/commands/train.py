@@ -93,7 +93,9 @@ class WeightsType(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Train anew, whatever is there.")
 @dry_run_option
 def train(folders: tuple[Path, ...], slice: int | str | None, dry_run: bool, **options: Any) -> None:
-    """Train one small network for all images in folders, without masks: PNG, JPEG, BMP, TIFF, DICOM, NIfTI.
+    """Train one small network for all images in folders, without masks.
+
+    PNG, JPEG, TIFF, BMP, GIF, WebP, AVIF, HEIC, JPEG 2000, PNM, DICOM and NIfTI are read.
 
     The network is taught by rules, where several of them agree on the object of an image. Then use it: `msformer
     segment FOLDER --model OUT`. OUT gets the model (model.safetensors, model.json, README.md), report.html, which shows

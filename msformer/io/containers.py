@@ -57,10 +57,19 @@ def is_lossy(kind: str, data: bytes) -> bool:
     return kind in ("JPEG", "MPO", "AVIF")
 
 
-def bits_of_jpeg(data: bytes) -> int | None:
-    """Bits a sample, which the start of the frame says; None where there is none."""
-    frame = next((part for part in _jpeg_segments(data) if part.kind in _FRAMES), None)
-    return frame.content[0] if frame is not None and frame.content else None
+class JpegFrame(NamedTuple):
+    """What the start of a JPEG's frame says."""
+
+    bits: int
+    """Of a sample."""
+    height: int
+    width: int
+
+
+def jpeg_frame(data: bytes) -> JpegFrame | None:
+    """None where there is none."""
+    frame = next((part for part in _jpeg_segments(data) if part.kind in _FRAMES and len(part.content) >= 5), None)
+    return JpegFrame(*struct.unpack(">BHH", frame.content[:5])) if frame is not None else None
 
 
 class BitFields(NamedTuple):

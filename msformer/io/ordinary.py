@@ -24,12 +24,13 @@ from PIL import UnidentifiedImageError
 from msformer.io.base import ImageError, Notes, needs_package
 from msformer.io.containers import (
     BitFields,
+    JpegFrame,
     bit_fields,
-    bits_of_jpeg,
     exif_of,
     is_heif,
     is_lossy,
     is_whole_jpeg,
+    jpeg_frame,
     only_pixels,
 )
 from msformer.io.raster import MOST_PIXELS, Raster, check_size, eight_bits, turn_upright
@@ -64,8 +65,8 @@ def _read(notes: Notes) -> Raster:
             return _read_heif(data, path)
         if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10":
             return _read_png16(data, notes)
-        if head[:2] == b"\xff\xd8" and bits_of_jpeg(data) not in (None, 8):
-            return _read_deep_jpeg(data, path)
+        if head[:2] == b"\xff\xd8" and (frame := jpeg_frame(data)) and frame.bits != 8:
+            return _read_deep_jpeg(data, frame, notes)
         return _read_with_pillow(data, notes)
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not an image that can be read") from error
@@ -106,10 +107,7 @@ def _decode_with_pillow(data: bytes, notes: Notes, exif: bytes = b"") -> Raster:
         image.load()
         if frames > 1:
             notes.warn(f"the first of {frames} pictures is read")
-        raw = exif or exif_of(data)
-        if raw and raw[:4] not in SIGNATURES:  # which Pillow takes for none
-            notes.warn("the EXIF is damaged, and the picture taken as it is stored")
-        turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, notes)
+        turn = _orientation((lambda: _parsed(exif)) if exif else image.getexif, exif or exif_of(data), notes)
         return Raster(_colours(image), _alpha(image), _indexes(image), is_lossy(kind, data)).turned(turn)
 
 
@@ -167,8 +165,10 @@ def _count_frames(image: PILImage.Image) -> int:
         return 1
 
 
-def _orientation(read_exif: Callable[[], PILImage.Exif], notes: Notes) -> int:
-    """1, with a warning, where the EXIF is damaged."""
+def _orientation(read_exif: Callable[[], PILImage.Exif], raw: bytes, notes: Notes) -> int:
+    """1, with a warning, where the EXIF is damaged, whose bytes are `raw`."""
+    if raw and raw[:4] not in SIGNATURES:  # which Pillow takes for none
+        notes.warn("the EXIF is damaged, and the picture taken as it is stored")
     try:
         with _warnings_of_pillow(notes):
             value = read_exif().get(_ORIENTATION, 1)
@@ -176,6 +176,12 @@ def _orientation(read_exif: Callable[[], PILImage.Exif], notes: Notes) -> int:
         notes.warn(f"the EXIF is damaged, and the picture taken as it is stored: {error}")
         return 1
     return value if value in range(1, 9) else 1
+
+
+def _stored_orientation(data: bytes, notes: Notes) -> int:
+    """Of a file that Pillow has not opened."""
+    exif = exif_of(data)
+    return _orientation(lambda: _parsed(exif), exif, notes)
 
 
 def _parsed(exif: bytes) -> PILImage.Exif:
@@ -186,7 +192,7 @@ def _parsed(exif: bytes) -> PILImage.Exif:
 
 def from_pillow(image: PILImage.Image) -> NDArray[np.generic]:
     """The pixels of an image of Pillow, upright: ``[H, W]`` or ``[H, W, 3]``."""
-    return turn_upright(_colours(image), _orientation(image.getexif, Notes(Path("image"))))
+    return turn_upright(_colours(image), _orientation(image.getexif, b"", Notes(Path("image"))))
 
 
 def _colours(image: PILImage.Image) -> NDArray[Any]:
@@ -217,7 +223,7 @@ def _read_png16(data: bytes, notes: Notes) -> Raster:
 
     check_size(notes.path, *(int.from_bytes(data[at : at + 4], "big") for at in (20, 16)))
     stored = np.asarray(imagecodecs.png_decode(only_pixels(data) or data))
-    turn = _orientation(lambda: _parsed(exif_of(data)), notes)
+    turn = _stored_orientation(data, notes)
     transparent = stored.ndim == 3 and stored.shape[2] in (2, 4)
     return Raster(stored, eight_bits(stored[..., -1], 16) if transparent else None).turned(turn)
 
@@ -238,13 +244,15 @@ def _read_bit_fields(data: bytes, fields: BitFields, path: Path) -> Raster:
     return Raster(np.asarray(imagecodecs.bmp_decode(data))[..., :3])
 
 
-def _read_deep_jpeg(data: bytes, path: Path) -> Raster:
+def _read_deep_jpeg(data: bytes, frame: JpegFrame, notes: Notes) -> Raster:
     """Of more than 8 bits a sample, which Pillow does not read."""
     import imagecodecs
 
+    check_size(notes.path, frame.height, frame.width)
     if not is_whole_jpeg(data):  # would be filled up without a word
-        raise ImageError(f"{path}: damaged or unsupported image: it is truncated")
-    return Raster(np.asarray(imagecodecs.jpeg_decode(data)), lossy=True)
+        raise ImageError(f"{notes.path}: damaged or unsupported image: it is truncated")
+    stored = np.asarray(imagecodecs.jpeg_decode(data))
+    return Raster(stored, lossy=True).turned(_stored_orientation(data, notes))
 
 
 def _read_heif(data: bytes, path: Path) -> Raster:

@@ -127,6 +127,10 @@ def test_the_orientation_outlives_other_damage(tmp_path: Path) -> None:
     deep = imagecodecs.png_encode(COLOUR.astype(np.uint16) * 257)
     exif = chunk(b"eXIf", TURNED.tobytes().removeprefix(b"Exif\0\0"))
     assert np.array_equal(read(deep[:33] + exif + deep[33:], tmp_path / "b.png"), upright.astype(np.uint16) * 257)
+    jpeg = imagecodecs.jpeg_encode(COLOUR.astype(np.uint16) * 16, bitspersample=12)
+    stored = read(jpeg, tmp_path / "b.jpg")
+    turned = read(jpeg[:2] + segment(0xE1, TURNED.tobytes()) + jpeg[2:], tmp_path / "c.jpg")
+    assert np.array_equal(turned, np.rot90(stored, -1))
 
 
 @pytest.mark.parametrize("value", [0, 9, (1, 2)])
@@ -138,10 +142,21 @@ def test_orientations_that_there_are_not(value: Any, tmp_path: Path) -> None:
     assert prepare_image(image).shape == (3, *COLOUR.shape[:2]), "and in memory"
 
 
-def test_damaged_exif_gives_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded("PNG", exif=b"\0\x08\0\x02\x01\x12\0\x03"))
-    with pytest.warns(UserWarning, match=r"a\.png: the EXIF is damaged"):
-        read_image(tmp_path / "a.png")
+@pytest.mark.parametrize("exif", [b"\0\x08\0\x02\x01\x12\0\x03", b"MM\0*\0\0\0\x08\0\x01"], ids=["order", "truncated"])
+@pytest.mark.parametrize("kind", ["png", "png16", "jpg", "jpg12"])
+def test_damaged_exif_gives_a_warning(kind: str, exif: bytes, tmp_path: Path) -> None:
+    deep = COLOUR.astype(np.uint16)
+    content = {
+        "png": lambda: encoded("PNG"),
+        "png16": lambda: imagecodecs.png_encode(deep * 257),
+        "jpg": lambda: encoded("JPEG"),
+        "jpg12": lambda: imagecodecs.jpeg_encode(deep * 16, bitspersample=12),
+    }[kind]()
+    start, damage = (33, chunk(b"eXIf", exif)) if "png" in kind else (2, segment(0xE1, b"Exif\0\0" + exif))
+    path = tmp_path / f"a.{kind[:3]}"
+    path.write_bytes(content[:start] + damage + content[start:])
+    with pytest.warns(UserWarning, match=r"a\....: the EXIF is damaged"):
+        assert read_image(path).shape == COLOUR.shape
 
 
 @pytest.mark.parametrize("code", [305, 270, 34675, 700, 33550], ids=str)
@@ -220,6 +235,9 @@ def test_jpeg_of_cmyk_and_of_12_bits(tmp_path: Path) -> None:
     assert np.abs(read(content, tmp_path / "b.jpg").astype(int) - deep).max() < 40
     with pytest.raises(ImageError, match="truncated"):
         read(content[:-20], tmp_path / "b.jpg")
+    size = content.index(b"\xff\xc1") + 5
+    with pytest.raises(ImageError, match="65000 x 65000 pixels; at most"):
+        read(content[:size] + struct.pack(">HH", 65000, 65000) + content[size + 4 :], tmp_path / "b.jpg")
 
 
 def test_heic(tmp_path: Path) -> None:
