@@ -124,6 +124,15 @@ MUTATIONS = [
         FFN,
     ),
     Mutation(
+        "GELU for bfloat16 products: the tail off by 7 % a unit of x",
+        "csrc/cpu/base/vectors.h",
+        "l * y - 1.15111066f;",
+        "l * y - 1.05111066f;",
+        FFN,
+        "native and bf16",
+        "emulated_tiles",
+    ),
+    Mutation(
         "LayerNorm without eps",
         "csrc/cpu/base/norm.h",
         "horizontal_sum<T>(squares) / static_cast<T>(channels);",

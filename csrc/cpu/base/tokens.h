@@ -68,12 +68,20 @@ inline void store_values(S* p, Vector<T> x) {
   }
 }
 
+// whether load_values and store_values are a few instructions, not one for each value
+template <class T, class S>
+constexpr bool kConvertsVectors = sizeof(T) == sizeof(S) || (sizeof(T) == 4 && std::is_same<S, BFloat16>::value);
+
 // row of values -> out, in whole vectors: a value of the same type is copied, the end of the last vector becomes zero
 template <class T, class S>
 inline void load_row(const S* source, std::int64_t channels, T* out, std::int64_t leading) {
   constexpr std::int64_t W = kWidth<T>;
   const std::int64_t whole = channels / W * W;
   for (std::int64_t c = 0; c < whole; c += W) store(out + c, load_values<T>(source + c));
+  if (kConvertsVectors<T, S> && whole && whole < channels) {  // a vector that ends where the row does
+    for (std::int64_t c = whole; c < leading; c += W) store(out + c, Vector<T>{});
+    return store_unaligned(out + channels - W, load_values<T>(source + channels - W));
+  }
   for (std::int64_t c = whole; c < leading; c += W) {
     alignas(64) T last[W] = {};
     for (std::int64_t i = 0; i < channels - c; ++i) last[i] = convert<T>(source[c + i]);
@@ -149,6 +157,8 @@ inline void store_row(const T* in, std::int64_t channels, S* target) {
   constexpr std::int64_t W = kWidth<T>;
   std::int64_t c = 0;
   for (; c + W <= channels; c += W) store_values<T>(target + c, load(in + c));
+  if (kConvertsVectors<T, S> && c && c < channels)  // as in load_row
+    return store_values<T>(target + channels - W, load_unaligned(in + channels - W));
   for (; c < channels; ++c) assign(target[c], in[c]);
 }
 

@@ -30,6 +30,7 @@ struct Pairs {
   }
 
   static constexpr bool is_exact() { return false; }
+  static constexpr bool is_bfloat16() { return true; }
 
   static std::int64_t depth(std::int64_t k) { return (k + 1) / 2; }
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return depth(k) * n_padded; }

@@ -26,6 +26,7 @@ struct Tiles {
   }
 
   bool is_exact() const { return parts == 3; }
+  bool is_bfloat16() const { return parts == 1; }
 
   std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) const { return layout(k).right_size(n_padded); }
 

@@ -76,8 +76,9 @@ struct Values {
   static void multiply_add(Vector<T>& sum, T a, Vector<T> b) { sum += splat(a) * b; }
   static Vector<T> load_right(const T* p) { return load(p); }
 
-  static void round_operands(T*, std::int64_t) {}    // values as the products take them
-  static constexpr bool is_exact() { return true; }  // whether those are the values as they are
+  static void round_operands(T*, std::int64_t) {}        // values as the products take them
+  static constexpr bool is_exact() { return true; }      // whether those are the values as they are
+  static constexpr bool is_bfloat16() { return false; }  // whether they are single values of bfloat16
 
   static std::int64_t depth(std::int64_t k) { return k; }  // elements along k
   static std::int64_t packed_size(std::int64_t k, std::int64_t n_padded) { return k * n_padded; }

@@ -79,9 +79,9 @@ inline Vector<T> sigmoid_of(Vector<T> e) {
   return e > static_cast<T>(sizeof(T) == 4 ? 1.65e38 : 8.2e307) ? Vector<T>{} : T(1) / (e + T(1));
 }
 
-// activation and its derivative at x
+// activation and its derivative at x; rough: for products that see no more than bfloat16 of it
 template <class T>
-inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
+inline Activated<T> activate(ActivationFunction function, bool rough, Vector<T> x) {
   const Vector<T> zero{}, one = splat(T(1));
   switch (function) {
     case ActivationFunction::relu:  // NaN stays NaN
@@ -116,7 +116,11 @@ inline Activated<T> activate(ActivationFunction function, Vector<T> x) {
       return {x, one};
     default: {
       Vector<T> cdf, pdf;
-      normal_distribution(x, cdf, pdf);
+      if constexpr (sizeof(T) == 4) {
+        rough ? rough_normal_distribution(x, cdf, pdf) : normal_distribution(x, cdf, pdf);
+      } else {
+        normal_distribution(x, cdf, pdf);
+      }
       return {x * cdf, cdf + x * pdf};
     }
   }
@@ -227,6 +231,10 @@ struct MixFFN {
     if (activates_hidden()) activate_hidden(last - first, out + at, before ? before + at : nullptr);
   }
 
+  Activated<T> activate(ActivationFunction function, Vector<T> x) const {
+    return MSFORMER_VARIANT::activate<T>(function, engine.is_bfloat16(), x);
+  }
+
   bool activates_hidden() const { return a.inner_activation != ActivationFunction::identity; }
 
   // the activation before the convolution, of tokens of U in place; before, unless null, takes what they were
@@ -234,14 +242,14 @@ struct MixFFN {
     for (std::int64_t i = 0; i < tokens * hidden_width; i += kWidth<T>) {
       const Vector<T> x = load(u + i);
       if (before) store(before + i, x);
-      store(u + i, activate<T>(a.inner_activation, x).value);
+      store(u + i, activate(a.inner_activation, x).value);
     }
   }
 
   // the gradient of U before that activation, in place
   void activate_hidden_backward(std::int64_t tokens, const T* before, T* grad) const {
     for (std::int64_t i = 0; i < tokens * hidden_width; i += kWidth<T>)
-      store(grad + i, load(grad + i) * activate<T>(a.inner_activation, load(before + i)).slope);
+      store(grad + i, load(grad + i) * activate(a.inner_activation, load(before + i)).slope);
   }
 
   // hidden norm and activation of rows, in place; T of rows with a gate is in their first half
@@ -288,7 +296,7 @@ struct MixFFN {
       for (int r = 0; r < ROWS; ++r) {
         Vector<T> n = load(z + r * hidden_width + c);
         if (norm.weight) n = (n - mean[r]) * rstd[r] * load(norm.weight + c) + load(norm.bias + c);
-        store(z + r * hidden_width + c, activate<T>(a.activation, n).value);
+        store(z + r * hidden_width + c, activate(a.activation, n).value);
       }
     }
   }
@@ -304,14 +312,14 @@ struct MixFFN {
   template <int ROWS>
   void gate_rows(T* z) const {
     for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
-      store(z + value, load(z + value) * activate<T>(a.activation, load(z + gate)).value);
+      store(z + value, load(z + value) * activate(a.activation, load(z + gate)).value);
     });
   }
 
   template <int ROWS>
   void gate_backward_rows(const T* z, T* t, T* grad) const {
     for_gates<ROWS>([&](std::int64_t value, std::int64_t gate) {
-      const Activated<T> f = activate<T>(a.activation, load(z + gate));
+      const Activated<T> f = activate(a.activation, load(z + gate));
       const Vector<T> x = load(z + value), g = load(grad + value);
       store(t + value, x * f.value);
       store(grad + value, g * f.value);
@@ -322,7 +330,7 @@ struct MixFFN {
   template <int ROWS>
   void activation_backward_rows(const T* z, T* t, T* grad) const {
     for (std::int64_t i = 0; i < ROWS * hidden_width; i += kWidth<T>) {
-      const Activated<T> f = activate<T>(a.activation, load(z + i));
+      const Activated<T> f = activate(a.activation, load(z + i));
       store(t + i, f.value);
       store(grad + i, load(grad + i) * f.slope);
     }
@@ -342,7 +350,7 @@ struct MixFFN {
       for (int r = 0; r < ROWS; ++r) {
         const std::int64_t at = r * hidden_width + c;
         const Vector<T> x = (load(z + at) - mean[r]) * rstd[r];
-        const Activated<T> f = activate<T>(a.activation, x * weight + bias);
+        const Activated<T> f = activate(a.activation, x * weight + bias);
         const Vector<T> g = load(grad + at) * f.slope, scaled = g * weight;
         weight_gradient += g * x;
         bias_gradient += g;

@@ -31,8 +31,8 @@ struct Backward : MixFFN<E> {
 
   struct Rows {
     T *x, *normalized, *grad_output, *grad_x, *rstd;
-    RowRing<T> u, before, grad_z;  // before: U without its activation
-    T *z, *t, *grad_u;
+    RowRing<T> u, before, grad_z;    // before: U without its activation
+    T *z, *t, *grad_u;               // grad_u takes the place of a z that is not needed any more
     T *hidden_weight, *hidden_bias;  // gradients of the hidden norm, summed over one image row
     Rows(Arena& arena, const Backward& b) {
       const std::int64_t most = b.strip_columns + 4 * b.radius;
@@ -46,7 +46,7 @@ struct Backward : MixFFN<E> {
       grad_z = b.take_ring(arena, most);
       z = arena.take<T>(most * b.hidden_width);
       t = arena.take<T>(most * b.hidden_width);
-      grad_u = arena.take<T>(most * b.hidden_width);
+      grad_u = z;
       hidden_weight = arena.take<T>(b.hidden_width);
       hidden_bias = arena.take<T>(b.hidden_width);
     }

@@ -105,6 +105,28 @@ void test_functions() {
   }
 }
 
+void test_rough_normal_distribution() {
+  Vector<float> cdf, pdf;
+  for (double x = -20; x < 20; x += 0.00101) {
+    const float at = static_cast<float>(x);
+    rough_normal_distribution(splat(at), cdf, pdf);
+    const double size = std::fabs(static_cast<double>(at)), tail = 0.5 * std::erfc(size / std::sqrt(2.0));
+    const double wanted = at < 0 ? tail : 1 - tail, density = std::exp(-0.5 * size * size) * 0.3989422804014327;
+    const double error = std::fabs(static_cast<double>(cdf[0]) - wanted);
+    check(error <= 3e-6 && error * size <= 3e-6, "rough cdf(%g) is off by %g", x, error);
+    if (at < 0 && at > -12.9f)  // below, floats are subnormal
+      check(error <= 1.1e-3 * wanted, "rough cdf(%g) = %g, expected %g", x, static_cast<double>(cdf[0]), wanted);
+    const double density_error = std::fabs(static_cast<double>(pdf[0]) - density);
+    check(density_error <= 6e-6 && density_error * size <= 6e-6, "rough pdf(%g) is off by %g", x, density_error);
+  }
+  for (const float at : {14.5f, 1e10f, 3e38f, std::numeric_limits<float>::infinity()}) {
+    rough_normal_distribution(splat(at), cdf, pdf);
+    check(cdf[0] == 1.0f && pdf[0] == 0.0f, "rough cdf(%g)", static_cast<double>(at));
+    rough_normal_distribution(splat(-at), cdf, pdf);
+    check(cdf[0] == 0.0f && pdf[0] == 0.0f, "rough cdf(-%g)", static_cast<double>(at));
+  }
+}
+
 void test_conversions() {
   for (std::uint32_t bits = 0; bits < 65536; ++bits) {
     const BFloat16 b{static_cast<std::uint16_t>(bits)};
@@ -401,6 +423,7 @@ int main() {
   test_vectors<float>();
   test_vectors<double>();
   test_functions();
+  test_rough_normal_distribution();
   test_conversions();
   test_products(Values<float>(), "float");
   test_dense(Values<float>(), "float");
