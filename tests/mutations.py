@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "GELU by its tanh form",
         "csrc/cpu/mix_ffn/mix_ffn.h",
-        "normal_distribution(x, cdf, pdf);",
-        "{ const Vector<T> e = vexp((x * (x * x * T(0.0356774081) + T(0.7978845608))) * T(-2)); cdf = one / (e + one);"
+        " normal_distribution(x, cdf, pdf);",
+        " { const Vector<T> e = vexp((x * (x * x * T(0.0356774081) + T(0.7978845608))) * T(-2)); cdf = one / (e + one);"
         " Vector<T> unused; normal_distribution(x, unused, pdf); }",
         FFN,
     ),

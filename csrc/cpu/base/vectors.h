@@ -242,5 +242,8 @@ inline void normal_distribution(Vector<double> x, Vector<double>& cdf, Vector<do
     pdf[i] = 0.3989422804014326779 * __builtin_exp(x[i] * x[i] * -0.5);
   }
 }
+inline void rough_normal_distribution(Vector<double> x, Vector<double>& cdf, Vector<double>& pdf) {
+  normal_distribution(x, cdf, pdf);
+}
 
 }  // namespace msformer::MSFORMER_VARIANT

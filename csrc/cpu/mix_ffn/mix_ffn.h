@@ -116,11 +116,10 @@ inline Activated<T> activate(ActivationFunction function, bool rough, Vector<T> 
       return {x, one};
     default: {
       Vector<T> cdf, pdf;
-      if constexpr (sizeof(T) == 4) {
-        rough ? rough_normal_distribution(x, cdf, pdf) : normal_distribution(x, cdf, pdf);
-      } else {
+      if (rough)
+        rough_normal_distribution(x, cdf, pdf);
+      else
         normal_distribution(x, cdf, pdf);
-      }
       return {x * cdf, cdf + x * pdf};
     }
   }
