@@ -123,7 +123,7 @@ $(VENV)/tools: requirements/tools.txt
 lock: $(VENV)/tools
 	PATH=$(abspath $(VENV)/tools/bin):$$PATH $(VENV)/tools/bin/python requirements/lock.py
 
-licences: $(VENV)/tools $(VENV)/installed-dev
+licences: $(VENV)/tools $(VENV)/installed-dev $(VENV)/installed-docs
 	$(VENV)/tools/bin/python requirements/licences.py $(BIN)/python
 
 audit: $(VENV)/tools

@@ -17,6 +17,7 @@ OUTPUT = FOLDER.parent / "docs/licences.md"
 GROUPS = {
     "base": "`pip install msformer`, `make demo`",
     "all": "Beside these, for tests, lint, benchmarks and training (`make test`, `make lint`, `make bench`)",
+    "docs": "Beside these, for the documentation (`make docs`)",
 }
 HEAD = """# Licences
 
