@@ -37,9 +37,9 @@ def advice(facts: Facts, verdicts: Sequence[Verdict] = ()) -> Iterator[str]:
         )
     if chosen := facts.environment.get("MSFORMER_BACKEND"):
         yield f"MSFORMER_BACKEND={chosen} decides the backend; unset it to get the fastest for each call."
-    missing = [extra for extra in facts.extras if extra.missing]
-    for extra in missing:
-        yield f"The extra [{extra.name}] lacks {', '.join(extra.missing)}; run: {extra.command}"
+    if missing := [extra for extra in facts.extras if extra.missing]:
+        names = ", ".join(f"[{extra.name}]" for extra in missing)
+        yield f"Extras that are not complete: {names}. Where you need one, run, for example: {missing[0].command}"
     if not facts.extras:
         yield "msformer is not installed but runs from its source folder; pip install . says which packages it needs."
     if facts.versions["msformer"].startswith("0+"):

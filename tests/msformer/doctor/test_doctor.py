@@ -139,7 +139,10 @@ def test_extras_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"threads": 1, "environment": {"OMP_NUM_THREADS": "1"}}, "as OMP_NUM_THREADS is 1"),
         ({"threads": 8}, "8 threads share 4 cores"),
         ({"environment": {"MSFORMER_BACKEND": "native"}}, "MSFORMER_BACKEND=native decides"),
-        ({"extras": [Extra("medical", ["nibabel"])]}, "[medical] lacks nibabel; run: pip install 'msformer[medical]'"),
+        (
+            {"extras": [Extra("medical", ["nibabel"]), Extra("segment", []), Extra("hub", ["huggingface-hub"])]},
+            "not complete: [medical], [hub]. Where you need one, run, for example: pip install 'msformer[medical]'",
+        ),
         ({"extras": []}, "not installed but runs from its source folder"),
         (
             {"gpus": ["H200"], "unused": {"cpu": {}, "cuda": {"triton": "no triton"}}},
