@@ -1,8 +1,8 @@
 """Which labels of a map are the object, when there is no mask to ask: rules that look at the image and the map only.
 
 - ``central``: labels that cover more of the middle of the image than of its border.
-- ``dark``: labels that are dark, where they lie in the middle. Where what is dark lies around the middle, it is not the
-  object, which is then found as by ``central``.
+- ``dark``: labels that are dark, where they lie in the middle. Where what is dark lies around the middle, the object is
+  those parts of it that do not; without such parts it is found as by ``central``.
 - ``lesion``: ``dark``, and around it what has not yet faded into the skin; for dermoscopy. Where the border of a lesion
   is drawn is a matter of the image more than of the label map, and those who draw it include the fading.
 - ``lung``: labels that are dark within the body, for CT slices through the chest. Outside air and lung often share a
@@ -85,7 +85,8 @@ def _excess(labels: NDArray[Any]) -> dict[int, float]:
 def dark(labels: NDArray[Any], image: Tensor) -> Mask:
     """Labels whose mean, weighted with the middle, is at most Otsu's threshold, or at most `FADING` times that where
     they cover more of the middle than of the border; the darkest if there is none. Hairs are left out. If what is left
-    lies around the middle, the object is not dark, and found as by `central`.
+    lies around the middle, as shaded skin does, the object is those parts of it that do not; if there are none, it is
+    not dark, and found as by `central`.
     """
     grey, middle = grey_levels(image), _middle(labels.shape)
     means = {int(v): np.average(grey[labels == v], weights=middle[labels == v]) for v in np.unique(labels)}
@@ -93,7 +94,11 @@ def dark(labels: NDArray[Any], image: Tensor) -> Mask:
     limits = {v: threshold * (FADING if excess[v] > 0 else 1) for v in means}
     found = [v for v in means if means[v] <= limits[v]] or [min(means, key=lambda v: means[v])]
     parts = main_parts(without_hairs(np.isin(labels, found)))
-    return filled(parts) if True in _central(parts) else central(labels, image)
+    if True in _central(parts):
+        return filled(parts)
+    numbered, _ = ndimage.label(parts)
+    inner = [part for part in _central(numbered) if part]
+    return filled(np.isin(numbered, inner)) if inner else central(labels, image)
 
 
 def lesion(labels: NDArray[Any], image: Tensor) -> Mask:

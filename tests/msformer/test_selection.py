@@ -112,6 +112,16 @@ def test_shaded_skin_around_the_field_is_no_lesion() -> None:
         assert dice(select("dark", labels, image), expected) > 0.98
 
 
+def test_shaded_skin_at_an_edge_with_the_label_of_the_lesion() -> None:
+    """Together they lie around the middle; the lesion alone does not."""
+    truth = disc(128, 128, 20)
+    shaded = np.zeros((128, 128), dtype=bool)
+    shaded[:36], shaded[:, 118:] = True, True
+    dark_ = truth | shaded
+    for rule in ("dark", "lesion"):
+        assert dice(select(rule, dark_.astype(int), skin(dark_)), truth) > 0.98
+
+
 def test_a_lesion_of_several_labels() -> None:
     labels = TRUTH.astype(int) + disc(64, 80, 8)
     for rule in ("central", "dark"):
